@@ -56,7 +56,7 @@ class ShardWriter:
         self._is_reported = False
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
-        """Adds rows. A row group is written as soon as it is full. Nullable columns that the rows lack are null."""
+        """Adds rows. Missing nullable columns are filled with nulls. A row group is written as soon as it is full."""
         if isinstance(rows, pa.Table):
             for batch in rows.to_batches():
                 self.write(batch)
@@ -123,7 +123,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
                 f"got {writer.rows} rows and {len(writer.failures)} failures; the shard was not published"
             )
         with path.open("rb") as file:
-            checksum, block_checksums = compute_checksums(file)
+            checksum, block_checksums = compute_checksums(file)  # of the whole file, and of each `BLOCK_BYTES` of it
         failures = _encode_failures(writer.failures)
         writer.marker = Marker(
             shard=shard,
@@ -167,15 +167,15 @@ def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetW
 def _has_same_files(previous: Marker, marker: Marker) -> bool:
     """Returns whether `previous` describes a finished shard with the same files as `marker`.
 
-    If so, no marker with two versions is written, which would say that the shard is unfinished. This keeps two
-    identical runs at the same time from marking each other's finished shards as unfinished.
+    If so, the marker with two versions, which marks a shard as unfinished, is not needed. Without it, two identical
+    runs at the same time do not mark each other's finished shards as unfinished.
     """
     same = previous.checksum == marker.checksum and previous.failures_checksum == marker.failures_checksum
     return same and previous.previous is None
 
 
 def _encode_failures(failures: list[dict[str, str | None]]) -> bytes:
-    """Returns failures as the content of a Parquet file, which is empty if there are none."""
+    """Encodes failures as a Parquet file. Returns no bytes if there are no failures."""
     content = io.BytesIO()
     if failures:
         pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), content, compression="zstd")

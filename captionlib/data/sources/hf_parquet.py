@@ -34,7 +34,12 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
     """Yields one image per row of Parquet files. Each uri refers to a file, row and column; image bytes are not read.
 
     The id is the value of the id column. Without one, it is the image's path if paths are unique in the file, and
-    otherwise the file name and the 0-based row number. See `RowReader` for the arguments.
+    otherwise the file name and the 0-based row number.
+
+    Args:
+        addresses: paths, URLs or globs of the files.
+        options: how to read the files.
+        skips: counter of skipped rows and captions.
 
     Raises:
         ConfigError: a column is missing or ambiguous.
@@ -46,7 +51,7 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
 
 
 def find_image_columns(schema: pa.Schema) -> list[str]:
-    """Returns the columns of encoded images: structs with a field `bytes`, and binary columns with a usual name."""
+    """Returns the columns of encoded images: structs with a field `bytes`, and binary columns with a common name."""
     return [
         field.name
         for field in schema
@@ -80,7 +85,7 @@ def _read_rows(
     captions = select_caption_columns(schema.names, options.caption_columns, location.address)
     path = f"{image}.path" if has_path and image_id is None and _is_unique(parquet, f"{image}.path", location) else None
     version = select_column(schema.names, options.version_column, (), location.address)
-    file_version = version_from_file(location)
+    file_version = version_from_file(location)  # short string that changes when the file does
     columns = [name for name in (image_id, split, version, *captions, path) if name is not None]
     for number, record in enumerate(read_parquet_columns(parquet, columns, location, options)):
         origin = f"{location.address}, row {number + 1}"
@@ -91,7 +96,7 @@ def _read_rows(
                 name = (record.get(image) or {}).get("path") if path else None
                 row_id = parse_optional(parse_text, name, origin, f"{image}.path", f"{location.name}#{number}")
             row_split = parse_split_column(record, split, origin, options.default_split)
-            row_version = parse_version_column(record, version, origin) or f"{file_version}-{number:x}"
+            image_version = parse_version_column(record, version, origin) or f"{file_version}-{number:x}"
         except EntryError as error:
             skips.reject_image(error.reason, error.problem)
             continue
@@ -101,7 +106,7 @@ def _read_rows(
             split=row_split,
             captions=parse_caption_columns(record, captions, origin, options, skips),
             origin=origin,
-            version=row_version,
+            version=image_version,
         )
 
 
