@@ -1,4 +1,4 @@
-"""Samples the input of a stage, and estimates from the output how long the whole dataset takes and how large it is."""
+"""Samples the input of a stage. From the output, estimates the time and size for the rest of the input."""
 
 import os
 from collections.abc import Iterator, Sequence

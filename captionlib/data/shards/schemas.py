@@ -58,7 +58,7 @@ COLUMN_DESCRIPTIONS = {
     "caption": "Best caption.",
     "log_prob": "Natural logarithm of the probability of the caption, summed over its tokens.",
     "tokens": "Number of tokens in the caption, including the end token.",
-    "image_text_score": "Cosine similarity of caption and image, computed by an image-text model; null if there is none.",
+    "image_text_score": "Cosine similarity of caption and image, from an image-text model; null if there is none.",
     "candidates": "Candidate captions for the image, best first.",
     "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
     "embedding": "Embedding of the image: a unit vector in the joint space of images and captions.",
