@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from captionlib.search.output import OutputFormat
-    from captionlib.search.sql.isolation import Query
+    from captionlib.search.sql.isolation import OpenRows
     from captionlib.search.sql.session import SqlLimits
 
 __all__ = ["command", "limit_rows"]
@@ -163,7 +163,7 @@ def command(
     if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, (*_DATASET_QUERIES, "duplicates"), advice)
-        open_rows: Query = partial(_query_index, folder, query, values, 20 if limit is None else limit)
+        open_rows: OpenRows = partial(_query_index, folder, query, values, 20 if limit is None else limit)
         # Models count towards the memory limit, but the files of the index do not: they are mapped.
         result = run_query(open_rows, limits.memory_bytes, timeout) if "where" in values else open_rows()
     else:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,10 @@ def open_browser(profile: Path) -> Iterator[WebDriver]:
         yield driver
     finally:
         driver.quit()
+
+
+def find_violations(browser: WebDriver) -> list[tuple[str, str]]:
+    """Returns the rules of axe that the page violates, and an element for each."""
+    browser.execute_script((files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8"))
+    result = browser.execute_async_script("axe.run().then(arguments[0])")
+    return [(rule["id"], rule["nodes"][0]["html"]) for rule in result["violations"]]

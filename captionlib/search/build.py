@@ -48,7 +48,7 @@ from captionlib.search.inputs import (
     read_embeddings,
     sample_embeddings,
 )
-from captionlib.search.rows import find_duplicate_id, number_rows, read_rows, write_rows
+from captionlib.search.rows import find_repeated_id, number_rows, read_rows, write_rows
 from captionlib.search.text_index import write_text_index
 from captionlib.search.vector_index import RowMove, merge_indexes, write_partial_index, write_trained_index
 from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses, resolve_address
@@ -281,7 +281,7 @@ class IndexBuild:
         return check_hash(fetch_path(self.folder, name, local / name), name, self.folder.address(name))
 
     def _check_unique_ids(self, files: Iterable[Path]) -> None:
-        duplicate = find_duplicate_id(files)
+        duplicate = find_repeated_id(files)
         if duplicate is not None:
             folders = " and ".join(dataset.folder.uri for dataset in self.captions)
             raise DuplicateIdError(

@@ -390,7 +390,7 @@ class Index:
 
     @_on_one_version
     def find_words(self, query: str, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Returns, for each caption, the first and last positions of the words that a query searches for.
+        """Returns, for each caption, the start and end (exclusive) of every word that a query searches for.
 
         Words are compared as `search_text` compares them: dogs matches dog.
         """

@@ -8,9 +8,9 @@
       vectors-HASH.faiss      the Faiss index
       trained-HASH.faiss      an empty Faiss index with trained centroids, used to add shards
 
-HASH is the checksum of the content. Files are never modified, so versions of the index share files, and damage is
-detected. The index does not read its datasets, so it stays consistent while they are updated. A build keeps the files
-of the previous version for readers that are opening it. The next build removes them.
+HASH is the checksum of the content, so damage is detected. Files are never modified, so versions of the index can share
+them. A search does not read the datasets that the index was built from, so they can be updated at the same time. A
+build keeps the files of the previous version for readers that are opening it. The next build removes them.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ class IndexedDataset:
 
 @dataclass(frozen=True)
 class IndexedDuplicates:
-    """The dataset of duplicates whose images an index leaves out.
+    """The dataset of duplicates. An index leaves out the images that it lists as duplicates of another image.
 
     Attributes:
         checksum: content checksum of the dataset.
@@ -99,9 +99,9 @@ class InputShard:
     Attributes:
         dataset: position of the dataset among the datasets of the index.
         shard: index of the shard in the dataset.
-        rows: number of captioned images, without duplicates that are left out.
-        captions: checksum of the captions.
-        embeddings: checksum of the embeddings; empty if the index is text-only.
+        rows: number of captioned images, excluding duplicates that are left out.
+        captions: checksum of the captions file.
+        embeddings: checksum of the embeddings file; empty if the index is text-only.
         left_out: hash of the ids of the duplicates that are left out; empty if there are none.
     """
 
@@ -114,7 +114,7 @@ class InputShard:
 
     @property
     def content(self) -> tuple[str, str, str]:
-        """Identifies the content. Shards with the same content share files, even if they are in different datasets."""
+        """Identifies the content. Shards with the same content share files, even if their datasets differ."""
         return self.captions, self.embeddings, self.left_out
 
 
@@ -203,8 +203,8 @@ def read_description(folder: Folder) -> IndexDescription | None:
         return None
     except ValueError as error:
         raise DatasetError(f"{address} is damaged ({error}); build the index again with --overwrite") from error
-    version = (content.get("kind"), content.get("format_version")) if isinstance(content, dict) else None
-    if version != ("index", FORMAT_VERSION):
+    kind_and_version = (content.get("kind"), content.get("format_version")) if isinstance(content, dict) else None
+    if kind_and_version != ("index", FORMAT_VERSION):
         raise DatasetError(
             f"{folder.uri}: expected an index of format version {FORMAT_VERSION}; "
             "build the index again with --overwrite"
@@ -260,10 +260,10 @@ def compute_hash(path: Path) -> str:
 
 
 def check_hash(path: Path, name: str, address: str) -> Path:
-    """Returns the path of a file or folder of an index, after comparing its content with the checksum in its name.
+    """Checks that the content of `path` has the checksum in `name`, its name in the index. Returns `path`.
 
     Raises:
-        DatasetError: the content differs. The message refers to the file by its address.
+        DatasetError: the checksums differ. The message calls the file or folder `address`.
         FileNotFoundError: the file does not exist.
     """
     if compute_hash(path) != Path(name).stem.rpartition("-")[-1]:
@@ -284,7 +284,7 @@ def publish_path(folder: Folder, path: Path, prefix: str, extension: str = "") -
     published = Path(folder.path(name))
     published.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
-        folder.remove(name)  # a damaged folder of the same name
+        folder.remove(name)  # `rename` cannot replace a folder that contains files
     for file in [path] if path.is_file() else path.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())
@@ -309,9 +309,10 @@ def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
 def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | None = None) -> Path:
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
-    All files are compared with their checksums, except the candidates, which are checked when they are read. The cache
-    contains one version of each index. Files that are already in the cache are not copied again. If `cache` is None, it
-    is `$CAPTIONLIB_CACHE` or, if that is not set, `captionlib/indexes` in the user's cache folder.
+    All files are compared with their checksums. Only the candidates of a local index are not: `CandidateStore` checks
+    them when it reads them. The cache contains one version of each index. Files that it already contains are not copied
+    again. If `cache` is None, it is `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder if that is
+    not set.
 
     Raises:
         DatasetError: a file is damaged.
@@ -322,7 +323,7 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
             names = [name for name in description.files if not name.startswith("candidates/")]
             list(pool.map(lambda name: check_hash(Path(folder.path(name)), name, folder.address(name)), names))
             return Path(folder.path("")).absolute()
-        # A remote index, or one in a read-only folder: Tantivy writes a lock file even to read.
+        # The index is remote, or its folder is read-only. Tantivy must write a lock file even to read an index.
         cache = cache or Path(os.environ.get("CAPTIONLIB_CACHE") or user_cache_folder() / "indexes")
         copy = cache / uuid.uuid5(uuid.NAMESPACE_URL, folder.uri).hex
         list(pool.map(partial(_fetch_to_cache, folder, copy), description.files))
@@ -333,14 +334,14 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
     return copy
 
 
-def _fetch_to_cache(folder: Folder, cache: Path, name: str) -> None:
-    """Copies a file or folder to the cache, unless the cache already contains an undamaged copy."""
-    cached = cache / name
+def _fetch_to_cache(folder: Folder, index_copy: Path, name: str) -> None:
+    """Copies a file or folder to a folder in the cache, unless that already contains an undamaged copy."""
+    cached = index_copy / name
     with suppress(FileNotFoundError, DatasetError):
         check_hash(cached, name, str(cached))
         return
     cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".copying-", dir=cache) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".copying-", dir=index_copy) as temporary:
         copy = Path(temporary) / cached.name
         path = fetch_path(folder, name, copy)
         if path != copy:  # the index is local, but read-only
@@ -351,7 +352,7 @@ def _fetch_to_cache(folder: Folder, cache: Path, name: str) -> None:
         try:
             copy.rename(cached)
         except OSError:
-            if not cached.is_dir():  # otherwise, a different process has made the same copy
+            if not cached.is_dir():  # if it is a folder, a different process has made the same copy
                 raise
 
 

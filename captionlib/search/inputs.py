@@ -17,7 +17,7 @@ from captionlib.data.shards.markers import compute_checksum, part_name
 from captionlib.data.shards.schemas import add_missing_columns
 from captionlib.errors import DatasetError
 from captionlib.search.index_folder import InputShard
-from captionlib.search.rows import CANDIDATES, ROWS
+from captionlib.search.rows import CANDIDATES_SCHEMA, ROW_SCHEMA
 
 __all__ = [
     "check_datasets_match",
@@ -37,7 +37,7 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Compares the numbers of images in the markers, the JSON files that record which shards are complete.
+    """Compares the numbers of images in the markers of both datasets, JSON files that record which shards are complete.
 
     Raises:
         DatasetError: the datasets cover different images.
@@ -47,11 +47,13 @@ def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -
         raise _mismatch_error(captions, embeddings, problem)
     caption_markers, embedding_markers = captions.read_markers(), embeddings.read_markers()
     for shard in sorted(caption_markers.keys() & embedding_markers.keys()):
-        images, embedded = (
+        in_captions, in_embeddings = (
             markers[shard].rows + markers[shard].failures for markers in (caption_markers, embedding_markers)
         )
-        if images != embedded:
-            problem = f"{part_name(shard)} has {images} images in the captions, but {embedded} in the embeddings"
+        if in_captions != in_embeddings:
+            problem = (
+                f"{part_name(shard)} has {in_captions} images in the captions, but {in_embeddings} in the embeddings"
+            )
             raise _mismatch_error(captions, embeddings, problem)
 
 
@@ -101,25 +103,25 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
             yield pq.ParquetFile(file)
 
 
-def find_kept_rows(parquet: pq.ParquetFile, left_out: frozenset[str]) -> npt.NDArray[np.bool_]:
-    """Returns for each row of a captions shard whether its image is not left out, `[rows]`."""
-    if not left_out:
+def find_kept_rows(parquet: pq.ParquetFile, left_out_ids: frozenset[str]) -> npt.NDArray[np.bool_]:
+    """Returns, for each row of a captions shard, whether its image is kept, `[rows]`."""
+    if not left_out_ids:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
-    return np.fromiter((image_id not in left_out for image_id in ids), np.bool_, len(ids))
+    return np.fromiter((image_id not in left_out_ids for image_id in ids), np.bool_, len(ids))
 
 
 def read_caption_rows(parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a captions shard that are kept, `[rows]`, with only the columns that an index stores."""
-    schema = pa.schema([*ROWS, *CANDIDATES])
+    """Yields the columns that an index stores of the rows for which `kept`, `[rows]`, is true."""
+    schema = pa.schema([*ROW_SCHEMA, *CANDIDATES_SCHEMA])
     start = 0
     for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=schema.names):
         mask = kept[start : start + batch.num_rows]
         start += batch.num_rows
         rows = batch if mask.all() else batch.filter(pa.array(mask))
-        candidates = rows["candidates"].cast(CANDIDATES.field(0).type)  # they may have no scores
+        candidates = rows["candidates"].cast(CANDIDATES_SCHEMA.field(0).type)  # adds missing scores as nulls
         yield add_missing_columns(
-            rows.set_column(rows.schema.get_field_index("candidates"), CANDIDATES.field(0), candidates), schema
+            rows.set_column(rows.schema.get_field_index("candidates"), CANDIDATES_SCHEMA.field(0), candidates), schema
         )
 
 
@@ -127,15 +129,17 @@ def match_embeddings_to_captions(
     captions: ShardedDataset,
     embeddings: ShardedDataset,
     shard: int,
-    caption_rows: pq.ParquetFile,
-    embedding_rows: pq.ParquetFile,
+    caption_file: pq.ParquetFile,
+    embedding_file: pq.ParquetFile,
 ) -> npt.NDArray[np.int64]:
-    """Returns the position of the caption of each embedding in a shard, `[embeddings]`; -1 if captioning failed.
+    """Returns, for each embedding of a shard, the row of its caption, `[embeddings]`; -1 if captioning failed.
+
+    `caption_file` and `embedding_file` are the opened files of the shard.
 
     Raises:
         DatasetError: an image is in one dataset, but has neither a row nor a recorded failure in the other.
     """
-    captioned, embedded = map(_read_image_ids, (caption_rows, embedding_rows))
+    captioned, embedded = map(_read_image_ids, (caption_file, embedding_file))
     indices = pc.fill_null(pc.index_in(embedded, value_set=captioned), -1)
     positions: npt.NDArray[np.int64] = indices.to_numpy(zero_copy_only=False).astype(np.int64)
     without_caption = embedded.filter(pa.array(positions < 0))
@@ -149,24 +153,24 @@ def match_embeddings_to_captions(
 
 
 def read_embeddings(parquet: pq.ParquetFile, dimension: int) -> npt.NDArray[np.float32]:
-    """Reads the vectors of a shard, `[rows, dimension]`, rescaled to unit length because they are stored as float16."""
+    """Reads the vectors of a shard, `[rows, dimension]`. Rescales them to unit length, because float16 rounds them."""
     return np.concatenate([np.empty((0, dimension), np.float32), *_read_vector_batches(parquet)])
 
 
 def sample_embeddings(
     shards: Sequence[tuple[ShardedDataset, InputShard]], count: int, dimension: int
 ) -> npt.NDArray[np.float32]:
-    """Samples about `count` vectors from evenly spaced shards, `[rows, dimension]`. Only the sample is held in memory.
+    """Returns a sample of about `count` vectors from evenly spaced shards, `[sample, dimension]`.
 
-    `shards` contains pairs of an embeddings dataset and one of its shards.
+    `shards` contains pairs of an embeddings dataset and one of its shards. Only the sample is held in memory.
     """
     chosen = [shards[position] for position in np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).astype(int))]
     rows = sum(shard.rows for _, shard in chosen)
-    fraction = min(1.0, 1.05 * count / max(1, rows))
+    fraction = min(1.0, 1.05 * count / max(1, rows))  # the size of the sample varies, so aim for 5% more
     generator = np.random.default_rng(_SEED)
     samples = [np.empty((0, dimension), np.float32)]
     for embeddings, shard in chosen:
-        with open_shard(embeddings, shard.shard, shard.embeddings) as parquet:
+        with open_shard(embeddings, shard.shard, checksum=shard.embeddings) as parquet:
             samples += [batch[generator.random(len(batch)) < fraction] for batch in _read_vector_batches(parquet)]
     return np.concatenate(samples)
 
@@ -183,7 +187,7 @@ def _read_image_ids(parquet: pq.ParquetFile) -> pa.Array:
 
 
 def _find_missing_without_failure(dataset: ShardedDataset, shard: int, missing: pa.Array) -> str | None:
-    """Returns the id of the first missing image that is not recorded as a failure, or None if there is none."""
+    """Returns the id of the first of the `missing` images that is not recorded as a failure; None if all are."""
     if not len(missing):
         return None
     failures = dataset.read_failures(shard)

@@ -31,7 +31,7 @@ _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
 def read_sentences(path: str) -> list[str]:
-    """Reads candidate sentences from a text file, one per line.
+    """Reads the sentences to compare images with from a text file, one per line.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -46,10 +46,14 @@ def read_sentences(path: str) -> list[str]:
 class ImageQueryModels:
     """Embeds and captions images. This context manager is thread-safe.
 
-    `ranker` is a dual encoder for image-text retrieval. `captioner` is the folder of a captioner, or an address such as
-    `hf:FOLDER`. `weights` is the encoder's weights file, required if the models were trained with such a file, unless
-    the captioner contains the weights. `decoding` limits how images are decoded, and `generation` configures how they
-    are captioned.
+    Args:
+        ranker: a dual encoder for image-text retrieval. Without it, images cannot be embedded.
+        captioner: folder of a captioner, or an address such as `hf:FOLDER`. If None, images cannot be captioned.
+        weights: weights file of the encoder. It is required only if the models were trained with an encoder from a
+            file, and the captioner does not contain the weights.
+        device: device of the models, such as `cuda`.
+        decoding: limits for decoding images.
+        generation: how images are captioned.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.
@@ -70,7 +74,7 @@ class ImageQueryModels:
         self._device = device
         self._lock = threading.Lock()  # a model uses all cores for one image
         self._resources = ExitStack()
-        self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []
+        self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []  # with the encoder's description
         self._caption_encoder = None
         self._generation = generation
         if captioner is not None:
@@ -143,6 +147,7 @@ class ImageQueryModels:
             raise QueryError("captioning an image requires a captioner")
         images = self._encode(self._caption_encoder, content)
         with self._lock:
+            # The image id seeds sampling, so the same image gets the same captions.
             captions = self._generate(images, [f"{hash_content(content):016x}"])
         if self._ranker is not None:
             vector = self.embed(content)
@@ -158,7 +163,8 @@ class ImageQueryModels:
         encoder, decoders = image_encoder
         pixels = decoders.decode(content).pixels
         with self._lock:
-            return encoder.encode_async([pixels])()
+            wait_for_features = encoder.encode_async([pixels])
+            return wait_for_features()
 
     def _load(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
         for description, image_encoder in self._loaded:
@@ -169,7 +175,7 @@ class ImageQueryModels:
             encoder: ImageEncoder | PixelReader = open_encoder(transform, self._device)
             model.require_encoder(encoder.description)
         else:
-            encoder = PixelReader(transform)
+            encoder = PixelReader(transform)  # the model takes pixels
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
         self._loaded.append((model.encoder, (encoder, decoders)))
         return encoder, decoders

@@ -31,8 +31,9 @@ def write_output(
 ) -> int:
     r"""Writes rows as they arrive and returns their number. Only one batch is kept in memory.
 
-    `table` aligns columns by the first batch and truncates values to fit a terminal of `width` characters. If `width`
-    is None, values are not truncated. `csv` writes nested values as JSON, and `jsonl` writes one object per row.
+    `table` chooses the column widths from the first batch, and truncates values to fit a terminal of `width`
+    characters. If `width` is None, values of the first batch are not truncated. `csv` writes nested values as JSON, and
+    `jsonl` writes one object per row.
 
     In CSV, text that a spreadsheet would execute as a formula gets the prefix `'`, unless `escape_formulas` is False.
     Such text begins with `=`, `+`, `-`, `@`, a tab or a line break, possibly after one or more `'`. To restore all
@@ -62,7 +63,7 @@ def write_output(
 def _write_csv(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: BinaryIO, escape_formulas: bool) -> None:
     def convert(column: pa.Array) -> pa.Array:
         if _needs_json(column.type):
-            return pa.array([_to_json(value) for value in _to_plain(column)], pa.string())
+            return pa.array([_dump_json(value) for value in _to_json_values(column)], pa.string())
         column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
         return _escape_formulas(column) if escape_formulas and pa.types.is_string(column.type) else column
 
@@ -79,18 +80,18 @@ def _escape_formulas(texts: pa.Array) -> pa.Array:
 
 def _write_json_lines(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: BinaryIO) -> None:
     for batch in batches:
-        columns = [_to_plain(column) for column in batch.columns]
+        columns = [_to_json_values(column) for column in batch.columns]
         objects = (dict(zip(schema.names, values, strict=True)) for values in zip(*columns, strict=True))
-        sink.write("".join(f"{_to_json(row)}\n" for row in objects).encode())
+        sink.write("".join(f"{_dump_json(row)}\n" for row in objects).encode())
 
 
 def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: BinaryIO, width: int | None) -> None:
     """Writes an aligned table. Rich's Table would need all rows at once and take 100 times as long per row."""
-    names = [_escape(name) for name in schema.names]
+    names = [_escape_control_characters(name) for name in schema.names]
     numeric = [_is_number(field.type) for field in schema]
     widths: list[int] = []
     for batch in _merge_first_rows(batches):
-        cells = [[_to_cell(value) for value in _to_plain(column)] for column in batch.columns]
+        cells = [[_to_cell(value) for value in _to_json_values(column)] for column in batch.columns]
         if not widths:
             widths = [max(map(cell_len, [name, *column])) for name, column in zip(names, cells, strict=True)]
             excess = 0 if width is None else sum(widths) + len(_GAP) * (len(widths) - 1) - width
@@ -106,7 +107,7 @@ def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: Bin
 
 
 def _merge_first_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yields the batches. The first batch has a single row only if there is only one row in total."""
+    """Yields batches. Merges the first ones until they have two rows, so a single row is the only row in total."""
     pending: pa.RecordBatch | None = None
     for batch in batches:
         merged = batch if pending is None else pa.concat_batches([pending, batch])
@@ -119,15 +120,17 @@ def _merge_first_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBa
 
 def _format_record(names: Sequence[str], row: pa.RecordBatch, width: int) -> str:
     """Formats a row that is wider than the terminal, with one line per column or list element."""
-    margin = max(map(cell_len, names))
+    name_width = max(map(cell_len, names))
     lines = []
     for name, column in zip(names, row.columns, strict=True):
-        (value,) = _to_plain(column)
+        (value,) = _to_json_values(column)
         texts = [_to_cell(value)]
         if isinstance(value, list) and value:
-            texts = [_format_element(element, width - margin - len(_GAP)) for element in value]
-        titles = [name, *[""] * (len(texts) - 1)]
-        lines += [f"{set_cell_size(title, margin)}{_GAP}{text}\n" for title, text in zip(titles, texts, strict=True)]
+            texts = [_format_element(element, width - name_width - len(_GAP)) for element in value]
+        labels = [name, *[""] * (len(texts) - 1)]
+        lines += [
+            f"{set_cell_size(label, name_width)}{_GAP}{text}\n" for label, text in zip(labels, texts, strict=True)
+        ]
     return "".join(lines)
 
 
@@ -163,11 +166,11 @@ def _to_cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str):
-        return _escape(value)
-    return "NULL" if value is None else _escape(_to_json(value))
+        return _escape_control_characters(value)
+    return "NULL" if value is None else _escape_control_characters(_dump_json(value))
 
 
-def _escape(text: str) -> str:
+def _escape_control_characters(text: str) -> str:
     """Escapes characters that would control the terminal or break the line."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -180,27 +183,28 @@ def _needs_json(kind: pa.DataType) -> bool:
     return bool(pa.types.is_nested(kind) or pa.types.is_binary(kind) or kind == pa.month_day_nano_interval())
 
 
-def _to_json(value: Any) -> str:
+def _dump_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _to_plain(column: pa.Array) -> list[Any]:
-    return [_to_plain_value(value, column.type) for value in column.to_pylist()]
+def _to_json_values(column: pa.Array) -> list[Any]:
+    """Returns the values of a column, with only types that JSON has."""
+    return [_to_json_value(value, column.type) for value in column.to_pylist()]
 
 
-def _to_plain_value(value: Any, kind: pa.DataType) -> Any:
-    """Converts a value to the types of JSON."""
+def _to_json_value(value: Any, kind: pa.DataType) -> Any:
+    """Converts a value to types that JSON has. `kind` is the Arrow type of the value."""
     if value is None or not pa.types.is_nested(kind):
-        return _to_plain_scalar(value, kind)
+        return _to_json_scalar(value, kind)
     if pa.types.is_map(kind):
-        return {str(key): _to_plain_value(item, kind.item_type) for key, item in value}
+        return {str(key): _to_json_value(item, kind.item_type) for key, item in value}
     if pa.types.is_struct(kind):
-        return {name: _to_plain_value(item, kind.field(name).type) for name, item in value.items()}
-    return [_to_plain_value(item, kind.value_type) for item in value]
+        return {name: _to_json_value(item, kind.field(name).type) for name, item in value.items()}
+    return [_to_json_value(item, kind.value_type) for item in value]
 
 
-def _to_plain_scalar(value: Any, kind: pa.DataType) -> Any:
-    """Converts a scalar. float16 and float32 use the shortest exact decimal; NaN and infinity become null."""
+def _to_json_scalar(value: Any, kind: pa.DataType) -> Any:
+    """Converts a scalar. A float becomes the shortest decimal that restores it; NaN and infinity become null."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

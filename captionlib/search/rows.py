@@ -1,6 +1,7 @@
 """Stores the rows of an index, one per captioned image, in memory-mapped Arrow files and filters them with SQL.
 
-Row numbers identify rows throughout the index. Reading 20 rows takes microseconds; Parquet would decode 20 row groups.
+Row numbers identify rows throughout the index. Reading 20 rows takes microseconds; from Parquet, it would decode 20 row
+groups.
 """
 
 import hashlib
@@ -20,15 +21,15 @@ import pyarrow.compute as pc
 from captionlib.data.shards.schemas import add_missing_columns, captions_schema
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, connect, restrict_connection
-from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
+from captionlib.search.sql.statements import check_condition, check_reads_only, to_query_error
 
 __all__ = [
-    "CANDIDATES",
+    "CANDIDATES_SCHEMA",
     "COLUMNS",
-    "ROWS",
+    "ROW_SCHEMA",
     "CandidateStore",
     "RowStore",
-    "find_duplicate_id",
+    "find_repeated_id",
     "number_rows",
     "read_rows",
     "write_rows",
@@ -38,15 +39,15 @@ COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_t
 """The columns of a captions dataset that search results show. The last three are null if they are not known."""
 
 _CAPTIONS = captions_schema(has_scores=True)
-ROWS = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])
-CANDIDATES = pa.schema([_CAPTIONS.field("candidates")])
+ROW_SCHEMA = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])
+CANDIDATES_SCHEMA = pa.schema([_CAPTIONS.field("candidates")])
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
-_CANDIDATES_BATCH_ROWS = 512  # to read a row, its batch and the batches before it are decompressed
+_CANDIDATES_BATCH_ROWS = 512  # reading a row decompresses its batch, and all earlier batches to count their rows
 _MAX_SLICED_ROWS = 100  # up to this many rows, slicing each row is much faster than `take`
 
 
-class DuplicateId(NamedTuple):
+class RepeatedId(NamedTuple):
     """An image id, and the number of rows that have it."""
 
     image_id: str
@@ -59,18 +60,18 @@ def write_rows(rows_path: Path, candidates_path: Path, batches: Iterable[pa.Reco
     with (
         pa.OSFile(str(rows_path), "wb") as rows_file,
         pa.OSFile(str(candidates_path), "wb") as candidates_file,
-        pa.ipc.new_file(rows_file, ROWS) as rows,
-        pa.ipc.new_file(candidates_file, CANDIDATES, options=compressed) as candidates,
+        pa.ipc.new_file(rows_file, ROW_SCHEMA) as rows,
+        pa.ipc.new_file(candidates_file, CANDIDATES_SCHEMA, options=compressed) as candidates,
     ):
         for batch in batches:
             rows.write_batch(batch.select(COLUMNS))
             candidates.write_table(
-                pa.Table.from_batches([batch.select(CANDIDATES.names)]), max_chunksize=_CANDIDATES_BATCH_ROWS
+                pa.Table.from_batches([batch.select(CANDIDATES_SCHEMA.names)]), max_chunksize=_CANDIDATES_BATCH_ROWS
             )
 
 
 def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
-    """Maps an Arrow file into memory and yields its batches, with all columns of `ROWS`.
+    """Maps an Arrow file into memory and yields its batches, with all columns of `ROW_SCHEMA`.
 
     Raises:
         DatasetError: the file is missing or invalid.
@@ -78,7 +79,7 @@ def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         for index in range(reader.num_record_batches):
-            yield add_missing_columns(reader.get_batch(index), ROWS)
+            yield add_missing_columns(reader.get_batch(index), ROW_SCHEMA)
     except (OSError, pa.ArrowInvalid) as error:
         raise DatasetError(f"{path} cannot be read ({error}); build the index again with --overwrite") from error
 
@@ -93,20 +94,20 @@ def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         start += batch.num_rows
 
 
-def find_duplicate_id(paths: Iterable[Path]) -> DuplicateId | None:
-    """Returns an image id that occurs in several rows of the files, if any. Spills to disk if there are many rows."""
-    ids = pa.schema([ROWS.field("image_id")])
+def find_repeated_id(paths: Iterable[Path]) -> RepeatedId | None:
+    """Returns an image id that several rows of the files have; None if ids are unique. Spills to disk if needed."""
+    ids = pa.schema([ROW_SCHEMA.field("image_id")])
     batches = (batch.select(ids.names) for path in paths for batch in read_rows(path))
     with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(SqlLimits(), spill)) as connection:
         connection.register("images", pa.RecordBatchReader.from_batches(ids, batches))
         found = connection.execute(
             "SELECT image_id, count(*) FROM images GROUP BY image_id HAVING count(*) > 1 LIMIT 1"
         ).fetchone()
-    return None if found is None else DuplicateId(*found)
+    return None if found is None else RepeatedId(*found)
 
 
 class RowStore:
-    """The rows of all shards of an index, in Arrow files in the order of the rows. This class is thread-safe."""
+    """The rows of an index. `paths` are the Arrow files of its shards, in order. This class is thread-safe."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._batches = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
@@ -119,7 +120,7 @@ class RowStore:
     def take(self, rows: npt.NDArray[np.int64]) -> pa.Table:
         """Returns the rows with the given numbers, in the given order."""
         if not len(rows):
-            return ROWS.empty_table()
+            return ROW_SCHEMA.empty_table()
         batch_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         if len(rows) <= _MAX_SLICED_ROWS:
             offsets = zip(batch_of_row.tolist(), (rows - self._starts[batch_of_row]).tolist(), strict=True)
@@ -140,7 +141,7 @@ class RowStore:
         return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
 
     def count_splits(self) -> dict[str, int]:
-        """Returns the number of images in each split, sorted by the name of the split."""
+        """Returns the number of images in each split, sorted by split name."""
         counts = Counter[str]()
         for batch in self._batches:
             counts.update({each["values"]: each["counts"] for each in pc.value_counts(batch["split"]).to_pylist()})
@@ -152,13 +153,13 @@ class RowStore:
             yield from batch["uri"].to_pylist()
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
-        """Returns the numbers of the rows that match a SQL condition over `COLUMNS`, ascending.
+        """Returns the row numbers, ascending, of the rows that match a SQL condition over `COLUMNS`.
 
         Raises:
             QueryError: the condition is invalid or fails.
         """
         if self._filter is None:
-            self._filter = _RowFilter(pa.Table.from_batches(number_rows(self._batches), pa.schema([_ROW, *ROWS])))
+            self._filter = _RowFilter(pa.Table.from_batches(number_rows(self._batches), pa.schema([_ROW, *ROW_SCHEMA])))
         return self._filter.find_matching(where, parameters)
 
 
@@ -222,8 +223,8 @@ class _RowFilter:
             check_reads_only(cursor, sql)
             rows = cursor.execute(sql, list(parameters)).fetchnumpy()["row"]
         except (duckdb.Error, QueryError) as error:
-            query_error = error if isinstance(error, QueryError) else describe_error(error)
-            message = str(query_error).removeprefix("query: ")  # the prefix of all messages of `describe_error`
+            query_error = error if isinstance(error, QueryError) else to_query_error(error)
+            message = str(query_error).removeprefix("query: ")  # the prefix of all messages of `to_query_error`
             raise QueryError(
                 f"where: {message} Expected a condition over {', '.join(COLUMNS)}, "
                 "such as: split = 'val' AND log_prob > -10"

@@ -29,17 +29,19 @@ _MAX_WORD_LENGTH = 40
 _MAX_CLAUSES = 64
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
-# If a filter matches at most this many rows, they become part of the query. Otherwise, the hits are filtered.
+# If a filter matches at most this many rows, their numbers become part of the query. Otherwise, the hits are filtered.
 _MAX_TERM_SET = 20_000
 
 
 class _Clause(NamedTuple):
+    """A word or phrase of a query, and whether it is required, excluded or optional."""
+
     occur: Occur
     words: list[tuple[int, str]]  # position in the clause, stemmed word
 
 
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
-    """Writes a text index to a new folder. `rows` have the columns of `ROWS`, and row.
+    """Writes a text index to a new folder. `rows` have the columns of `ROW_SCHEMA`, and `row`, the row number.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.
@@ -59,7 +61,7 @@ def _write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch])
     path.mkdir(parents=True)
     index = tantivy.Index(_make_schema(), path=str(path))
     index.register_tokenizer(_ANALYZER, _make_analyzer(language))
-    # With one thread, the same captions in the same order give the same scores.
+    # One thread, so that the same captions in the same order give the same scores.
     writer = index.writer(_WRITER_BYTES, 1)
     for batch in rows:
         for row in batch.select(["row", "image_id", "split", "caption", "log_prob", "image_text_score"]).to_pylist():
@@ -124,25 +126,25 @@ class TextIndex:
         min_log_prob: float | None = None,
         sort: Sort = "relevance",
     ) -> Hits:
-        """Returns the best captions for a query, restricted to the sorted row numbers `matching` if it is not None.
+        """Returns the best captions for a query. `matching` are the row numbers to search, ascending; None for all.
 
         Raises:
-            QueryError: the query contains no words other than stop words, or too many words.
+            QueryError: the query contains only stop words, or too many words and phrases.
         """
         parsed = self._restrict(self._parse(query), split, min_log_prob)
         if matching is None:
             return self._search(parsed, limit, sort)
         if len(matching) <= _MAX_TERM_SET:
-            admitted = Query.const_score_query(Query.term_set_query(self._schema, "row", matching.tolist()), 0.0)
-            return self._search(Query.boolean_query([(Occur.Must, parsed), (Occur.Must, admitted)]), limit, sort)
-        depth = limit
+            row_query = Query.const_score_query(Query.term_set_query(self._schema, "row", matching.tolist()), 0.0)
+            return self._search(Query.boolean_query([(Occur.Must, parsed), (Occur.Must, row_query)]), limit, sort)
+        fetched = limit
         while True:
-            depth = min(4 * depth, max(1, len(self)))
-            hits = self._search(parsed, depth, sort)
+            fetched = min(4 * fetched, max(1, len(self)))
+            hits = self._search(parsed, fetched, sort)
             positions = np.searchsorted(matching, hits.rows).clip(max=len(matching) - 1)
-            is_admitted = matching[positions] == hits.rows
-            if np.count_nonzero(is_admitted) >= limit or len(hits) < depth or depth == len(self):
-                return hits[is_admitted][:limit]
+            is_match = matching[positions] == hits.rows
+            if np.count_nonzero(is_match) >= limit or len(hits) < fetched or fetched == len(self):
+                return hits[is_match][:limit]
 
     def search_and_count(
         self,
@@ -152,7 +154,7 @@ class TextIndex:
         min_log_prob: float | None = None,
         sort: Sort = "relevance",
     ) -> tuple[Hits, int]:
-        """Returns the captions that match a query, and their total number, in one pass. See `search`."""
+        """Returns the best captions for a query, and the number of all captions that match; see `search`."""
         parsed = self._restrict(self._parse(query), split, min_log_prob)
         hits, count = self._search_and_count(parsed, max(1, limit), sort)
         return hits[:limit], count
@@ -167,11 +169,11 @@ class TextIndex:
             return hits
         rows = Query.const_score_query(Query.term_set_query(self._schema, "row", hits.rows.tolist()), 1.0)
         parts = [(clause.occur, self._to_query(clause.words)) for clause in clauses]
-        admitted = self._search(Query.boolean_query([(Occur.Must, rows), *parts]), len(hits), "relevance")
-        return hits[np.isin(hits.rows, admitted.rows)]
+        kept = self._search(Query.boolean_query([(Occur.Must, rows), *parts]), len(hits), "relevance")
+        return hits[np.isin(hits.rows, kept.rows)]
 
     def find_words(self, query: str, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Returns, for each text, the first and last positions of the words that a query searches for."""
+        """Returns, for each text, the start and end (exclusive) of every word that a query searches for."""
         clauses = self._parse_clauses(query) if texts else ()
         words = {word for clause in clauses if clause.occur != Occur.MustNot for _, word in clause.words}
         return [
@@ -196,7 +198,7 @@ class TextIndex:
         return self._search_and_count(query, limit, sort, count=False)[0] if limit else Hits.empty()
 
     def _search_and_count(self, query: Query, limit: int, sort: Sort, count: bool = True) -> tuple[Hits, int]:
-        """Returns the best captions, and the number of all that match, or 0 if `count` is False."""
+        """Returns the best captions, and the number of all captions that match; 0 if `count` is False."""
         order_by = None if sort == "relevance" else sort
         limit = min(limit, max(1, len(self)))
         try:

@@ -1,4 +1,6 @@
-"""Builds and searches a Faiss index of embeddings: trains centroids, writes an index per shard, and merges them.
+"""Builds and searches a Faiss index of embeddings.
+
+A build trains centroids, writes a partial index for each shard, and merges the partial indexes.
 
 Scores are inner products of unit vectors. Every index is an inverted file. An index with the encoding `Flat` has a
 single inverted list, so search is exact.
@@ -36,7 +38,7 @@ _MAX_TIES = 4096  # if more vectors have the same score, their order is not defi
 
 
 class RowMove(NamedTuple):
-    """Rows `start` to `end` (exclusive) of an index get the row numbers from `new_start` on in the new version."""
+    """Rows `start` to `end` (exclusive) of an index become rows `new_start` and following of the new version."""
 
     start: int
     end: int
@@ -71,11 +73,11 @@ def write_trained_index(layout: VectorLayout, sample: Vectors, path: Path) -> No
     index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.niter = _KMEANS_ITERATIONS
-    index.cp.min_points_per_centroid = 1  # no warning about few rows per list, which the user may intend
+    index.cp.min_points_per_centroid = 1  # no warning about few vectors per list, which the user may intend
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
-    missing = max(0, layout.nlist - len(sample))  # k-means needs a vector per list, but most images may have failed
+    missing = max(0, layout.nlist - len(sample))  # k-means needs a vector per list; many images may have failed
     random = np.random.default_rng(_SEED).normal(size=(missing, layout.dimension))
     vectors = np.concatenate([sample, random / np.linalg.norm(random, axis=1, keepdims=True)])
     index.train(np.ascontiguousarray(vectors, np.float32))
@@ -83,7 +85,7 @@ def write_trained_index(layout: VectorLayout, sample: Vectors, path: Path) -> No
 
 
 def write_partial_index(trained: Path, rows: RowNumbers, vectors: Vectors, path: Path) -> None:
-    """Writes the partial index of one shard; `rows` are the row numbers of its vectors in the whole index."""
+    """Writes the partial index of one shard. `rows` are the row numbers of its vectors in the whole index."""
     index = faiss.read_index(str(trained))
     if len(rows):
         index.add_with_ids(np.ascontiguousarray(vectors, np.float32), rows)
@@ -91,10 +93,10 @@ def write_partial_index(trained: Path, rows: RowNumbers, vectors: Vectors, path:
 
 
 def merge_indexes(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], path: Path) -> int:
-    """Merges partial indexes into a copy of the index `base`, in memory, and returns the number of vectors.
+    """Merges partial indexes into a copy of the index `base`. Returns the number of vectors of the result.
 
-    `moves` are the rows of `base` to keep. The vectors of each inverted list are sorted by row number, so the result is
-    the same as if all vectors had been added at once.
+    `moves` are the rows of `base` to keep, and their new row numbers. The vectors of each inverted list are sorted by
+    row number, so the result is the same as if all vectors had been added at once.
     """
     index = faiss.read_index(str(base))
     if index.ntotal:
@@ -109,7 +111,7 @@ def merge_indexes(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], p
 
 
 def _write_index(index: Any, path: Path) -> None:
-    """Writes an index. If the disk is full when Faiss itself closes a file, Faiss only prints an error.
+    """Writes an index without letting Faiss open the file: if the disk is full, Faiss may only print an error.
 
     Raises:
         OSError: the file cannot be written.
@@ -131,6 +133,7 @@ def _write_index(index: Any, path: Path) -> None:
 
 def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
     """Changes row numbers, and removes the vectors of all other rows. `moves` must be sorted."""
+    # The zeros are for an empty `moves`.
     starts, ends, new_starts = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
     last_row = max(int(ids.max(initial=0)) for ids, _ in _iter_lists(index))
     is_kept = np.zeros(max(int(ends.max()), last_row + 1), np.bool_)
@@ -153,6 +156,8 @@ def _iter_lists(index: Any) -> Iterator[tuple[RowNumbers, npt.NDArray[np.uint8]]
 
 class VectorIndex:
     """An open vector index. This class is thread-safe. A query runs on one thread and loads only the pages it needs.
+
+    `rows` is the number of rows of the whole index, including rows without a vector.
 
     Raises:
         DatasetError: the file is invalid or has a different layout.
@@ -179,28 +184,28 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors. Equal scores are ordered by row number.
 
-        If `matching` is not None, only these rows are returned. The fewer they are, the more lists are searched, until
-        the search has `limit` hits or has searched all lists.
+        If `matching` is not None, only these rows are searched. If they are few, more inverted lists are searched than
+        `nprobe`. If there are fewer than `limit` hits, the search continues until all lists have been searched.
         """
-        candidates = len(self) if matching is None else len(matching)
-        if not min(limit, candidates):
+        searchable = len(self) if matching is None else len(matching)
+        if not min(limit, searchable):
             return Hits.empty()
-        depth = min(limit + 1, candidates)
+        depth = min(limit + 1, searchable)
         selector, _bitmap = self._make_selector(matching)
-        hits = self._search_lists(vector, depth, candidates, selector)
-        # More rows may have the same score as the last hit. All of them are needed to choose those that come first.
-        while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < candidates:
+        hits = self._search_lists(vector, depth, searchable, selector)
+        # While more rows may tie with the last hit, search deeper: of equal scores, the lowest row numbers are kept.
+        while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable:
             if depth > _MAX_TIES + limit:
                 break
-            depth = min(4 * depth, candidates)
-            hits = self._search_lists(vector, depth, candidates, selector)
+            depth = min(4 * depth, searchable)
+            hits = self._search_lists(vector, depth, searchable, selector)
         return hits[np.lexsort((hits.rows, -hits.scores))[:limit]]
 
-    def _search_lists(self, vector: Vectors, limit: int, candidates: int, selector: Any) -> Hits:
+    def _search_lists(self, vector: Vectors, limit: int, searchable: int, selector: Any) -> Hits:
         layout = self.layout
         nprobe = layout.nprobe
         if selector is not None:
-            nprobe = min(layout.nlist, round(nprobe * self._rows / candidates))
+            nprobe = min(layout.nlist, round(nprobe * self._rows / searchable))
         query = np.ascontiguousarray(vector, np.float32).reshape(1, -1)
         while True:
             parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)

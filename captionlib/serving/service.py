@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from captionlib.errors import QueryError
 from captionlib.search.index import Filter, Index
-from captionlib.search.rows import COLUMNS, ROWS
+from captionlib.search.rows import COLUMNS, ROW_SCHEMA
 from captionlib.search.text_index import Sort
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.monitoring import MODEL_SECONDS
@@ -205,7 +205,7 @@ class SearchService:
             with suppress(QueryError):
                 rows.append(self.index.get_image(image_id))
         columns = [name for name in COLUMNS if name != "uri"]
-        return pa.Table.from_pylist(rows, ROWS).select(columns)
+        return pa.Table.from_pylist(rows, ROW_SCHEMA).select(columns)
 
     def get_image_uri(self, image_id: str) -> str:
         """Returns the URI of an image, which must not be shown to visitors; see `Index.get_image`."""

@@ -12,7 +12,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from captionlib.evaluation.crop_and_attention import CropAndAttention
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
-from tests.browser import needs_browser, open_browser
+from tests.browser import find_violations, needs_browser, open_browser
 
 pytestmark = needs_browser
 
@@ -173,3 +173,10 @@ def test_rows_of_best_and_worst_scroll_horizontally(browser: WebDriver, tmp_path
         "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
     assert width <= available
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_report_is_accessible(page: Path, browser: WebDriver, scheme: str) -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    assert find_violations(browser) == []

@@ -7,12 +7,12 @@ import pytest
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.index_folder import compute_hash
 from captionlib.search.rows import (
-    CANDIDATES,
+    CANDIDATES_SCHEMA,
     COLUMNS,
-    ROWS,
+    ROW_SCHEMA,
     CandidateStore,
     RowStore,
-    find_duplicate_id,
+    find_repeated_id,
     number_rows,
     read_rows,
     write_rows,
@@ -45,7 +45,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
             for n in numbers
         ]
         written = folder / "rows", folder / "candidates"
-        batch = pa.RecordBatch.from_pylist(rows, pa.schema([*ROWS, *CANDIDATES]))
+        batch = pa.RecordBatch.from_pylist(rows, pa.schema([*ROW_SCHEMA, *CANDIDATES_SCHEMA]))
         write_rows(*written, [batch.slice(position, 600) for position in range(0, size, 600)])
         paths.append(
             (written[0].rename(folder / f"r{start}{size}"), written[1].rename(folder / compute_hash(written[1])))
@@ -111,12 +111,12 @@ def test_wrong_condition_is_one_error_with_an_example(store: RowStore, where: st
 def test_splits_are_sorted() -> None:
     store = RowStore([])
     values = [{"image_id": "1", "uri": "u", "split": split, "caption": "c"} for split in ("val", "test", "val")]
-    store._batches = [pa.RecordBatch.from_pylist(values, ROWS)] * 2
+    store._batches = [pa.RecordBatch.from_pylist(values, ROW_SCHEMA)] * 2
     assert list(store.count_splits()) == ["test", "val"]
 
 
 def test_rows_are_numbered_as_int64_even_if_empty(files: list[tuple[Path, Path]]) -> None:
-    (batch,) = number_rows([pa.RecordBatch.from_pylist([], ROWS)])
+    (batch,) = number_rows([pa.RecordBatch.from_pylist([], ROW_SCHEMA)])
     assert batch.schema.field("row") == pa.field("row", pa.int64(), nullable=False)
 
 
@@ -153,8 +153,8 @@ def test_damaged_candidates_are_detected_when_they_are_read(files: list[tuple[Pa
 
 def test_ids_that_occur_twice_are_found(files: list[tuple[Path, Path]]) -> None:
     rows = [path for path, _ in files]
-    assert find_duplicate_id(rows) is None
-    duplicate = find_duplicate_id([*rows, rows[0], rows[0]])
+    assert find_repeated_id(rows) is None
+    duplicate = find_repeated_id([*rows, rows[0], rows[0]])
     assert duplicate is not None
     assert duplicate.rows == 3
     assert int(duplicate.image_id) < 90

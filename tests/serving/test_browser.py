@@ -1,6 +1,5 @@
 from collections import Counter
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -13,13 +12,11 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from captionlib.errors import BusyError
 from captionlib.serving.thumbnails import ThumbnailSize
-from tests.browser import needs_browser, open_browser
+from tests.browser import find_violations, needs_browser, open_browser
 
 from .example_site import MALICIOUS, make_site, serve_site
 
 pytestmark = needs_browser
-
-AXE = (files("axe_core_python") / "axe.min.js").read_text(encoding="utf-8")
 
 
 class Site(str):
@@ -55,13 +52,6 @@ def wait_for(browser: WebDriver, condition: str) -> None:
 
 def summary_starts_with(text: str) -> str:
     return f"document.querySelector('.summary')?.textContent.startsWith({text!r})"
-
-
-def find_violations(browser: WebDriver) -> list[tuple[str, str]]:
-    """Returns the rules of axe that the page violates, and an element for each."""
-    browser.execute_script(AXE)
-    result = browser.execute_async_script("axe.run().then(arguments[0])")
-    return [(rule["id"], rule["nodes"][0]["html"]) for rule in result["violations"]]
 
 
 def console_errors(browser: WebDriver) -> list[str]:

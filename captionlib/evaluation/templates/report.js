@@ -44,7 +44,6 @@ function createElement(tag, className, text) {
   if (text !== undefined) element.textContent = text; // not parsed as HTML, because captions are untrusted
   return element;
 }
-const formatPercent = logProb => `${Number((100 * Math.exp(logProb)).toPrecision(2))}%`;
 function createDetails(listTag, title, texts) {
   const details = createElement("details"), list = createElement(listTag);
   details.append(createElement("summary", "", title), list);
@@ -71,7 +70,7 @@ function createCard(item) {
   frame.append(createImage(item));
   const lines = [];
   if (item.cider !== null) lines.push(`CIDEr ${item.cider.toFixed(2)}`);
-  if (item.logProb !== null) lines.push(`log-probability ${item.logProb.toFixed(2)} (${formatPercent(item.logProb)})`);
+  if (item.logProb !== null) lines.push(`log-probability ${item.logProb.toFixed(2)}`);
   if (item.imageTextScore !== null) lines.push(`fits the image: ${item.imageTextScore.toFixed(2)}`);
   const hasMaps = item.caption && item.attention.length > 0;
   text.append(hasMaps ? createWordButtons(item, frame) : createElement("p", "caption", item.caption || "(empty caption)"));
@@ -82,8 +81,8 @@ function createCard(item) {
     text.append(list);
   }
   if (item.candidates.length > 1) {
-    const candidates = item.candidates.map(([caption, logProb]) => `${caption} (${formatPercent(logProb)})`);
-    text.append(createDetails("ol", `${candidates.length} candidates`, candidates));
+    const candidates = item.candidates.map(([caption, logProb]) => `${caption} (${logProb?.toFixed(2) ?? "unknown"})`);
+    text.append(createDetails("ol", `${candidates.length} candidates, with log-probabilities`, candidates));
   }
   if (item.references.length) text.append(createDetails("ul", "references", item.references));
   card.append(frame, text);

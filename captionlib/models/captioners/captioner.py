@@ -51,18 +51,18 @@ class CaptionerConfig:
         image_input: where the projected image enters an RNN or LSTM. `initial_input`: a separate input before START
             (NeuralTalk's LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of
             Karpathy & Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's
-            RNN). `initial_state`: the state before START. `none`: a language model. A Transformer attends to the image
-            instead, so it allows only `none` and the default.
+            RNN). `initial_state`: the state before START. `none`: a language model. A Transformer allows only `none`
+            and the default, with which it attends to the image.
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
-        feature_power: exponent applied to the magnitude of features, which keep their sign; below 1 it damps large
+        feature_power: exponent of the magnitudes of features; signs are kept. An exponent below 1 damps large
             activations (Perronnin et al. 2010).
         standardize_features: standardize features with the mean and standard deviation of the training images.
         principal_components: number of whitened principal components that replace the features; 0 keeps the features.
         attention_size: dimensions of an annotation vector. 0 disables attention. Attention needs spatial feature maps.
-            A Transformer, whose annotation vectors have `hidden_size` dimensions, must have 0.
-        encoder_top: a node of the encoder network after the one that the features come from, such as `features.29` if
-            they come from `features.23`. The layers in between become part of the captioner and are fine-tuned with
-            it. If None, the features are used as they are.
+            Must be 0 for a Transformer, whose annotation vectors have `hidden_size` dimensions.
+        encoder_top: a later node of the encoder network than the node of the features, such as `features.29` for
+            features of `features.23`. The layers between the two nodes become part of the captioner and are fine-tuned
+            with it. If None, the captioner contains no layers of the encoder.
         weight_init: `neuraltalk` initializes weights from U(-r, r) with r = min(0.1, 1 / sqrt(fan_in)), word embeddings
             with r = 0.1, and the recurrent weights of an RNN with random orthogonal matrices; `pytorch` uses PyTorch's
             defaults: word embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in). A Transformer
@@ -142,7 +142,7 @@ class ImageState(NamedTuple):
         projection: `[images, size]`, the projected features. The size is that of an input, the gates or the state,
             depending on `image_input`; 0 for a language model and a Transformer.
         state: `[states, images, hidden_size]` before START: the h of each layer, then the c of each layer of an LSTM.
-            For a Transformer, `[2 * layers, images, 0, hidden_size]`, the keys and values of no words.
+            For a Transformer, an empty cache of keys and values, `[2 * layers, images, 0, hidden_size]`.
         annotations: `[images, positions, attention_size]`, annotation vectors; for a Transformer, the output of
             `Transformer.annotate`; None without attention.
     """
@@ -169,7 +169,7 @@ class CaptionerNetwork(nn.Module):
     """
 
     components: Tensor | None
-    recurrence: nn.RNNBase  # of an RNN or LSTM
+    recurrence: nn.RNNBase  # missing if the cell is a Transformer
     transformer: Transformer | None
 
     def __init__(
@@ -182,13 +182,13 @@ class CaptionerNetwork(nn.Module):
                 f"{config.image_input} and {feature_size}"
             )
         embedding_size, hidden_size, layers = config.embedding_size, config.hidden_size, config.layers
-        gates = hidden_size * (4 if config.cell == "lstm" else 1)
+        gates_size = hidden_size * (4 if config.cell == "lstm" else 1)
         self.config = config
         self.feature_size = feature_size
         self.vocabulary_size = vocabulary_size
         self.standardization = Standardization(feature_size)
-        components = config.principal_components
-        self.register_buffer("components", torch.zeros(components, feature_size) if components else None)
+        component_count = config.principal_components
+        self.register_buffer("components", torch.zeros(component_count, feature_size) if component_count else None)
         # The order of the parameters determines which random numbers initialize them.
         self.word_vectors = nn.Embedding(vocabulary_size, embedding_size)
         self.transformer = None
@@ -197,11 +197,11 @@ class CaptionerNetwork(nn.Module):
         else:
             self.recurrence = _create_recurrence(config)
         if config.image_input != "none" and self.transformer is None:
-            sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
-            self.image_projection = nn.Linear(self.projected_size, sizes.get(config.image_input, gates))
+            output_sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
+            self.image_projection = nn.Linear(self.projected_size, output_sizes.get(config.image_input, gates_size))
         self.attention: Attention | None = None
         if config.attention_size:
-            self.attention = Attention(feature_size, config.attention_size, hidden_size, gates, config.dropout)
+            self.attention = Attention(feature_size, config.attention_size, hidden_size, gates_size, config.dropout)
         self.output = nn.Linear(hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(config.dropout)
         if self.transformer is not None:
@@ -225,7 +225,7 @@ class CaptionerNetwork(nn.Module):
 
     @property
     def annotator(self) -> Attention | Transformer | None:
-        """The module that attends to the positions of a feature map; None without attention."""
+        """The module that computes annotation vectors and attends to them; None without attention."""
         is_language_model = self.config.image_input == "none"
         return self.attention if self.transformer is None or is_language_model else self.transformer
 
@@ -285,9 +285,9 @@ class CaptionerNetwork(nn.Module):
         return F.log_softmax(self.output(self.dropout(output.hidden)).float(), 1), output.state
 
     def predict_bag_of_words(self, features: Tensor) -> Tensor:
-        """Predicts which words the caption contains.
+        """Predicts which words the captions of each image contain, regardless of their order.
 
-        Returns the first token's log-probabilities, to be read as a bag of words, `[images, vocabulary_size] float32`.
+        The prediction is the distribution of the first token: log-probabilities, `[images, vocabulary_size] float32`.
         """
         image_state = self.encode_images(features)
         images = torch.arange(len(features), device=features.device)
@@ -315,11 +315,11 @@ class CaptionerNetwork(nn.Module):
                 "captioner: the average image needs the mean of the training images' features, got a captioner with "
                 "standardize_features false"
             )
-        mean = self.standardization.mean
+        mean = self.standardization.mean  # of power-normalized features, so the power is inverted here
         return self._encode_features((mean.sign() * mean.abs() ** (1 / self.config.feature_power))[None, None])
 
     def power_normalize(self, features: Tensor) -> Tensor:
-        """Raises magnitudes to `feature_power`. Standardization and principal components come after it."""
+        """Raises the magnitudes of features to `feature_power`, and keeps the signs. This precedes standardization."""
         power = self.config.feature_power
         if power == 1:
             return features
@@ -355,7 +355,7 @@ class CaptionerNetwork(nn.Module):
 
     def _run_packed(self, features: Tensor, packed: PackedSequences, image_of_sentence: Tensor) -> RecurrenceOutput:
         image_state = self.encode_images(features)
-        images = image_of_sentence[packed.order]  # from the longest sentence to the shortest
+        images = image_of_sentence[packed.order]  # the longest sentence first
         state = image_state.state.index_select(1, images)
         return self._run(packed.words, packed.batch_sizes, state, image_state, images)
 
@@ -368,20 +368,23 @@ class CaptionerNetwork(nn.Module):
         image_of_sentence: Tensor,
         is_first: bool = True,
     ) -> RecurrenceOutput:
-        """Runs the layers over words, `[tokens] int64`; `is_first` says whether the first words are START."""
+        """Runs the layers over words, `[tokens] int64`. See `run_recurrence` for the arguments.
+
+        `is_first` is whether the first time step is that of START.
+        """
         image_gates = None
         image_input = self.config.image_input
         if image_input == "every_step" or (image_input == "first_step" and is_first):
             image_gates = self.dropout(image_state.projection.index_select(0, image_of_sentence))
-            if image_input == "every_step":  # sentences are sorted: the first `rows` of them reach a time step
+            if image_input == "every_step":  # the longest sentences come first and reach the most time steps
                 image_gates = torch.cat([image_gates[:rows] for rows in batch_sizes])
         inputs = self.dropout(self.word_vectors(words))  # [tokens, embedding_size]
         if self.transformer is not None:
             output = self.transformer(inputs, batch_sizes, state, image_state.annotations, image_of_sentence)
-            last = torch.stack([values[: batch_sizes[-1]] for values in output.state])
-            return RecurrenceOutput(output.hidden, last, output.attention_weights)
-        attended = (self.attention, image_state.annotations, image_of_sentence)
-        return run_recurrence(self.recurrence, self.dropout, inputs, batch_sizes, state, image_gates, *attended)
+            final_state = torch.stack([values[: batch_sizes[-1]] for values in output.state])
+            return RecurrenceOutput(output.hidden, final_state, output.attention_weights)
+        attention = (self.attention, image_state.annotations, image_of_sentence)
+        return run_recurrence(self.recurrence, self.dropout, inputs, batch_sizes, state, image_gates, *attention)
 
     def _encode_features(self, features: Tensor) -> ImageState:
         if self.transformer is not None:
@@ -423,8 +426,9 @@ class CaptionerNetwork(nn.Module):
     def _initialize_weights(self) -> None:
         """Initializes as NeuralTalk does, but with smaller weights for a layer with more than 100 inputs.
 
-        With U(-0.1, 0.1), thousands of inputs, such as those of fc7, would add up to activations much larger than the
-        softmax bias. An RNN multiplies its state by Whh at each step; an orthogonal Whh keeps the length of the state.
+        With weights from U(-0.1, 0.1), the sum over thousands of inputs, such as the features of fc7, would be much
+        larger than the softmax bias. An RNN multiplies its state by Whh at each step; an orthogonal Whh keeps the
+        length of the state.
         """
         for name, parameter in self.named_parameters():
             if "bias" in name:
@@ -432,8 +436,8 @@ class CaptionerNetwork(nn.Module):
             elif "weight_hh" in name and self.config.cell == "rnn":
                 nn.init.orthogonal_(parameter)
             else:
-                inputs = 1 if parameter is self.word_vectors.weight else parameter.shape[1]
-                bound = min(_WEIGHT_RANGE, inputs**-0.5)
+                fan_in = 1 if parameter is self.word_vectors.weight else parameter.shape[1]
+                bound = min(_WEIGHT_RANGE, fan_in**-0.5)
                 nn.init.uniform_(parameter, -bound, bound)
 
 

@@ -30,5 +30,5 @@ class ImageCaptioner(nn.Module):
         evaluation mode, features are rounded to the dtype in which a features dataset stores them.
         """
         features = self.encoder(pixels) if self.training else self.encoder.encode(pixels).float()
-        scores: TokenLogProbs = self.captioner(features, captions, image_of_sentence, mean_log_probs)
-        return scores
+        log_probs: TokenLogProbs = self.captioner(features, captions, image_of_sentence, mean_log_probs)
+        return log_probs

@@ -1,6 +1,6 @@
 """Converts sentences of different lengths to a padded matrix, and packs them without padding.
 
-Packed batches may mix sentences of any length, because a time step computes only real tokens.
+A packed batch may mix short and long sentences, because no computation is spent on padding.
 """
 
 from collections.abc import Sequence
@@ -42,11 +42,11 @@ def pad_sentences(sentences: Sequence[Sequence[int]]) -> Tensor:
 def pack_sequences(captions: Tensor) -> PackedSequences:
     """Packs the output of `pad_sentences`, `[sentences, longest] int64`."""
     lengths, order = (captions != PAD).sum(1).sort(descending=True, stable=True)
-    boundary = captions.new_full((len(captions), 1), END)
+    end_column = captions.new_full((len(captions), 1), END)
     captions = captions[order]
-    words = torch.cat([boundary, captions], 1).t()  # [time steps, sentences]
-    targets = torch.cat([captions, torch.full_like(boundary, PAD)], 1).scatter(1, lengths[:, None], END).t()
-    real = targets != PAD
-    sentences = order.expand_as(real)[real]
-    batch_sizes = real[: int(lengths[0]) + 1].sum(1).tolist()
-    return PackedSequences(words[real], targets[real], sentences, order, batch_sizes)
+    words = torch.cat([end_column, captions], 1).t()  # [time steps, sentences]
+    targets = torch.cat([captions, torch.full_like(end_column, PAD)], 1).scatter(1, lengths[:, None], END).t()
+    is_token = targets != PAD
+    sentences = order.expand_as(is_token)[is_token]
+    batch_sizes = is_token[: int(lengths[0]) + 1].sum(1).tolist()
+    return PackedSequences(words[is_token], targets[is_token], sentences, order, batch_sizes)

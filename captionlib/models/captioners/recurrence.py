@@ -44,7 +44,8 @@ def run_recurrence(
 ) -> RecurrenceOutput:
     """Runs the recurrence over packed sentences.
 
-    With attention, a step's context vector is projected twice: once added to its output, once to the next step's gates.
+    The context vector of a time step is projected and added to the output of that step, and with a different projection
+    to the gates of the next step.
 
     Args:
         rnn: an `nn.LSTM`, or an `nn.RNN` with ReLU units.
@@ -53,7 +54,7 @@ def run_recurrence(
         batch_sizes: the number of sentences that reach each time step, in non-increasing order.
         state: `[states, sentences, hidden_size]` before the first time step: the h of each layer, then the c of each
             layer of an LSTM.
-        image_gates: `[rows, gates]`, the image's part of the first layer's pre-activations for the first `rows` inputs.
+        image_gates: `[rows, gates]`, the projected image, added to the first layer's gates for the first `rows` tokens.
         attention: attention module, which requires the next two arguments; None for no attention.
         annotations: `[images, positions, attention_size]`, annotation vectors from `Attention.annotate`.
         image_of_sentence: `[sentences] int64`, the row of `annotations` that each sentence attends to.
@@ -66,7 +67,7 @@ def run_recurrence(
         groups = group_by_image(image_of_sentence, len(annotations))
     (w_ih, _, b_ih, b_hh), *upper = layers = rnn.all_weights
     recurrent = [w_hh.t() for _, w_hh, _, _ in layers]
-    feed_forward = [_connect(dropout, w_ih, b_ih + b_hh) for w_ih, _, b_ih, b_hh in upper]
+    feed_forward = [_create_feed_forward(dropout, w_ih, b_ih + b_hh) for w_ih, _, b_ih, b_hh in upper]
     h, c = list(state[: len(layers)]), list(state[len(layers) :])
     hiddens, contexts, weights = [], [], []
     if attention is not None:
@@ -92,7 +93,7 @@ def run_recurrence(
 
 
 def run_fused(rnn: nn.RNNBase, inputs: Tensor, batch_sizes: list[int], state: Tensor) -> RecurrenceOutput:
-    """Runs a recurrence that has no attention and no image gates with PyTorch's fused kernels; slow on a CPU."""
+    """Runs a recurrence without attention and image gates. Uses PyTorch's fused kernels, which are slow on a CPU."""
     packed = PackedSequence(inputs, torch.tensor(batch_sizes))
     if isinstance(rnn, nn.LSTM):
         h, c = state.contiguous().chunk(2)
@@ -114,7 +115,7 @@ def step_layers(
     Args:
         gates: `[rows, gates]`, pre-activations Wxh x + b of the first layer. The `gates` axis is 4 * hidden_size for an
             LSTM (ordered input, forget, cell, output), hidden_size for an RNN.
-        recurrent_gates: Whh h_{t-1} of each layer, `[rows, gates]`; overwritten.
+        recurrent_gates: Whh h_{t-1} of each layer, `[rows, gates]`; these tensors are overwritten.
         cells: c_{t-1} of each layer, `[rows, hidden_size]`; empty for an RNN.
         feed_forward: one function per layer above the first; computes Wxh x + b from the h of the layer below.
 
@@ -124,8 +125,8 @@ def step_layers(
     new_h: list[Tensor] = []
     new_c: list[Tensor] = []
     for layer, recurrent in enumerate(recurrent_gates):
-        below = feed_forward[layer - 1](new_h[-1]) if layer else gates
-        total = recurrent.add_(below)
+        from_below = feed_forward[layer - 1](new_h[-1]) if layer else gates
+        total = recurrent.add_(from_below)
         if not cells:
             new_h.append(torch.relu(total))
             continue
@@ -136,5 +137,5 @@ def step_layers(
     return new_h, new_c
 
 
-def _connect(dropout: nn.Module, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+def _create_feed_forward(dropout: nn.Module, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda h: F.linear(dropout(h), weight, bias)

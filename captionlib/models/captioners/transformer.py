@@ -9,9 +9,9 @@
 
 Each head computes softmax(q k / sqrt(head_size)) v. Captioners of this kind: Sharma et al. 2018 (Conceptual Captions,
 ACL), Cornia et al. 2020 (arXiv 1912.08226). Normalizing the inputs of the sublayers instead of their outputs (pre-norm)
-makes training stable (Xiong et al. 2020, arXiv 2002.04745). A feature vector is a map with one position.
+makes training stable (Xiong et al. 2020, arXiv 2002.04745). A feature vector is treated as a map with one position.
 
-The state is a cache: the keys and values of the words so far. A time step computes only those of the new word.
+The state is a cache: the keys and values of the words so far. A time step adds the keys and values of one word.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         channels: channels of the feature map; 0 for a language model, which has no cross-attention.
         size: dimensions of the word embeddings and of each layer.
         layers: number of layers.
-        heads: number of attention heads, which divides `size`.
+        heads: number of attention heads, which must divide `size`.
         dropout: dropout probability of annotation vectors, and of each sublayer's output.
     """
 
@@ -105,19 +105,19 @@ class Transformer(nn.Module):
             parent: `[sentences] int64`, the row of the state that each sentence continues; None if sentence i continues
                 row i.
         """
-        order = _TokenOrder.create(batch_sizes, state[0].shape[1], embeddings.device)
+        layout = _PaddedLayout.create(batch_sizes, state[0].shape[1], embeddings.device)
         size, layers = embeddings.shape[1], len(self.layers)
-        hidden = embeddings * size**0.5 + _encode_positions(order.position, size).to(embeddings.dtype)
+        hidden = embeddings * size**0.5 + _encode_positions(layout.position, size).to(embeddings.dtype)
         groups = None
         if annotations is not None and image_of_sentence is not None:
-            groups = group_by_image(image_of_sentence[order.sentence], annotations.shape[1])
+            groups = group_by_image(image_of_sentence[layout.sentence], annotations.shape[1])
         keys, values, weights = [], [], []
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
             past = state[index], state[layers + index]
             if parent is not None:  # one layer at a time, because the keys and values of a wide beam are large
                 past = past[0].index_select(0, parent), past[1].index_select(0, parent)
-            hidden, key, value = layer.attend_to_words(hidden, *past, order)
+            hidden, key, value = layer.attend_to_words(hidden, *past, layout)
             keys.append(key)
             values.append(value)
             if annotations is not None and groups is not None:
@@ -129,8 +129,8 @@ class Transformer(nn.Module):
         return TransformerOutput(self.norm(hidden), [*keys, *values], mean_weights)
 
 
-class _TokenOrder(NamedTuple):
-    """The cells of packed tokens in a `[sentences, steps]` matrix. Packed tokens are ordered by time step.
+class _PaddedLayout(NamedTuple):
+    """Assigns packed tokens, which are ordered by time step, to the cells of a padded `[sentences, steps]` matrix.
 
     Attributes:
         sentence: `[tokens] int64`, the sentence of each token.
@@ -145,11 +145,11 @@ class _TokenOrder(NamedTuple):
     shape: tuple[int, int]
 
     @staticmethod
-    def create(batch_sizes: list[int], first_position: int, device: torch.device) -> "_TokenOrder":
+    def create(batch_sizes: list[int], first_position: int, device: torch.device) -> "_PaddedLayout":
         steps = len(batch_sizes)
         sentence = torch.cat([torch.arange(rows, device=device) for rows in batch_sizes])
         step = torch.arange(steps, device=device).repeat_interleave(torch.tensor(batch_sizes, device=device))
-        return _TokenOrder(sentence, first_position + step, sentence * steps + step, (batch_sizes[0], steps))
+        return _PaddedLayout(sentence, first_position + step, sentence * steps + step, (batch_sizes[0], steps))
 
     def pad(self, tokens: Tensor) -> Tensor:
         """Converts `[tokens, size]` to `[sentences, steps, size]`, with zeros after the end of a sentence."""
@@ -181,16 +181,16 @@ class _Layer(nn.Module):
         self.inner_output = nn.Linear(_FEED_FORWARD_FACTOR * size, size)
 
     def attend_to_words(
-        self, hidden: Tensor, past_keys: Tensor, past_values: Tensor, order: _TokenOrder
+        self, hidden: Tensor, past_keys: Tensor, past_values: Tensor, layout: _PaddedLayout
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attends to the words up to each token; also returns the keys and values of all words so far."""
-        query, key, value = order.pad(self.word_projections(self.word_norm(hidden))).chunk(3, 2)
+        """Attends from each token to the words up to it; also returns the keys and values of all words so far."""
+        query, key, value = layout.pad(self.word_projections(self.word_norm(hidden))).chunk(3, 2)
         key = torch.cat([past_keys.to(key.dtype), key], 1)
         value = torch.cat([past_values.to(value.dtype), value], 1)
         queries, keys, values = (self._split_heads(part) for part in (query, key, value))
-        # A token attends to no padding, because the padding of a sentence follows its last token.
+        # Causal attention excludes padding, which follows the last token of a sentence.
         attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=query.shape[1] > 1)
-        attended = order.pack(attended.transpose(1, 2).flatten(2))
+        attended = layout.pack(attended.transpose(1, 2).flatten(2))
         return hidden + self.dropout(self.word_output(attended)), key, value
 
     def attend_to_image(

@@ -54,7 +54,7 @@ _BATCH_SIZE = 256  # for ranker inference
 Model = TypeVar("Model", bound=nn.Module)
 Config = TypeVar("Config")
 Identity = Mapping[str, Any]
-"""Everything except the weights that determines a model's output; see `Checkpoint.identity`."""
+"""What determines a model's output, other than the weights; see `Checkpoint.identity`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LoadedModel(Generic[Model, Config]):
         model: the network, in evaluation mode.
         vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
-        encoder: `Encoder.description` of the encoder whose features it was trained on; empty for a language model.
+        encoder: `Encoder.description` of the encoder of the training features; empty for a language model.
         encoder_weights: path or URL of the encoder's weights file or model folder; None if there is none, or if it
             cannot be found.
         provenance: the data and versions that the model was trained with.
@@ -87,7 +87,7 @@ class LoadedModel(Generic[Model, Config]):
     def find_input_transform(self, weights: str | None) -> EncoderConfig:
         """Returns the configuration of the encoder whose features are the model's input.
 
-        `weights` is the path of the encoder's weights file, if the user specified it.
+        `weights` is the path of the encoder's weights file, or None if the user did not specify one.
 
         Raises:
             ConfigError: the weights file is needed and cannot be found.
@@ -135,7 +135,7 @@ class LoadedLanguageModel(LoadedModel[CaptionerNetwork, LanguageModelConfig]):
 class LoadedRanker(LoadedModel[RankerNetwork, RankerConfig]):
     """A trained ranker, which embeds sentences (text) and image features in a joint space."""
 
-    sentence_template = None
+    sentence_template = None  # sentences are embedded as they are
 
     @property
     def size(self) -> int:
@@ -200,7 +200,7 @@ def save_captioner(
     training: Mapping[str, Any],
     encoder_weights: bytes | None = None,
 ) -> str:
-    """Saves a captioner, replaces the checkpoint in the folder if there is one, and returns its fingerprint.
+    """Saves a captioner and returns its fingerprint. A checkpoint that is already in the folder is replaced.
 
     `encoder` is the description that the features dataset records. If the encoder was fine-tuned with the captioner,
     `encoder_weights` is the content of its weights file. Provenance and training history are JSON values.
@@ -328,7 +328,7 @@ def _load(
     build: Callable[[Config, int, int, Identity], nn.Module],
     *extra: str,
 ) -> dict[str, Any]:
-    """Returns the arguments of `LoadedModel`, and further attributes of `Checkpoint.identity` named by `extra`.
+    """Returns the arguments of `LoadedModel`, and the entries of `Checkpoint.identity` that `extra` names.
 
     `build` creates the network from its configuration, feature size, vocabulary size and `Checkpoint.identity`.
     """
@@ -336,7 +336,7 @@ def _load(
     checkpoint = read_checkpoint(folder, kind)
     identity = checkpoint.identity
     try:
-        with torch.random.fork_rng(devices=[]):  # keeps the caller's random state; initial weights are overwritten
+        with torch.random.fork_rng(devices=[]):  # building a network samples weights, which are then overwritten
             architecture = dict(identity["architecture"])
             feature_size = int(architecture.pop("feature_size"))
             config = build_config(config_type, architecture, origin="architecture")

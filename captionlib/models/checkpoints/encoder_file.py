@@ -30,7 +30,7 @@ __all__ = [
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 ENCODER = "encoder.safetensors"
-ENCODER_ADDRESS = "encoder_weights"  # key in the provenance
+ENCODER_ADDRESS = "encoder_weights"  # key of the path or URL in the provenance
 
 LOCAL_WEIGHTS = ("file", "folder")
 """Values of `weights` in the description of an encoder whose weights came from a local file or folder."""
@@ -39,8 +39,9 @@ LOCAL_WEIGHTS = ("file", "folder")
 def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> str | None:
     """Returns the path or URL of the encoder's weights file or model folder, or None if there is none.
 
-    Looks for the file in the checkpoint, then for the file that the features were extracted with, and then for a file
-    of the same name in the checkpoint's folder. The content is not verified.
+    Looks for `encoder.safetensors` in the checkpoint's folder, then for the file that the features were extracted with
+    at its recorded path, and then for a file with the recorded name in the checkpoint's folder. The content is not
+    verified.
 
     Args:
         folder: the checkpoint.
@@ -62,18 +63,18 @@ def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Ma
 
 
 def missing_encoder_error(encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> ConfigError:
-    """Returns an error that says that the file with the encoder's weights cannot be found."""
+    """Returns the error for an encoder whose weights cannot be found."""
     recorded = provenance.get(ENCODER_ADDRESS)
-    found = f"{recorded}, which does not exist" if recorded else "whose path was not recorded"
+    problem = f"{recorded}, which does not exist" if recorded else "whose path was not recorded"
     kind = "model folder" if encoder.get("weights") == "folder" else "weights file"
     return ConfigError(
-        f"the encoder ({encoder.get('model')} at {encoder.get('node')}) was loaded from a {kind}, {found}; "
+        f"the encoder ({encoder.get('model')} at {encoder.get('node')}) was loaded from a {kind}, {problem}; "
         f"specify its path with --weights (SHA-256: {encoder.get('weights_sha256')})"
     )
 
 
 def not_a_checkpoint_error(folder: Folder) -> CheckpointError:
-    """Returns an error that says that a folder is not a checkpoint."""
+    """Returns the error for a folder that is not a checkpoint."""
     return CheckpointError(f"{folder.uri} is not a checkpoint: expected a folder with {CONFIG} and {WEIGHTS}")
 
 
@@ -85,7 +86,7 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
 
     Args:
         address: folder of a checkpoint, or an address with the prefix of a family.
-        weights: path of the encoder's weights file, if the user specified it.
+        weights: path of the encoder's weights file; None if the user did not specify one.
 
     Raises:
         CheckpointError: the folder is not a checkpoint.
@@ -110,6 +111,6 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
 
 
 def _exists(address: str) -> bool:
-    """Returns whether a local file or folder exists. A remote one counts as existing, because a check takes time."""
+    """Returns whether a local file or folder exists. Returns True for a remote one, because checking takes time."""
     fs, path = open_file_system(address)
     return Path(path).exists() if isinstance(fs, LocalFileSystem) else True

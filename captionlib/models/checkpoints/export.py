@@ -45,9 +45,9 @@ def export_checkpoint(
     Args:
         checkpoint: the folder of the checkpoint.
         output: the folder to write.
-        weights: path of the encoder's weights file, if it was loaded from a file that has moved.
-        with_encoder: include the weights of the encoder if they were loaded from a file. If they are not included, or
-            were loaded from a model folder, the model card contains their name and hash.
+        weights: path of the encoder's weights file; required only if the file has moved.
+        with_encoder: include the weights of the encoder if they were loaded from a file. Otherwise, the model card
+            contains the name of the file or model folder and the hash of the weights.
         with_datastore: include the datastore for reranking. It contains the captions of the training images.
         notes: what the model card says about license, data and scores.
 
@@ -55,7 +55,7 @@ def export_checkpoint(
         The names of the written files.
 
     Raises:
-        CheckpointError: the folder is not a checkpoint, is damaged, or `output` holds other files.
+        CheckpointError: `checkpoint` is not a checkpoint or is damaged, or `output` contains other files.
         ConfigError: the encoder's weights file is missing, or has different weights.
     """
     source, target = open_folder(checkpoint), Folder(output)
@@ -97,7 +97,7 @@ def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -
     encoder, provenance = config.get("encoder", {}), config["provenance"]
     if encoder.get("weights") != "file":
         if weights is not None:
-            raise ConfigError(f"--weights: the encoder of {source.uri} was not loaded from a file; leave it out")
+            raise ConfigError(f"--weights: the encoder of {source.uri} was not loaded from a file; leave --weights out")
         return None
     file = weights or find_encoder_file(source, encoder, provenance)
     if file is None:
@@ -116,7 +116,7 @@ def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -
 
 
 def _clear(target: Folder) -> None:
-    """Removes the files of an interrupted export. Raises CheckpointError if the folder holds anything else."""
+    """Removes the files of an interrupted export, which lack CONFIG. Raises CheckpointError if there are others."""
     names = [name for name in target.list() if name != TEMPORARY_FOLDER]
     if others := sorted(set(names) - (CHECKPOINT_FILES - {CONFIG})):
         raise CheckpointError(f"{target.uri}: expected a new or empty folder, got files ({', '.join(others[:3])})")

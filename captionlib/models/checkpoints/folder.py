@@ -5,7 +5,7 @@
 | `model.safetensors` | the weights |
 | `training.json` | the training configuration and history; informative only |
 | `README.md` | the model card, which describes data, recipe and scores; informative only |
-| `encoder.safetensors` | the weights of the encoder, if it was fine-tuned with the model, or added by an export |
+| `encoder.safetensors` | the weights of the encoder, if training fine-tuned them or an export added them |
 | `datastore.parquet` | features and references of training images for reranking, from `captionlib build-datastore` |
 | `config.json` | architecture, vocabulary, encoder and provenance; written last, with the SHA-256 of the weights |
 """
@@ -66,7 +66,7 @@ class Checkpoint:
 
     Attributes:
         kind: kind of model, such as `captioner`.
-        identity: everything except the weights that determines the model's output.
+        identity: what determines the model's output, other than the weights.
         tensors: the weights, on the CPU.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
@@ -90,7 +90,7 @@ def write_checkpoint(
     training: Mapping[str, Any],
     encoder_weights: bytes | None = None,
 ) -> str:
-    """Writes a checkpoint, replaces the one in the folder if there is one, and returns its fingerprint.
+    """Writes a checkpoint and returns its fingerprint. A checkpoint that is already in the folder is replaced.
 
     All files are written under temporary names, then renamed, `config.json` last. If the encoder that `identity`
     describes was fine-tuned with the model, `encoder_weights` is the content of its weights file.
@@ -160,7 +160,7 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
             "load it with the version of captionlib that wrote it, or train again"
         )
     try:
-        fingerprint, recorded = config.pop("fingerprint"), config.pop("weights_sha256")
+        fingerprint, recorded_digest = config.pop("fingerprint"), config.pop("weights_sha256")
         provenance = config.pop("provenance")
         weights = source.read(WEIGHTS)
     except KeyError as error:
@@ -169,8 +169,8 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
         raise damaged_error(source, f"{WEIGHTS} is missing") from error
     identity = {name: value for name, value in config.items() if name not in ("kind", "format_version")}
     digest = hashlib.sha256(weights).hexdigest()
-    if digest != recorded:
-        raise damaged_error(source, f"expected {WEIGHTS} of SHA-256 {recorded}, got {digest}")
+    if digest != recorded_digest:
+        raise damaged_error(source, f"expected {WEIGHTS} of SHA-256 {recorded_digest}, got {digest}")
     if _fingerprint(kind, identity, digest) != fingerprint:
         raise damaged_error(source, f"{CONFIG} does not match its fingerprint")
     try:
@@ -195,8 +195,7 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
     history = training.get("history", [])
     level = vocabulary.get("level", "words")
     unit = level if level in ("words", "characters") else f"subwords ({level})"
-    words = f"{len(vocabulary.get('words', [])):,} {unit}"
-    description = {**config, "vocabulary": words}
+    description = {**config, "vocabulary": f"{len(vocabulary.get('words', [])):,} {unit}"}
     if source.exists(DATASTORE):
         with source.open(DATASTORE) as file:
             description["datastore"] = f"{pq.read_metadata(file).num_rows:,} images"
@@ -209,7 +208,7 @@ def open_folder(folder: FolderLike) -> Folder:
 
 
 def damaged_error(folder: Folder, reason: str) -> CheckpointError:
-    """Returns an error that says that a checkpoint is damaged."""
+    """Returns the error for a damaged checkpoint."""
     return CheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; copy it again, or train again")
 
 

@@ -1,6 +1,6 @@
 """Model cards: the `README.md` of a checkpoint, in the format of Hugging Face. They show data, recipe and scores.
 
-Paths are omitted, so that a card can be published.
+A card may be published, so it contains file names, but no paths.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ _LIMITS = {
     "ranker": (
         "Scores order results; they are not probabilities that a sentence is true of an image.",
         "Words that are rare in the training data are ignored, and word order and counts matter little.",
-        "Results repeat the associations of the training data, also those about people.",
+        "Results repeat the associations of the training data, including those about people.",
         "Not suited for identifying people or for decisions about them.",
     ),
     "language_model": (
@@ -47,8 +47,10 @@ _LIMITS = {
         "Sentences can repeat parts of the training text and its prejudices.",
     ),
 }
-_NO_SCORES = {"epoch", "loss", "reward", "learning_rate", "total_seconds", "data_wait"}
-_PATHS = {"init_from", "word_vectors", "checkpoint", "file", ENCODER_ADDRESS}
+# Values in the training history that are not scores.
+_NON_SCORES = {"epoch", "loss", "reward", "learning_rate", "total_seconds", "data_wait"}
+# Keys whose values may be paths.
+_PATH_KEYS = {"init_from", "word_vectors", "checkpoint", "file", ENCODER_ADDRESS}
 
 
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ def render_card(
 
 
 def strip_paths(values: Any) -> Any:
-    """Returns JSON values in which the paths of checkpoints and weights files are replaced by their last parts."""
+    """Returns JSON values in which the paths of checkpoints and weights files are replaced by their last components."""
     if isinstance(values, Mapping):
         return {
             name: value.rstrip("/").rsplit("/", 1)[-1]
-            if name in _PATHS and isinstance(value, str)
+            if name in _PATH_KEYS and isinstance(value, str)
             else strip_paths(value)
             for name, value in values.items()
         }
@@ -150,7 +152,7 @@ def _render_use(kind: str, config: Mapping[str, Any], has_encoder: bool) -> Iter
         text = f"The encoder is {network} with the weights `{weights}`, which are downloaded or random."
     yield from ["", text]
     if digest:
-        yield f"SHA-256 of the encoder's tensors, which is checked: `{digest}`."
+        yield f"The SHA-256 of the encoder's tensors is verified: `{digest}`."
 
 
 def _render_data(config: Mapping[str, Any], description: str) -> Iterator[str]:
@@ -173,18 +175,19 @@ def _render_data(config: Mapping[str, Any], description: str) -> Iterator[str]:
 def _collect_recipe(config: Mapping[str, Any], training: Mapping[str, Any]) -> dict[str, Any]:
     resolved = dict(training.get("resolved", {}))
     for name in ("features", "manifest", "source", "init_from_fingerprint", "captioner", "ranker", "model"):
-        resolved.pop(name, None)  # the data is described above, and the architecture once
+        resolved.pop(name, None)  # described in other sections, or part of the architecture
     recipe: dict[str, Any] = strip_paths({"architecture": dict(config.get("architecture", {})), **resolved})
     return recipe
 
 
 def _render_validation_scores(training: Mapping[str, Any]) -> Iterator[str]:
     history = training.get("history", [])
-    scores = {name: value for name, value in (history[-1] if history else {}).items() if name not in _NO_SCORES}
+    scores = {name: value for name, value in (history[-1] if history else {}).items() if name not in _NON_SCORES}
     if not scores:
         yield "No scores were recorded in training."
         return
-    yield f"On the validation splits, which selected epoch {history[-1].get('epoch', len(history))}; without intervals:"
+    epoch = history[-1].get("epoch", len(history))
+    yield f"On the validation splits, by which epoch {epoch} was selected; confidence intervals are not available:"
     yield from ["", "| Score | Value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in scores.items())]
 
 

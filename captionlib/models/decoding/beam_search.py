@@ -22,7 +22,9 @@ __all__ = ["search_beam"]
 
 
 class _Continuations(NamedTuple):
-    """The continuations that each group chose, best first; all tensors are `[groups, width]`.
+    """The continuations that each group chose, best first. All tensors are `[groups, width]`.
+
+    Without diverse beam search, the beam of each image is one group.
 
     Attributes:
         log_prob: log-probability of the whole sentence; -inf if a group has fewer than `width` continuations.
@@ -41,10 +43,10 @@ def search_beam(
     """Searches for the most probable sentences of each image, starting from one hypothesis per image.
 
     Returns:
-        At least `config.pool_size` candidates per image for final selection, or all if there are fewer; in any order.
+        At least `config.pool_size` candidates per image, or all if there are fewer, in any order.
     """
     search = _BeamSearch(incremental, config, constraints, start)
-    while search.is_alive:
+    while search.is_running:
         search.extend()
     return search.candidates()
 
@@ -65,7 +67,7 @@ class _BeamSearch:
         self._images = len(start.words)
         self._width = config.beam_width // config.beam_groups
         self._max_tokens = config.find_max_tokens()
-        self._tokens = start.words.shape[1] - 1  # number of tokens in each hypothesis so far
+        self._length = start.words.shape[1] - 1  # tokens in each hypothesis so far
         if config.beam_groups > 1:
             start = start.select(torch.arange(self._images, device=device).repeat_interleave(config.beam_groups))
         groups = len(start.words)
@@ -73,32 +75,32 @@ class _BeamSearch:
         self._group = torch.arange(groups, device=device)  # group number of each hypothesis, ascending
         # Groups, log-probabilities, and words (END included) of the hypotheses that finished at each time step.
         self._finished: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._free = torch.full((groups, 1), self._width, device=device)  # maximum number of unfinished hypotheses
+        self._open_width = torch.full((groups, 1), self._width, device=device)  # maximum of unfinished hypotheses
         self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of finished hypotheses
         self._ranks = torch.arange(self._width, device=device)
 
     @property
-    def is_alive(self) -> bool:
+    def is_running(self) -> bool:
         return len(self._group) > 0
 
     def extend(self) -> None:
         """Extends each hypothesis by one word, and keeps the most probable continuations."""
-        self._tokens += 1
+        self._length += 1
         beam = self._beam
         log_probs, state = self._incremental.step(beam.state, beam.words[:, -1])
         self._constraints.apply(log_probs, beam.words[:, 1:])
         is_diverse = self._config.beam_groups > 1
         chosen = self._choose_diverse(log_probs) if is_diverse else self._choose(log_probs)
         log_prob, row, word = chosen
-        selected = (log_prob > -torch.inf) & (self._ranks < self._free)
+        selected = (log_prob > -torch.inf) & (self._ranks < self._open_width)
         finishing = selected & (word == END)
-        if self._tokens == self._max_tokens:
+        if self._length == self._max_tokens:
             finishing = selected
         self._finish(finishing, chosen)
-        alive = selected & ~finishing
-        if not is_diverse:  # pruning would change the penalties of the groups that follow
-            alive &= self._can_improve(log_prob)
-        self._group, rank = alive.nonzero(as_tuple=True)
+        unfinished = selected & ~finishing
+        if not is_diverse:  # pruning would change the penalties of later groups
+            unfinished &= self._can_improve(log_prob)
+        self._group, rank = unfinished.nonzero(as_tuple=True)
         rows = row[self._group, rank]
         words = torch.cat([beam.words[rows], word[self._group, rank][:, None]], 1)
         self._beam = Hypotheses(log_prob[self._group, rank], words, state.select(rows))
@@ -114,23 +116,23 @@ class _BeamSearch:
         return [list(candidates.values()) for candidates in per_image]
 
     def _choose(self, log_probs: Tensor) -> _Continuations:
-        """Chooses the most probable continuations of each group, from `[rows, vocabulary_size] float32`."""
+        """Chooses the most probable continuations of each group, from log-probabilities `[rows, vocabulary_size]`."""
         log_prob, word = log_probs.topk(min(self._width, log_probs.shape[1]), dim=1)
         log_prob += self._beam.log_prob[:, None]
-        best, row, column = _top_continuations(log_prob, self._group, len(self._free), self._width)
+        best, row, column = _top_continuations(log_prob, self._group, len(self._open_width), self._width)
         return _Continuations(best, row, word[row, column])
 
     def _choose_diverse(self, log_probs: Tensor) -> _Continuations:
-        """Chooses as `_choose` does, but group by group, with a penalty on the words of an image's earlier groups."""
+        """Chooses as `_choose` does, but group by group, with a penalty on words of an image's earlier groups."""
         group_log_prob, groups = self._beam.log_prob, self._config.beam_groups
         chosen = _Continuations(
-            log_probs.new_full((len(self._free), self._width), -torch.inf),
-            self._free.new_zeros(len(self._free), self._width),
-            self._free.new_zeros(len(self._free), self._width),
+            log_probs.new_full((len(self._open_width), self._width), -torch.inf),
+            self._open_width.new_zeros(len(self._open_width), self._width),
+            self._open_width.new_zeros(len(self._open_width), self._width),
         )
         penalty = log_probs.new_zeros(self._images, log_probs.shape[1])
-        for turn in range(groups):
-            rows = (self._group % groups == turn).nonzero()[:, 0]
+        for index in range(groups):
+            rows = (self._group % groups == index).nonzero()[:, 0]
             if not len(rows):
                 continue
             image = self._group[rows] // groups
@@ -140,8 +142,8 @@ class _BeamSearch:
             word, row = word[row, column], rows[row]
             log_prob = (group_log_prob[row] + log_probs[row, word]).where(best > -torch.inf, -torch.inf)
             for values, group_values in zip(chosen, (log_prob, row, word), strict=True):
-                values[turn::groups] = group_values
-            selected = (best > -torch.inf) & (self._ranks < self._free[turn::groups])
+                values[index::groups] = group_values
+            selected = (best > -torch.inf) & (self._ranks < self._open_width[index::groups])
             penalty.scatter_add_(1, word, self._config.diversity_penalty * selected.float())
         return chosen
 
@@ -151,16 +153,16 @@ class _BeamSearch:
         rows, word = chosen.row[group, rank], chosen.word[group, rank]
         words = torch.cat([self._beam.words[rows, 1:], word[:, None]], 1)
         self._finished.append((group, chosen.log_prob[group, rank], words))
-        self._free = self._free - finishing.sum(1, keepdim=True)
-        scores = (chosen.log_prob / self._tokens**self._config.length_penalty).where(finishing, -torch.inf)
+        self._open_width = self._open_width - finishing.sum(1, keepdim=True)
+        scores = (chosen.log_prob / self._length**self._config.length_penalty).where(finishing, -torch.inf)
         self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.pool_size, dim=1).values
 
     def _can_improve(self, log_prob: Tensor) -> Tensor:
         """Returns which hypotheses can still be among the `pool_size` best of their group, `[groups, width] bool`.
 
         Log-probabilities only decrease as a sentence grows, so the final score is at most the current log-probability
-        divided by max_tokens ** length_penalty. The bound falls with the log-probability, so all less probable
-        hypotheses of this length are pruned too; pruning never lets a worse hypothesis into the beam.
+        divided by max_tokens ** length_penalty. This bound falls with the log-probability. If a hypothesis is pruned,
+        all less probable ones of its group are pruned too, and none of them takes its place in the beam.
         """
         bound = log_prob / self._max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]
@@ -177,9 +179,9 @@ def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -
     """
     rows, columns = scores.shape
     first_row = torch.searchsorted(group, torch.arange(groups, device=group.device))
-    slot = torch.arange(rows, device=group.device) - first_row[group]
+    rank = torch.arange(rows, device=group.device) - first_row[group]  # of each row within its group
     by_group = scores.new_full((groups, width, columns), -torch.inf)
-    by_group[group, slot] = scores
+    by_group[group, rank] = scores
     best, position = by_group.flatten(1).topk(width, dim=1)
     row = first_row[:, None] + position.div(columns, rounding_mode="floor")
     return best, row.clamp(max=rows - 1), position % columns

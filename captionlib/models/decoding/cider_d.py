@@ -4,7 +4,8 @@ The formula is from Vedantam et al. 2015 (arXiv 1411.5726) as implemented in pyc
 clipped counts, and a Gaussian penalty on the difference in length, measured in bigrams. Here, document frequencies
 come from all training images. In an evaluation, they come from the evaluated images.
 
-N-grams of up to four words are 64-bit integers, so n-grams can be counted by sorting and matched by matrix products.
+An n-gram of up to four words is packed into one 64-bit integer. N-grams are counted by sorting the integers, and
+matched by matrix products.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ __all__ = ["CiderD"]
 
 _MAX_N = 4  # n-grams of 1 to 4 words
 _SIGMA = 6.0  # standard deviation of the Gaussian length penalty, in bigrams
-_WORD_BITS = 16  # bits per word in an n-gram; 0 means no word
+_WORD_BITS = 16  # bits per word in a packed n-gram, which contain its id + 1, or 0 for no word
 _MAX_VOCABULARY = (1 << _WORD_BITS) - 1
 
 Floats = npt.NDArray[np.float64]
@@ -35,7 +36,7 @@ class CiderD:
             n-grams have equal weight.
 
     Raises:
-        DatasetError: there are fewer than two images, for which document frequencies are meaningless.
+        DatasetError: there are fewer than two images, so document frequencies would be meaningless.
     """
 
     def __init__(self, references: Iterable[Sequence[Sequence[int]]] | None = None) -> None:
@@ -62,14 +63,16 @@ class CiderD:
         """Computes a tenth of the CIDEr-D of each sentence (row) against each single reference (column)."""
         ours, theirs = _extract_ngrams(sentences), _extract_ngrams(references)
         distinct, column = np.unique(np.concatenate([ours.ids, theirs.ids]), return_inverse=True)
-        weights, count = self._weight_ngrams(distinct), len(ours.ids)
-        our_counts = _NgramCounts(ours, column[:count], weights)
-        their_counts = _NgramCounts(theirs, column[count:], weights)
-        columns = np.unique(column[:count])  # n-grams that occur only in the references match nothing
+        weights, end = self._weight_ngrams(distinct), len(ours.ids)
+        our_counts = _NgramCounts(ours, column[:end], weights)
+        their_counts = _NgramCounts(theirs, column[end:], weights)
+        columns = np.unique(column[:end])  # n-grams that occur only in the references match nothing
         total = np.zeros((len(sentences), len(references)))
-        for times in range(1, our_counts.max_count + 1):  # min(a, b) = sum over times of [a >= times] [b >= times]
-            theirs_scaled = their_counts.at_least(times, their_counts.counts, columns)
-            total += our_counts.at_least(times, 1, columns) @ theirs_scaled.T
+        # An n-gram contributes min(our count, their count) * their count * squared idf, divided by both norms. The
+        # minimum is the number of thresholds from 1 that both counts reach.
+        for threshold in range(1, our_counts.max_count + 1):
+            theirs_scaled = their_counts.at_least(threshold, their_counts.counts, columns)
+            total += our_counts.at_least(threshold, 1, columns) @ theirs_scaled.T
         length_gap = np.maximum(ours.lengths - 1, 0)[:, None] - np.maximum(theirs.lengths - 1, 0)[None]  # in bigrams
         return total / _MAX_N * np.exp(-(length_gap**2) / (2 * _SIGMA**2))
 
@@ -124,27 +127,27 @@ def _extract_ngrams(sentences: Sequence[Sequence[int]]) -> _Ngrams:
 class _NgramCounts:
     """Each n-gram's count in each sentence, and its idf weight divided by the norm of the sentence's tf-idf vector.
 
-    `column` contains the index of each n-gram among the distinct n-grams, and `weights` contains their idf weights.
+    `column` is the index of each n-gram among the distinct n-grams, and `weights` contains the idf weights of these.
     """
 
     def __init__(self, ngrams: _Ngrams, column: Indices, weights: Floats) -> None:
-        self._rows, distinct = len(ngrams.lengths), max(1, len(weights))
-        cells, first, self.counts = np.unique(
-            ngrams.sentences * distinct + column, return_index=True, return_counts=True
+        self._sentences, distinct_count = len(ngrams.lengths), max(1, len(weights))
+        cells, first_index, self.counts = np.unique(
+            ngrams.sentences * distinct_count + column, return_index=True, return_counts=True
         )
-        self._row, self._column = np.divmod(cells, distinct)
+        self._row, self._column = np.divmod(cells, distinct_count)
         self.max_count = int(self.counts.max(initial=0))
-        vector = self._row * _MAX_N + ngrams.sizes[first] - 1  # a sentence has one vector per n
-        squares = np.bincount(vector, (self.counts * weights[self._column]) ** 2, self._rows * _MAX_N)
-        norms = np.sqrt(squares)[vector]
+        vector_index = self._row * _MAX_N + ngrams.sizes[first_index] - 1  # a sentence has one vector per n
+        squares = np.bincount(vector_index, (self.counts * weights[self._column]) ** 2, self._sentences * _MAX_N)
+        norms = np.sqrt(squares)[vector_index]
         self._normalized = np.divide(weights[self._column], norms, out=np.zeros_like(norms), where=norms > 0)
 
     def at_least(self, minimum: int, factors: Indices | int, columns: Indices) -> Floats:
-        """Returns weight * factor for each n-gram that occurs at least `minimum` times in the sentence, otherwise 0.
+        """Returns normalized weight * factor of each n-gram that occurs at least `minimum` times, otherwise 0.
 
-        `factors` contains the count of each n-gram, or is 1. The result is `[sentences, columns]`.
+        `factors` is `self.counts` or 1. `columns` selects distinct n-grams. The result is `[sentences, columns]`.
         """
-        matrix = np.zeros((self._rows, len(columns)))
+        matrix = np.zeros((self._sentences, len(columns)))
         selected = (self.counts >= minimum) & np.isin(self._column, columns)
         column = np.searchsorted(columns, self._column[selected])
         matrix[self._row[selected], column] = (self._normalized * factors)[selected]

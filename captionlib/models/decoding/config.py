@@ -28,7 +28,7 @@ class DecodingConfig:
         length_penalty: the beam ranks candidates by log_prob / token_count ** length_penalty; 0 ranks by
             log-probability and favors short sentences.
         rerank: how to rerank the candidates of the beam.
-        min_words: minimum number of tokens in a sentence. A shorter sentence ends only if no other token is allowed.
+        min_words: minimum number of tokens before END. A shorter sentence ends only if no other token is allowed.
         no_repeat_ngram_size: an n-gram of this size occurs at most once per sentence; 0 allows repetition.
         forbidden_words: words that are never generated; for models of words or characters.
         beam_groups: number of equally wide groups for diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424);
@@ -88,8 +88,8 @@ class DecodingConfig:
             )
         if self.beam_width % self.beam_groups:
             raise ConfigError(
-                f"decoding: expected a beam_width that beam_groups divides, got {self.beam_width} and "
-                f"{self.beam_groups}; all groups have the same width"
+                f"decoding: beam_width must be a multiple of beam_groups {self.beam_groups}, got {self.beam_width}; "
+                "all groups have the same width"
             )
         if self.rerank.method != "none" and self.beam_width == 1:
             raise ConfigError(

@@ -13,7 +13,10 @@ __all__ = ["Constraints", "find_forbidden_ids"]
 
 
 class Constraints:
-    """Forbids given words, repeated n-grams, and END in short sentences; other words keep their probability."""
+    """Forbids given words, repeated n-grams, and END in short sentences. Other words keep their probability.
+
+    `forbidden` contains the ids of the given words.
+    """
 
     def __init__(self, config: DecodingConfig, forbidden: Tensor) -> None:
         self._forbidden = forbidden
@@ -25,7 +28,7 @@ class Constraints:
 
         Args:
             log_probs: `[rows, vocabulary_size] float32`, log-probabilities of the next word.
-            words: `[rows, count] int64`, the words so far, without END as the start token.
+            words: `[rows, count] int64`, the words so far, without the start token.
         """
         too_short = words.shape[1] < self._min_words
         end = log_probs[:, END].clone() if too_short else None
@@ -37,7 +40,7 @@ class Constraints:
             log_probs[:, END] = end.where(log_probs.amax(1) == -torch.inf, -torch.inf)
 
     def _forbid_repeats(self, log_probs: Tensor, words: Tensor) -> None:
-        """Forbids the last word of every n-gram of the row that begins with the row's last n - 1 words."""
+        """Forbids words that would complete an n-gram that the row already contains."""
         ngrams = words.unfold(1, self._ngram_size, 1)  # [rows, positions, n]
         ending = words[:, None, words.shape[1] - self._ngram_size + 1 :]  # [rows, 1, n - 1]
         row, position = (ngrams[:, :, :-1] == ending).all(2).nonzero(as_tuple=True)
@@ -48,7 +51,7 @@ def find_forbidden_ids(words: Iterable[str], vocabulary: Vocabulary | None) -> l
     """Returns the ids of `words`, ignoring case, and of UNKNOWN, which stands for all words outside the vocabulary.
 
     Raises:
-        ConfigError: an entry is not a single word, or there is no vocabulary, or its tokens are subwords.
+        ConfigError: an entry is not a single word, the vocabulary is missing, or its tokens are subwords.
     """
     forbidden = {UNKNOWN}
     for word in words:

@@ -32,7 +32,7 @@ __all__ = [
 
 Vectors = npt.NDArray[np.float32]
 
-_TEMPERATURE = 0.06  # temperature of the softmax over cosine similarities that weights neighbors
+_TEMPERATURE = 0.06  # of the softmax that converts cosine similarities of neighbors to weights
 
 _REFERENCES = pa.list_(pa.list_(pa.int32()))
 
@@ -68,7 +68,7 @@ class Datastore:
 
     Args:
         image_ids: ids of the training images.
-        vectors: `[images, projected_size]`, their `ImageState.features`.
+        vectors: `[images, projected_size]`, the `ImageState.features` of these images.
         references: `list<list<int32>>` per image, token ids.
         fingerprint: hash of everything that determines the datastore.
     """
@@ -87,9 +87,9 @@ class Datastore:
         """Finds the neighbors of each image; more similar ones have larger weights.
 
         Args:
-            vectors: `[images, projected_size]`, their `ImageState.features`.
+            vectors: `[images, projected_size]`, the `ImageState.features` of these images.
             count: the maximum number of neighbors.
-            image_ids: ids of the images, so that no image is its own neighbor; None if they are unknown.
+            image_ids: ids of these images, to exclude an image from its own neighbors; None if they are unknown.
         """
         similarities = self._normalize(vectors) @ self._unit_vectors.T
         for image, image_id in enumerate(image_ids or ()):
@@ -108,7 +108,7 @@ class Datastore:
         return unit_vectors
 
     def _collect(self, rows: npt.NDArray[np.int64], similarities: Vectors) -> Neighbors:
-        """Spreads the weight of each neighbor evenly over its references."""
+        """Weights the neighbors in `rows` by similarity, and divides each weight evenly among the references."""
         weights = np.exp((similarities - similarities.max()).astype(np.float64) / _TEMPERATURE)
         per_image = self._references.take(pa.array(rows)).to_pylist()
         counts = [len(references) for references in per_image]
@@ -125,7 +125,8 @@ def write_datastore(
 ) -> None:
     """Writes the datastore into a captioner's checkpoint, completely or not at all.
 
-    The fingerprint of the datastore depends on the captioner, `features_fingerprint` (of the source) and the splits.
+    `features_fingerprint` is the fingerprint of the features dataset that contains the splits. The fingerprint of the
+    datastore depends on it, the splits and the captioner.
     """
     origin = {"captioner": captioner.fingerprint, "features": features_fingerprint, "splits": list(splits)}
     schema = pa.schema(

@@ -24,18 +24,17 @@ __all__ = ["Decoder"]
 
 
 class Decoder:
-    """Generates captions with a snapshot of a captioner, which later changes to its weights do not affect.
+    """Generates captions with a snapshot of a captioner. Later changes to the captioner's weights have no effect.
 
     Args:
         model: the captioner; decoding runs on its device.
         config: how to decode captions. If None, `DecodingConfig()` is used.
         dtype: dtype of the captioner's computation, float32 or bfloat16; log-probabilities are summed in float32.
-        vocabulary: the captioner's vocabulary; required for `forbidden_words` and for tokens that are not words.
+        vocabulary: the captioner's vocabulary; required for `forbidden_words`, and for characters or subwords.
         datastore: features and references of the captioner's training images; required only for `rerank.neighbors`.
 
     Raises:
-        ConfigError: `forbidden_words` are not single words or have no vocabulary, or `rerank` needs a datastore or an
-            average image that the captioner does not have.
+        ConfigError: `forbidden_words` or `rerank` cannot be applied; see `find_forbidden_ids` and `Reranker`.
     """
 
     def __init__(
@@ -48,9 +47,9 @@ class Decoder:
     ) -> None:
         config = config or DecodingConfig()
         self.config = replace(config, max_tokens=config.find_max_tokens(vocabulary.unit if vocabulary else "words"))
-        self._spell: Callable[[list[int]], Hashable] = tuple
+        self._to_key: Callable[[list[int]], Hashable] = tuple  # candidates with the same key are duplicates
         if vocabulary is not None and vocabulary.unit == "subwords":
-            self._spell = vocabulary.decode
+            self._to_key = vocabulary.decode
         self._incremental = IncrementalCaptioner(model, dtype)
         self._reranker: Reranker | None = None
         if self.config.rerank.method == "mbr":
@@ -72,17 +71,17 @@ class Decoder:
         Args:
             features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder; 100 images are a
                 good batch.
-            image_ids: ids of the images. An image's samples depend only on its id and the seed, and no image is its own
-                neighbor. If None, samples depend on the features instead of the id.
+            image_ids: ids of the images. An image's id and the seed determine its samples. The ids also keep an image
+                from being its own neighbor. If None, samples depend on the features instead of the id.
             prefix: token ids that every sentence begins with; log-probabilities include them.
 
         Returns:
             One to `n_best` distinct candidates per image. If `rerank.method` is `image_text`, up to `pool_size`
-            candidates, which `score_captions` reranks with a ranker.
+            candidates, which `score_captions` reranks.
 
         Raises:
             DatasetError: features are infinite or NaN, such as after an overflow of float16.
-            ConfigError: the prefix is as long as `max_tokens`.
+            ConfigError: the prefix has `max_tokens` tokens or more.
         """
         features = torch.as_tensor(features)
         finite = features.isfinite().flatten(1).all(1)
@@ -124,11 +123,11 @@ class Decoder:
         return [pool[: self.config.n_best] for pool in pools]
 
     def _select_pool(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Returns the best distinct candidates of an image. Subwords that spell the same text are not distinct."""
+        """Returns the best distinct candidates of an image. Subwords that spell the same text are duplicates."""
         exponent = self.config.length_penalty
         ranked = sorted(candidates, key=lambda each: each.log_prob / each.token_count**exponent, reverse=True)
         distinct: dict[Hashable, Candidate] = {}
         for candidate in ranked:
             is_truncated = candidate.token_count == len(candidate.token_ids)
-            distinct.setdefault((is_truncated, self._spell(candidate.token_ids)), candidate)
+            distinct.setdefault((is_truncated, self._to_key(candidate.token_ids)), candidate)
         return list(distinct.values())[: self.config.pool_size]

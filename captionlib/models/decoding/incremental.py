@@ -128,7 +128,7 @@ class IncrementalCaptioner:
 
     @torch.inference_mode()
     def encode_average_image(self) -> ImageState:
-        """Encodes the average training image; see `CaptionerNetwork.encode_average_image`."""
+        """Encodes the mean features of the training images; see `CaptionerNetwork.encode_average_image`."""
         return self._model.encode_average_image()
 
     @torch.inference_mode()
@@ -173,7 +173,7 @@ class IncrementalCaptioner:
         """
         step = self._step_recurrence if self._transformer is None else self._step_transformer
         hidden, state = step(state, words)
-        return _normalize(self._output(hidden)), state
+        return _log_softmax(self._output(hidden)), state
 
     def _step_recurrence(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
         gates = self._word_gates.index_select(0, words)
@@ -232,10 +232,10 @@ def score_sentences(
     return total
 
 
-def _normalize(logits: Tensor) -> Tensor:
+def _log_softmax(logits: Tensor) -> Tensor:
     """Returns log-probabilities, `[rows, vocabulary_size] float32`. The logits may be overwritten."""
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        return torch.log_softmax(logits, 1, out=logits)  # new memory would take as long as the computation
+        return torch.log_softmax(logits, 1, out=logits)  # allocating memory would take as long as the computation
     return torch.log_softmax(logits, 1, dtype=torch.float32)
 
 

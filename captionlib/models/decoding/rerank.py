@@ -5,11 +5,13 @@
 The most probable candidate often differs from all others. The candidate most similar to the others, weighted by their
 probability, usually scores better against references.
 
-With neighbors (the training images most similar to the image), the score is multiplied by the CIDEr-D against their
-references, after Devlin et al. 2015 (arXiv 1505.04467). The captioner's datastore (datastore.py) contains them.
+With neighbors (the training images most similar to the image), the score is multiplied by the CIDEr-D of the candidate
+against the neighbors' references, after Devlin et al. 2015 (arXiv 1505.04467). The references are in the captioner's
+datastore (datastore.py).
 
 With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | average image)) ** w, which
-penalizes captions that fit any image, after Li et al. 2016 (arXiv 1510.03055).
+penalizes captions that fit any image, after Li et al. 2016 (arXiv 1510.03055). The average image has the mean features
+of the training images.
 """
 
 from collections.abc import Sequence
@@ -37,14 +39,14 @@ class RerankConfig:
 
     Attributes:
         method: `mbr` ranks by minimum Bayes risk on CIDEr-D; `image_text` ranks by the similarity of caption and image,
-            which requires a ranker; `none` keeps the order of the beam.
+            computed by a ranker (dual encoder for image-text retrieval); `none` keeps the order of the beam.
         temperature: candidates are weighted by p ** (1 / temperature); a low value favors the most probable ones.
-            3 works well with a beam of 30; with neighbors, 4 to 8 and a wider beam.
+            3 works well with a beam of 30. With neighbors, use 4 to 8 and a wider beam.
         pool_size: number of the beam's best candidates to rerank. If None, the whole beam is reranked.
         neighbors: number of similar training images whose references are also compared; 60 works well. Requires the
             captioner's datastore (`captionlib build-datastore`).
-        mutual_information_weight: exponent w that favors captions more probable for this image than for the average
-            training image; 0.02 works well.
+        mutual_information_weight: exponent w of p(caption | image) / p(caption | mean features of the training images).
+            A higher value favors captions that are specific to the image; 0.02 works well.
     """
 
     method: Literal["none", "mbr", "image_text"] = "none"
@@ -54,11 +56,11 @@ class RerankConfig:
     mutual_information_weight: NonNegativeFloat = 0.0
 
     def __post_init__(self) -> None:
-        effective = {"none": ("method",), "image_text": ("method", "pool_size")}.get(self.method)
-        if effective is None:
+        used_fields = {"none": ("method",), "image_text": ("method", "pool_size")}.get(self.method)
+        if used_fields is None:
             return
         for name, default in vars(RerankConfig(method="mbr")).items():
-            if name not in effective and getattr(self, name) != default:
+            if name not in used_fields and getattr(self, name) != default:
                 raise ConfigError(
                     f"rerank: {name} {getattr(self, name)} has no effect with method {self.method}; set rerank.method "
                     "to mbr"
@@ -74,15 +76,15 @@ class Reranker:
         datastore: the captioner's datastore; required only for neighbors.
 
     Raises:
-        ConfigError: neighbors are configured without a datastore, or `mutual_information_weight` is set but the
-            captioner does not store the average training image.
+        ConfigError: `neighbors` is set but there is no datastore, or `mutual_information_weight` is set but the
+            captioner does not store the mean features of the training images.
     """
 
     def __init__(self, config: RerankConfig, captioner: IncrementalCaptioner, datastore: Datastore | None) -> None:
         if config.neighbors and datastore is None:
             raise ConfigError(
-                f"decoding.rerank.neighbors {config.neighbors} need the captioner's datastore, got none; build it with "
-                "`captionlib build-datastore`, or set decoding.rerank.neighbors to 0"
+                f"decoding.rerank.neighbors {config.neighbors} needs the captioner's datastore, got none; build it "
+                "with `captionlib build-datastore`, or set decoding.rerank.neighbors to 0"
             )
         self._config = config
         self._captioner = captioner
@@ -93,22 +95,23 @@ class Reranker:
     def rerank(
         self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, image_ids: Sequence[str] | None
     ) -> list[list[Candidate]]:
-        """Reranks candidates. `image_ids` exclude each image from its own neighbors; None if they are unknown."""
+        """Reranks the candidates of each image, `pools`.
+
+        `image_ids` are used to skip training images among their own neighbors; None if the ids are unknown.
+        """
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
         if self._datastore is not None:
             vectors = image_state.features.cpu().numpy()
             neighbors = self._datastore.find_neighbors(vectors, self._config.neighbors, image_ids)
         factors: list[Weights] | list[None] = [None] * len(pools)
         if self._average_image is not None:
-            factors = self._weight_mutual_information(pools, self._average_image)
+            factors = self._compute_factors(pools, self._average_image)
         return [
-            rerank_candidates(pool, self._config.temperature, self._cider, image_neighbors, factor)
-            for pool, image_neighbors, factor in zip(pools, neighbors, factors, strict=True)
+            rerank_candidates(pool, self._config.temperature, self._cider, image_neighbors, image_factors)
+            for pool, image_neighbors, image_factors in zip(pools, neighbors, factors, strict=True)
         ]
 
-    def _weight_mutual_information(
-        self, pools: Sequence[Sequence[Candidate]], average_image: ImageState
-    ) -> list[Weights]:
+    def _compute_factors(self, pools: Sequence[Sequence[Candidate]], average_image: ImageState) -> list[Weights]:
         """Computes (p(a | image) / p(a | average image)) ** weight, relative to the largest of each pool."""
         candidates = [candidate for pool in pools for candidate in pool]
         log_probs = np.array([candidate.log_prob for candidate in candidates])
@@ -133,7 +136,7 @@ def rerank_candidates(
         temperature: see `RerankConfig`.
         cider: computes CIDEr-D.
         neighbors: references of similar images. If None, the scores do not depend on neighbors.
-        factors: `[candidates]`, factors of the scores. If None, all factors are 1.
+        factors: `[candidates]`, by which the scores are multiplied. If None, all are 1.
     """
     log_probs = np.array([candidate.log_prob for candidate in candidates])
     weights = np.exp((log_probs - log_probs.max()) / temperature)

@@ -28,7 +28,8 @@ def sample_captions(
 ) -> list[list[Candidate]]:
     """Samples `n_best` sentences per image, in the order of their indices; duplicates are included.
 
-    `start` contains one hypothesis per image. `seed_keys` identifies each image, and so determines its random numbers.
+    `start` contains one hypothesis per image. `seed_keys` has one key per image, which determines its random
+    numbers together with the seed.
     """
     device, per_image = incremental.device, config.n_best
     sentence = torch.arange(len(seed_keys) * per_image, device=device)  # sentence of each row
@@ -49,8 +50,8 @@ def sample_captions(
             rows = (values[finished].tolist() for values in (sentence, log_prob, words[:, 1:]))
             for index, total, ids in zip(*rows, strict=True):
                 candidates[index] = Candidate(ids[:-1] if ids[-1] == END else ids, total, token_count=len(ids))
-            left = (~finished).nonzero()[:, 0]
-            sentence, log_prob, words, state = sentence[left], log_prob[left], words[left], state.select(left)
+            kept = (~finished).nonzero()[:, 0]
+            sentence, log_prob, words, state = sentence[kept], log_prob[kept], words[kept], state.select(kept)
     return [[candidates[image * per_image + index] for index in range(per_image)] for image in range(len(seed_keys))]
 
 
@@ -82,23 +83,24 @@ def sample_tokens(log_probs: Tensor, uniforms: Tensor, config: DecodingConfig) -
     Returns:
         `[rows] int64`.
     """
-    scores, word = log_probs / config.temperature, None
+    scores, top_ids = log_probs / config.temperature, None
     if config.top_k is not None:
-        scores, word = scores.topk(min(config.top_k, scores.shape[1]), dim=1)
+        scores, top_ids = scores.topk(min(config.top_k, scores.shape[1]), dim=1)
     probabilities = torch.softmax(scores, 1)
     if config.top_p < 1:
         sampled = _sample_nucleus(probabilities, uniforms, config.top_p)
     else:
         sampled = _invert_distribution(probabilities, uniforms)[:, 0]
-    return sampled if word is None else word.gather(1, sampled[:, None])[:, 0]
+    return sampled if top_ids is None else top_ids.gather(1, sampled[:, None])[:, 0]
 
 
 def _sample_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Tensor:
     """Samples a word per row from its nucleus: the most probable words with a total probability of at least `top_p`.
 
     Sorting the vocabulary would take longer than computing the probabilities. Instead, a word is sampled from all
-    words, and rejected if the total probability of the more probable words is at least `top_p`. Then a word is sampled
-    from these more probable words, and so on. Words as probable as the last word of the nucleus belong to the nucleus.
+    words. It is rejected if the total probability of the more probable words is at least `top_p`. After a rejection, a
+    word is sampled from these more probable words, and so on. All words that tie for the last place in the nucleus
+    belong to it.
     """
     sampled = torch.empty_like(uniforms, dtype=torch.int64)
     rows = torch.arange(len(uniforms), device=uniforms.device)
@@ -113,7 +115,7 @@ def _sample_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Te
 
 
 def _scramble(uniforms: Tensor) -> Tensor:
-    """Returns new random numbers, computed like a hash. Different numbers give different results."""
+    """Hashes random numbers to new ones. Different numbers have different hashes."""
     bits = (uniforms * 2**24).long()
     for factor in (0x5BD1E9, 0x35A2D3):  # odd, so different numbers stay different
         bits = (bits * factor) % 2**24
@@ -122,7 +124,7 @@ def _scramble(uniforms: Tensor) -> Tensor:
 
 
 def _invert_distribution(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Returns the column where the cumulative sum reaches the row's uniform number times the total, `[rows, 1]`."""
+    """Returns each row's first column whose cumulative sum exceeds the uniform number times the total, `[rows, 1]`."""
     sums = probabilities.cumsum(1)
     total = sums[:, -1:]
     # Rounding could make the product equal the total, and searchsorted would then return an index past the last word.

@@ -37,8 +37,8 @@ def sample_texts(
 
     Args:
         language_model: the model.
-        config: how to sample texts. After the prefix, a sentence has at most `max_tokens` tokens, and running text,
-            which has no END, has exactly `max_tokens`.
+        config: how to sample texts. After the prefix, a sentence has at most `max_tokens` tokens. Running text, which
+            has no END, has exactly `max_tokens`.
         count: number of texts. With the same seed, a larger count only adds texts.
         prefix: text that every sample starts with.
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from captionlib.config import configclass
 from captionlib.data.images.decoding import Preprocessing, decode_image
@@ -17,14 +18,13 @@ from captionlib.data.images.fetching import ImageFetcher
 from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.network import build_network
-from captionlib.models.encoders.torchvision_import import create_feature_extractor, get_graph_node_names
 from captionlib.models.encoders.weights import find_class_names, load_weights, resolve_preprocessing
 
 __all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]
 
-_REUSE_SUFFIX = re.compile(r"_\d+$")  # ends the node name of a module that is used again
+_REUSE_SUFFIX = re.compile(r"_\d+$")  # of a node name, if the module was already used by an earlier node
 _AFTER_CONVOLUTION = nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Hardswish | nn.GELU
-_RELU = re.compile(r"(?:^|\.)relu\d*$")
+_RELU = re.compile(r"(?:^|\.)relu\d*$")  # of a node that calls the function relu, not a module
 
 
 @configclass
@@ -131,7 +131,7 @@ def _belongs_to_convolution(node: str, modules: Mapping[str, nn.Module]) -> bool
 
 
 def _load_network(config: ActivationConfig) -> tuple[nn.Module, str, str]:
-    """Returns the network, the node of its class scores (empty if it has none), and the reason if it has none."""
+    """Returns the network, the node of its class scores, and a note. If there are no scores, the note says why."""
     model = build_network(config.model)
     nodes, classifier = _choose_nodes(model, config)
     network: nn.Module = create_feature_extractor(model, list(dict.fromkeys([*nodes, classifier])))

@@ -1,6 +1,7 @@
-"""Encoders of PyTorch networks, among them torchvision networks that are truncated at a graph node.
+"""Encoders, which compute features of images with PyTorch networks.
 
-Families of encoders (captionlib/models/families/encoder.py) open networks of other libraries.
+This module loads torchvision networks. Families of encoders (captionlib/models/families/encoder.py) load those of other
+libraries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,7 @@ class EncoderConfig:
         stored_dtype: dtype that features are rounded to before any use, so that captions are the same whether they
             are generated from images or from stored features.
         decode_scale: `fast` decodes large JPEG files at a reduced scale, which changes the features slightly; `exact`
-            does not. If None, the scale used in training is used, or `exact` if it is unknown.
+            decodes them at full resolution. If None, the scale used in training is used, or `exact` if that is unknown.
     """
 
     model: str = "vgg16"
@@ -108,7 +109,7 @@ class EncoderConfig:
         model, source = description["model"], weights or description["weights"]
         if description["weights"] in ("folder", "hub"):  # the weights are part of the model
             model = model if weights is None else f"{split_address(model)[0]}:{weights}"
-            source = cls.weights
+            source = cls.weights  # the default, which has no effect for such models
         names = ("node", "missing_weights", "pooling", "dtype", "stored_dtype")
         return cls(
             model=model,
@@ -256,7 +257,7 @@ def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dic
     """Loads or samples the weights that a network needs.
 
     Returns:
-        The weights, and the configuration. Its `missing_weights` is `error` if the setting has no effect.
+        The weights, and the configuration, in which `missing_weights` is `error` if no weights were sampled.
 
     Raises:
         ConfigError: the weights do not exist, lack layers or have different shapes.
@@ -273,7 +274,7 @@ def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dic
     if missing:
         weights = {**sample_weights(network, config.missing_weights), **weights}
     else:
-        config = replace(config, missing_weights="error")  # no weights were sampled, so the setting has no effect
+        config = replace(config, missing_weights="error")  # the setting had no effect
     _check_shapes(weights, needed, config)
     return weights, config
 
@@ -288,12 +289,12 @@ def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[
 
 
 def pack_encoder_weights(config: EncoderConfig) -> bytes:
-    """Returns a safetensors file with the tensors of a weights file that an encoder needs, and its preprocessing.
+    """Packs the tensors that an encoder needs, and its preprocessing, into the content of a safetensors file.
 
     Tensors are stored in float16 if that changes no value.
 
     Args:
-        config: a torchvision network with weights from a file.
+        config: a torchvision network with weights from a file, which may contain more tensors.
 
     Raises:
         ConfigError: the file cannot be read.

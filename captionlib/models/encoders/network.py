@@ -6,13 +6,14 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from typing_extensions import Self
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.encoders.torchvision_import import create_feature_extractor, get_graph_node_names, torchvision
 
 __all__ = [
     "EncoderNetwork",
@@ -48,7 +49,7 @@ class EvalModeNetwork(nn.Module):
         return super().train(False)
 
     def run_network(self, inputs: Tensor) -> Tensor:
-        """Returns the output of the network's last node as float32, from `[batch, channels, height, width]`."""
+        """Runs the network on `[batch, channels, height, width]`, and returns its features as float32."""
         with torch.autocast(inputs.device.type, torch.bfloat16) if self._autocast else nullcontext():
             output: Tensor = self.network(inputs)["features"]
         return output.float()
@@ -164,7 +165,7 @@ def build_network(name: str) -> nn.Module:
 
 
 def truncate_network(name: str, node: str) -> nn.Module:
-    """Builds a torchvision model up to and including a node, whose output it returns as `features`.
+    """Builds a torchvision model up to and including a node. The network returns a dictionary with the key `features`.
 
     Raises:
         ConfigError: the model or the node does not exist.
@@ -175,7 +176,7 @@ def truncate_network(name: str, node: str) -> nn.Module:
 def slice_network(name: str, start: str, node: str) -> nn.Module:
     """Builds the layers of a torchvision model between two nodes.
 
-    The network takes the output of `start` as its input and returns the output of `node` as `features`.
+    The input is the output of `start`. The output is a dictionary with the key `features`, the output of `node`.
 
     Raises:
         ConfigError: the model or a node does not exist, or `node` does not depend on `start` alone.

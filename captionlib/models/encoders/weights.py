@@ -12,6 +12,7 @@ from urllib.error import URLError
 import safetensors
 import safetensors.torch
 import torch
+import torchvision
 from fsspec.implementations.cached import SimpleCacheFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from captionlib.data.images.decoding import DecodeScale, Preprocessing
 from captionlib.data.shards.markers import from_json
 from captionlib.errors import CaptionlibError, ConfigError
-from captionlib.models.encoders.torchvision_import import torchvision
 from captionlib.storage.file_systems import open_file_system
 
 __all__ = [

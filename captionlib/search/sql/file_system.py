@@ -28,14 +28,14 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     DuckDB reads `dataset://captions/part-00000.parquet`, wherever the file is stored. It cannot write files or list
     folders, and does not interpret characters of the actual path as a glob pattern. DuckDB opens a file several times
-    in one query. A local file is opened only once, so that the query reads one version of it, even if it is replaced.
+    in one query. This class opens a local file only once, so a query reads one version of it, even if it is replaced.
     """
 
     protocol = "dataset"
     cachable = False
 
     def __init__(self, files: Mapping[str, DatasetFile]) -> None:
-        """Exposes files by name."""
+        """Exposes files under names such as `captions/part-00000.parquet`."""
         super().__init__()
         self._files = {f"{self.protocol}://{name}": file for name, file in files.items()}
         self._descriptors: dict[str, int] = {}
@@ -56,9 +56,9 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def open(self, path: str, mode: str = "rb", **_options: Any) -> RangedFile:
         if mode not in ("r", "rb"):
             raise PermissionError(f"{path}: the dataset is read-only")
-        fs, actual = self._resolve(path)
-        descriptor = self._open_once(fs, actual)
-        return RangedFile(fs, actual) if descriptor is None else _OpenFile(fs, actual, descriptor)
+        fs, actual_path = self._resolve(path)
+        descriptor = self._open_once(fs, actual_path)
+        return RangedFile(fs, actual_path) if descriptor is None else _OpenFile(fs, actual_path, descriptor)
 
     def _open_once(self, fs: Any, path: str) -> int | None:
         """Returns the descriptor of a local file, or None if the file is remote or too many files are open."""
@@ -70,10 +70,10 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
             return self._descriptors[path]
 
     def info(self, path: str, **_options: Any) -> dict[str, Any]:
-        fs, actual = self._resolve(path)
-        descriptor = self._open_once(fs, actual)
+        fs, actual_path = self._resolve(path)
+        descriptor = self._open_once(fs, actual_path)
         if descriptor is None:
-            size = call_with_retries(actual, lambda: fs.size(actual))
+            size = call_with_retries(actual_path, lambda: fs.size(actual_path))
         else:
             size = os.fstat(descriptor).st_size
         return {"name": path, "type": "file", "size": size}
@@ -85,9 +85,9 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
         return [path] if self.exists(path) else []
 
     def modified(self, path: str) -> datetime:
-        fs, actual = self._resolve(path)
+        fs, actual_path = self._resolve(path)
         try:
-            modified: datetime = call_with_retries(actual, lambda: fs.modified(actual))
+            modified: datetime = call_with_retries(actual_path, lambda: fs.modified(actual_path))
         except NotImplementedError:
             return datetime.fromtimestamp(0, timezone.utc)
         return modified

@@ -1,7 +1,7 @@
 """Runs a query in a child process that can be killed.
 
 DuckDB applies its memory limit only to the memory that its buffer manager allocates, and checks for interrupts only
-between batches: `SELECT repeat('a', 4000000000)` ignores both.
+between batches. `SELECT repeat('a', 4000000000)` exceeds the limit and cannot be interrupted.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,20 +13,20 @@ import pyarrow as pa
 from captionlib.errors import QueryError
 from captionlib.isolation import ProcessLimits, run_isolated
 
-__all__ = ["Query", "run_query"]
+__all__ = ["OpenRows", "run_query"]
 
-Query = Callable[[], AbstractContextManager[pa.RecordBatchReader]]
-"""Opens a query. The rows are valid until the context exits."""
+OpenRows = Callable[[], AbstractContextManager[pa.RecordBatchReader]]
+"""A function that starts a query. Its rows can be read until the context exits."""
 
 _UNTRACKED_BYTES = 2**29  # memory that DuckDB does not count, such as Arrow batches; a sort needs about 200 MB
 
 
 @contextmanager
-def run_query(query: Query, memory_bytes: int, timeout_seconds: float) -> Iterator[pa.RecordBatchReader]:
+def run_query(open_rows: OpenRows, memory_bytes: int, timeout_seconds: float) -> Iterator[pa.RecordBatchReader]:
     """Runs a query in a child process and streams its rows.
 
     Args:
-        query: opens the query. The child process calls it.
+        open_rows: starts the query. The child process calls it.
         memory_bytes: limit on DuckDB's memory. The child is killed if it allocates 512 MiB more.
         timeout_seconds: limit on the total time that this process waits for rows.
 
@@ -37,12 +37,12 @@ def run_query(query: Query, memory_bytes: int, timeout_seconds: float) -> Iterat
     """
 
     def write_rows(sink: BinaryIO) -> None:
-        with query() as rows:
+        with open_rows() as rows:
             writer = pa.ipc.new_stream(sink, rows.schema)
             for batch in rows:
                 writer.write_batch(batch)
                 sink.flush()
-            writer.close()  # not in case of an error, because the parent raises it only if the stream is incomplete
+            writer.close()  # skipped after an error: the parent raises it only if the stream is incomplete
 
     limits = ProcessLimits(
         memory_bytes + _UNTRACKED_BYTES,

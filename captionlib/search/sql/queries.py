@@ -1,4 +1,4 @@
-"""Common queries, for callers who do not want to write SQL. Arguments are passed as parameters, never in the SQL."""
+"""Common queries, for callers who do not want to write SQL. Arguments become SQL parameters, never part of the SQL."""
 
 import re
 
@@ -26,12 +26,13 @@ def find_image(session: SqlSession, image_id: str) -> pa.Table:
     rows = session.query(f'SELECT * FROM "{view}" WHERE image_id = ?', [image_id])
     if rows.num_rows:
         return rows
-    folder = session.folders
     failures = session.query("SELECT stage, error, message FROM failures WHERE image_id = ?", [image_id])
     for failure in failures.to_pylist():
         reason = f"{failure['error']}: {failure['message']}"
-        raise QueryError(f"{folder}: image {image_id} has no row: it failed at stage {failure['stage']} with {reason}")
-    raise QueryError(f"{folder}: no image {image_id}; image ids must match exactly")
+        raise QueryError(
+            f"{session.folders}: image {image_id} has no row: it failed at stage {failure['stage']} with {reason}"
+        )
+    raise QueryError(f"{session.folders}: no image {image_id}; image ids must match exactly")
 
 
 def find_captions(session: SqlSession, words: str, limit: int | None = None) -> pa.RecordBatchReader:

@@ -20,7 +20,7 @@ from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.errors import ConfigError, QueryError
 from captionlib.search.sql.file_system import DatasetFile, DatasetFileSystem
-from captionlib.search.sql.statements import check_condition, check_reads_only, describe_error
+from captionlib.search.sql.statements import check_condition, check_reads_only, to_query_error
 from captionlib.storage.folders import Addresses, list_addresses
 
 __all__ = ["SqlLimits", "SqlSession", "connect", "open_sql", "query_sql", "restrict_connection"]
@@ -44,7 +44,7 @@ class SqlLimits:
     Attributes:
         memory: memory limit, such as `500MB` or `8GB`. Larger intermediate results are spilled to disk.
         threads: number of threads. If None, one thread per core is used.
-        spill: maximum size of spilled intermediate results.
+        spill: maximum size of the intermediate results on disk.
     """
 
     memory: str = "2GB"
@@ -78,12 +78,12 @@ class SqlSession:
         self._connection = connection
 
     def stream(self, sql: str, parameters: Sequence[Any] = ()) -> pa.RecordBatchReader:
-        """Runs one SELECT and streams its rows in batches, which must be read before the session ends.
+        """Runs one SELECT and streams its rows in batches. The rows must be read before the session ends.
 
-        `?` and `$1` are placeholders for parameters, whose values are never parsed as SQL.
+        `?` and `$1` are placeholders for `parameters`. Parameter values are never parsed as SQL.
 
         Raises:
-            QueryError: the statement is not a valid SELECT, or it fails, possibly while its rows are read.
+            QueryError: the statement is not a valid SELECT, or it fails. Reading the rows may also raise it.
         """
         with _raise_query_errors(self.view):
             check_reads_only(self._connection, sql)
@@ -127,35 +127,43 @@ def open_sql(
     limits: SqlLimits = SqlLimits(),
     duplicates: str | os.PathLike[str] | None = None,
 ) -> Iterator[SqlSession]:
-    """Opens datasets of the same kind for SQL. A view with the name of the kind, such as `captions`, has all rows.
+    """Opens datasets of the same kind for SQL.
 
-    The view `failures` contains the images that could not be processed. A dataset can be queried while it is being
-    written, because the views contain only finished shards. An image that is in several datasets has several rows.
-    If `duplicates` is set, a dataset of duplicates, the view has no rows of duplicates of a kept image.
+    A view with the name of the kind, such as `captions`, contains the rows of all datasets. An image that is in several
+    datasets has several rows. The view `failures` contains the images that could not be processed. A dataset can be
+    queried while it is being written, because the views contain only finished shards.
+
+    Args:
+        folders: the datasets.
+        kind: expected kind; None for any.
+        limits: resources that the queries may use.
+        duplicates: dataset of duplicates. The images that it lists as duplicates of a kept image have no rows.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
         ConfigError: DuckDB rejects the limits.
     """
     datasets = _open_datasets(folders, kind)
-    parts: dict[str, DatasetFile] = {}
-    failures: dict[str, DatasetFile] = {}
+    data_files: dict[str, DatasetFile] = {}
+    failure_files: dict[str, DatasetFile] = {}
     for index, dataset in enumerate(datasets):
         prefix = f"{index}/" if len(datasets) > 1 else ""
-        for files_by_name, (folder, paths) in zip((parts, failures), _list_files(dataset).items(), strict=True):
+        for files_by_name, (folder, paths) in zip(
+            (data_files, failure_files), _list_files(dataset).items(), strict=True
+        ):
             for name, path in paths.items():
                 files_by_name[f"{folder}/{prefix}{name}"] = DatasetFile(dataset.folder.fs, path)
     with (
-        tempfile.TemporaryDirectory(prefix="captionlib-") as spill,
-        closing(DatasetFileSystem({**parts, **failures})) as files,
-        closing(connect(limits, spill)) as connection,
+        tempfile.TemporaryDirectory(prefix="captionlib-") as spill_folder,
+        closing(DatasetFileSystem({**data_files, **failure_files})) as files,
+        closing(connect(limits, spill_folder)) as connection,
     ):
         connection.register_filesystem(files)
         restrict_connection(connection, files.addresses)
         schemas = [dataset.schema for dataset in datasets]
         left_out = None if duplicates is None else _register_duplicates(connection, duplicates)
-        _create_view(connection, datasets[0].kind, files.addresses[: len(parts)], schemas, left_out)
-        _create_view(connection, "failures", files.addresses[len(parts) :], [FAILURES_SCHEMA])
+        _create_view(connection, datasets[0].kind, files.addresses[: len(data_files)], schemas, left_out)
+        _create_view(connection, "failures", files.addresses[len(data_files) :], [FAILURES_SCHEMA])
         with _interrupt_on_ctrl_c(connection):
             yield SqlSession(connection, datasets)
 
@@ -163,7 +171,7 @@ def open_sql(
 def _open_datasets(folders: Addresses, kind: str | None) -> list[ShardedDataset]:
     datasets: list[ShardedDataset] = []
     for folder in list_addresses(folders):
-        # A dataset of a different kind than the first is an error.
+        # The kind of the first dataset is required of all others.
         datasets.append(open_dataset(folder, datasets[0].kind if datasets else kind))
     return datasets
 
@@ -171,15 +179,15 @@ def _open_datasets(folders: Addresses, kind: str | None) -> list[ShardedDataset]
 def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limits: SqlLimits = SqlLimits()) -> pa.Table:
     """Runs one SELECT over a dataset, or over several of the same kind, and returns all its rows.
 
-    The query runs in this process, without a time limit, and some functions of DuckDB exceed the memory limit. For
-    untrusted SQL, use the command `captionlib query`, which runs it in a process that it can kill.
+    The query runs in this process, without a time limit, and some of DuckDB's functions exceed the memory limit. For
+    untrusted SQL, use the command `captionlib query`, which runs it in a separate process and kills that at a limit.
 
     Example:
         >>> captionlib.query_sql("captions", "SELECT count(*) AS images FROM captions").to_pylist()
         [{'images': 26}]
 
     Args:
-        folder: the dataset, or several. The query refers to them by their kind, such as `captions`.
+        folder: the dataset, or several. Their kind, such as `captions`, is the name of the view to query.
         sql: the statement.
         parameters: values for the placeholders (`?`) of the statement.
         limits: limits on memory, threads and temporary disk space.
@@ -192,13 +200,13 @@ def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limit
         return session.query(sql, parameters)
 
 
-def connect(limits: SqlLimits, spill: str) -> duckdb.DuckDBPyConnection:
-    """Opens an isolated in-memory database that spills intermediate results to a folder.
+def connect(limits: SqlLimits, spill_folder: str) -> duckdb.DuckDBPyConnection:
+    """Opens an isolated in-memory database that spills large intermediate results to a folder.
 
     Raises:
         ConfigError: DuckDB rejects the limits.
     """
-    config: dict[str, Any] = {**_ISOLATION, "memory_limit": limits.memory, "temp_directory": spill}
+    config: dict[str, Any] = {**_ISOLATION, "memory_limit": limits.memory, "temp_directory": spill_folder}
     if limits.threads is not None:
         config["threads"] = limits.threads
     try:
@@ -218,7 +226,7 @@ def restrict_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequen
 
 
 def _list_files(dataset: ShardedDataset) -> dict[str, dict[str, str]]:
-    """Returns the names and paths of the data files and of the failure files of all finished shards."""
+    """Returns the data files and failure files of all finished shards: for each view, paths by file name."""
     finished = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
     failure_files = set(dataset.folder.list(FAILURES_FOLDER))
     names = [f"{part_name(shard)}.parquet" for shard in finished]
@@ -232,7 +240,7 @@ def _list_files(dataset: ShardedDataset) -> dict[str, dict[str, str]]:
 def _register_duplicates(
     connection: duckdb.DuckDBPyConnection, address: str | os.PathLike[str]
 ) -> duckdb.DuckDBPyRelation:
-    """Returns a relation of the ids of the duplicates of kept images."""
+    """Returns a relation with the ids of the images that are duplicates of a kept image."""
     ids = read_duplicate_ids(open_dataset(address, "duplicates").require_complete())
     connection.register("left_out", pa.table({"image_id": pa.array(sorted(ids), pa.string())}))
     return connection.table("left_out")
@@ -247,8 +255,8 @@ def _create_view(
 ) -> None:
     if addresses:
         # If the columns of the datasets differ, DuckDB must read the schemas of all files to match columns by name.
-        is_same = all(schema.names == schemas[0].names for schema in schemas)
-        rows = connection.read_parquet(list(addresses), union_by_name=not is_same)
+        has_same_columns = all(schema.names == schemas[0].names for schema in schemas)
+        rows = connection.read_parquet(list(addresses), union_by_name=not has_same_columns)
         (rows if left_out is None else rows.join(left_out, "image_id", how="anti")).create_view(name)
     else:
         connection.register(name, schemas[0].empty_table())
@@ -279,9 +287,9 @@ def _raise_query_errors(view: str) -> Iterator[None]:
     try:
         yield
     except duckdb.CatalogException as error:
-        raise QueryError(f"{describe_error(error)} The dataset has the views {view} and failures.") from error
+        raise QueryError(f"{to_query_error(error)} The dataset has the views {view} and failures.") from error
     except (duckdb.Error, pa.ArrowException, OSError) as error:
-        raise describe_error(error) from error
+        raise to_query_error(error) from error
     except RuntimeError as error:
         if "interrupted" in str(error):  # DuckDB's message after Ctrl-C
             raise KeyboardInterrupt from error

@@ -8,7 +8,7 @@ import duckdb
 
 from captionlib.errors import QueryError
 
-__all__ = ["check_condition", "check_reads_only", "describe_error"]
+__all__ = ["check_condition", "check_reads_only", "to_query_error"]
 
 _ALLOWED_TABLE_FUNCTIONS = frozenset({"generate_series", "json_each", "json_tree", "range", "repeat", "unnest"})
 _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SET_OPERATION_NODE"})
@@ -22,13 +22,13 @@ _REFUSED_FUNCTIONS = frozenset(
 def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Checks that SQL is one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) with only safe table functions.
 
-    The connection is already configured to block access to files and changes to its configuration. This check also
-    rejects functions that the configuration does not block, such as `enable_logging(storage_path=...)` and functions
-    that DuckDB may add. It rejects everything that reads settings, because they can contain secrets: DuckDB copies the
-    password of a proxy from the environment, for example.
+    The configuration of the connection already blocks access to files and changes to the configuration. This check
+    also rejects functions that the configuration does not block, such as `enable_logging(storage_path=...)` and
+    functions that DuckDB may add. It rejects everything that reads settings, because they can contain secrets: for
+    example, DuckDB copies the password of a proxy from the environment.
 
     Raises:
-        QueryError: the SQL is invalid or is a different kind of statement.
+        QueryError: the SQL is invalid, is not a SELECT, or uses a function or view that is not allowed.
     """
     try:
         statements = connection.extract_statements(sql)
@@ -40,16 +40,16 @@ def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         (row,) = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchall()
         views = connection.execute("SELECT lower(view_name), internal, schema_name FROM duckdb_views()").fetchall()
     except duckdb.Error as error:
-        raise describe_error(error) from error
+        raise to_query_error(error) from error
     try:
         nodes = list(_walk_nodes(json.loads(row[0])))
     except RecursionError as error:
         raise QueryError("query: nested too deeply; rewrite it with fewer levels") from error
     system_views = {name for name, internal, schema in views if internal and schema != "information_schema"}
-    own_views = {name for name, internal, _ in views if not internal}
+    dataset_views = {name for name, internal, _ in views if not internal}
     for node in nodes:
         _check_node(node)
-        _check_views(node, system_views, own_views)
+        _check_views(node, system_views, dataset_views)
 
 
 def _check_node(node: dict[str, Any]) -> None:
@@ -63,22 +63,24 @@ def _check_node(node: dict[str, Any]) -> None:
         raise QueryError(f"query: expected only SELECT, got a nested {kind.split('_')[0]}; the dataset is read-only")
 
 
-def _check_views(node: dict[str, Any], system_views: Set[str], own_views: Set[str]) -> None:
-    """Rejects views of settings, such as `pg_settings`, and `SHOW setting`."""
+def _check_views(node: dict[str, Any], system_views: Set[str], dataset_views: Set[str]) -> None:
+    """Rejects system views, such as `pg_settings`, and `SHOW` with the name of a setting."""
     kind, name = node.get("type"), str(node.get("table_name")).lower()
-    is_setting = kind == "SHOW_REF" and node["show_type"] == "SHOW" and name not in own_views
+    is_setting = kind == "SHOW_REF" and node["show_type"] == "SHOW" and name not in dataset_views
     if is_setting or (kind == "BASE_TABLE" and name in system_views):
-        raise QueryError(f"query: {name} is not a view of the dataset; expected {' or '.join(sorted(own_views))}")
+        raise QueryError(f"query: {name} is not a view of the dataset; expected {' or '.join(sorted(dataset_views))}")
 
 
 def check_condition(connection: duckdb.DuckDBPyConnection, condition: str) -> None:
-    """Checks that SQL is one expression, so that it cannot continue the statement that contains it in parentheses.
+    """Checks that SQL is one expression, so that a caller can put it in parentheses in a statement.
 
-    It rejects `true) UNION (SELECT 1`, for example. `check_reads_only` must still check the whole statement.
+    `true) UNION (SELECT 1`, for example, would close the parentheses. `check_reads_only` must still check the whole
+    statement.
 
     Raises:
         duckdb.Error: the SQL is not an expression.
     """
+    # The line break ends a comment at the end of the condition. The brackets reject `1) FROM a WHERE (1`.
     connection.extract_statements(f"SELECT [(\n{condition}\n)]")
 
 
@@ -94,7 +96,7 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
             stack.extend(node)
 
 
-def describe_error(error: Exception) -> QueryError:
-    """Converts a DuckDB error to one line, without the statement and the advice that follow the description."""
+def to_query_error(error: Exception) -> QueryError:
+    """Converts a DuckDB error to a QueryError with its description in one line, without the SQL and advice after it."""
     description, _, _ = str(error).partition("\n\n")
     return QueryError(f"query: {' '.join(description.split())}")

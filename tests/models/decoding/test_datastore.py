@@ -80,5 +80,5 @@ def test_reranking_depends_on_neighbors_and_not_on_batch(config: CaptionerConfig
 
 
 def test_decoder_rejects_neighbors_without_datastore() -> None:
-    with pytest.raises(ConfigError, match=r"rerank\.neighbors 4 need the captioner's datastore, got none"):
+    with pytest.raises(ConfigError, match=r"rerank\.neighbors 4 needs the captioner's datastore, got none"):
         Decoder(build(CONFIGS[0], seed=0), DecodingConfig(rerank=RerankConfig("mbr", neighbors=4)))

@@ -203,7 +203,7 @@ def test_decode_rejects_infinite_features() -> None:
         ({"beam_width": 3, "n_best": 4}, "at most beam_width 3, got 4"),
         ({"length_penalty": -1.0}, "length_penalty: .* greater than or equal to 0, got -1.0"),
         ({"min_words": 21, "max_tokens": 20}, "min_words must be at most max_tokens 20, got 21"),
-        ({"beam_width": 5, "beam_groups": 2}, "a beam_width that beam_groups divides, got 5 and 2"),
+        ({"beam_width": 5, "beam_groups": 2}, "beam_width must be a multiple of beam_groups 2, got 5"),
         ({"temperature": 0.5}, "temperature is for strategy sample, got strategy beam"),
         ({"strategy": "sample", "beam_groups": 5}, "beam_groups is for strategy beam, got strategy sample"),
         ({"strategy": "sample", "temperature": 0.0}, "temperature: Input should be greater than 0, got 0.0"),

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from captionlib.errors import DatasetError, FetchError, QueryError, SubprocessError
-from captionlib.search.sql.isolation import Query, run_query
+from captionlib.search.sql.isolation import OpenRows, run_query
 from captionlib.search.sql.session import SqlLimits, open_sql
 
 ENDLESS = "SELECT sum(hash(range)) FROM range(1000000000000)"
@@ -29,7 +29,7 @@ def select(folder: str, sql: str) -> Iterator[pa.RecordBatchReader]:
         yield session.stream(sql)
 
 
-def run(query: Query, memory_bytes: int = 2**32, timeout_seconds: float = 30) -> pa.Table:
+def run(query: OpenRows, memory_bytes: int = 2**32, timeout_seconds: float = 30) -> pa.Table:
     with run_query(query, memory_bytes, timeout_seconds) as rows:
         return rows.read_all()
 
