@@ -54,7 +54,7 @@ class PrepareConfig:
         append: keep images of an existing manifest that are not in the source, which then only needs to list new ones.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
         verify_content: path or URL of features, captions or embeddings made from the manifest. If set, an update reads
-            each image whose file seems unchanged, and compares its hash with the dataset's column `content_hash`.
+            each image whose file seems unchanged, and compares a hash of its content with the column `content_hash`.
     """
 
     source_format: str = "auto"

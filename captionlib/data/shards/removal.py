@@ -69,7 +69,7 @@ class Removal:
     Attributes:
         dataset: the dataset.
         image_ids: ids of the images to remove.
-        is_current: for each shard with images to remove, whether its input shard has not changed since it was written.
+        is_current: for each shard with images to remove, whether it was made from the current version of its input.
         found: those of `image_ids` that the dataset contains, as rows or as failures.
         uris: paths and URLs of the images in `found`.
         reason: why the images are removed. It is stored in the list of a manifest.
