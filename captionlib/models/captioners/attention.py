@@ -35,7 +35,7 @@ class ImageGroups(NamedTuple):
 
 
 def group_by_image(image_of_row: Tensor, images: int) -> ImageGroups:
-    """Groups rows by image; `image_of_row` is `[rows] int64`, in any order."""
+    """Groups rows by image; `image_of_row` is `[rows] int64`, in any order, and `images` is the number of images."""
     counts = torch.bincount(image_of_row, minlength=images)
     order = image_of_row.argsort(stable=True)
     index = torch.empty_like(image_of_row)
