@@ -49,9 +49,9 @@ class Prediction:
         uri: the path or URI of the image; empty if unknown.
         split: the split of the image; empty if unknown.
         log_prob: the log-probability of the caption; None if unknown.
-        image_text_score: the similarity of caption and image; None if unknown.
         candidates: the n best captions with their log-probabilities, best first.
         references: human-written captions of the image.
+        image_text_score: the similarity of caption and image; None if unknown.
     """
 
     image_id: str
@@ -198,7 +198,7 @@ def open_references(address: str | os.PathLike[str]) -> ShardedDataset:
 
 
 def join_references(predictions: Iterable[Prediction], manifest: ShardedDataset) -> list[Prediction]:
-    """Adds the uri, split and references from the manifest to predictions for images that the manifest lists."""
+    """Adds the uri, split and references from the manifest to the predictions whose images are in the manifest."""
     by_id = {prediction.image_id: prediction for prediction in predictions}
     for shard in range(manifest.shards):
         for rows in manifest.read_batches(shard, ["image_id", "uri", "split", "captions"]):

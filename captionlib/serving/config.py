@@ -22,13 +22,13 @@ class ServingConfig:
             the same host. A request that waits longer than five seconds fails with status 503.
         max_requests_per_client: maximum number of requests of one client at once. Further requests fail with status
             429. If a proxy in front of the server does not pass on client addresses, all clients count as one.
-        body_timeout_seconds: timeout for receiving a request body. Every 16 KiB received extend it by one second.
+        body_timeout_seconds: timeout for receiving a request body. Each 16 KiB received extends it by one second.
         max_image_pixels: maximum number of pixels (width x height) of images to decode.
         image_timeout_seconds: timeout for fetching an image, and separately for decoding it.
         max_thumbnail_bytes: maximum total size of thumbnails on disk, enforced after every 200 new thumbnails.
         allow_private_hosts: whether to also fetch images from hosts that are not public. Enable this only if you trust
             the author of the dataset, who chose the image URLs: visitors can view the images at these URLs.
-        log_requests: whether to write a line of JSON to the standard error for each request.
+        log_requests: whether to write a line of JSON to standard error for each request.
     """
 
     allowed_hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1", "[::1]")

@@ -22,8 +22,9 @@ class BatchLoss(NamedTuple):
     """The loss of a batch.
 
     Attributes:
-        mean: `[] float32`, the value to minimize.
-        total: the sum of the reported loss over tokens or pairs.
+        mean: `[] float32`, the value to minimize. It may include label smoothing.
+        total: the sum of the loss that is logged, over the tokens of a batch (or the image-caption pairs of a ranker).
+            It includes no label smoothing.
         size: the number of terms of `total`, and the weight of a process's gradients in data-parallel training.
         reward_total: the sum of the rewards of sampled captions.
         reward_count: the number of sampled captions; 0 for objectives without rewards.
@@ -42,8 +43,8 @@ class Objective(ABC, Generic[Batch, Model]):
     Args:
         model: the model to train, on its device.
         save_model: writes a checkpoint.
-        module_learning_rates: learning rates of individual attributes of the model, by name; all other parameters
-            use the configured learning rate.
+        module_learning_rates: learning rates of submodules of the model, by attribute name; all other parameters use
+            the configured learning rate.
 
     Attributes:
         score_name: the validation score that selects the best epoch.

@@ -111,7 +111,7 @@ class ShardedDataset:
         return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
 
     def read_progress(self, shards: Iterable[int]) -> dict[int, int]:
-        """Returns, by shard, how many images of unfinished shards are processed. Only slow shards report it.
+        """Returns the number of images processed so far by shard, for unfinished shards that report it.
 
         See `ShardWriter`.
         """

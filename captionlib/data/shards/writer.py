@@ -123,7 +123,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
                 f"got {writer.rows} rows and {len(writer.failures)} failures; the shard was not published"
             )
         with path.open("rb") as file:
-            checksum, block_checksums = compute_checksums(file)
+            checksum, block_checksums = compute_checksums(file)  # of the whole file, and of each `BLOCK_BYTES` of it
         failures = _encode_failures(writer.failures)
         writer.marker = Marker(
             shard=shard,

@@ -34,7 +34,12 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
     """Yields one image per row of Parquet files. Each uri refers to a file, row and column; image bytes are not read.
 
     The id is the value of the id column. Without one, it is the image's path if paths are unique in the file, and
-    otherwise the file name and the 0-based row number. See `RowReader` for the arguments.
+    otherwise the file name and the 0-based row number.
+
+    Args:
+        addresses: paths, URLs or globs of the files.
+        options: how to read the files.
+        skips: counter of skipped rows and captions.
 
     Raises:
         ConfigError: a column is missing or ambiguous.
@@ -81,7 +86,7 @@ def _read_rows(
     path_column = f"{image_column}.path"
     uses_path = has_path and id_column is None and _is_unique(parquet, path_column, location)
     version_column = select_column(schema.names, options.version_column, (), location.address)
-    file_version = version_from_file(location)
+    file_version = version_from_file(location)  # short string that changes when the file does
     names = (id_column, split_column, version_column, *caption_columns, path_column if uses_path else None)
     columns = [name for name in names if name is not None]
     for number, record in enumerate(read_parquet_columns(parquet, columns, location, options)):

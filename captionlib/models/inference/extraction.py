@@ -29,7 +29,7 @@ __all__ = [
     "EncodedRows",
     "ExtractionConfig",
     "FeatureExtraction",
-    "PixelReader",
+    "PixelPassthrough",
     "encode_images",
     "load_shared_encoder",
 ]
@@ -92,8 +92,8 @@ class FeatureExtraction:
             yield process
 
 
-class PixelReader:
-    """Stands in for the encoder of models whose input is pixels: the features of an image are its pixels."""
+class PixelPassthrough:
+    """Replaces the encoder of models whose input is pixels: the features of an image are its pixels."""
 
     def __init__(self, preprocessing: Preprocessing | SizeLimit) -> None:
         self.preprocessing = preprocessing
@@ -105,7 +105,7 @@ class PixelReader:
 
 
 def encode_images(
-    encoders: Sequence[ImageEncoder | PixelReader],
+    encoders: Sequence[ImageEncoder | PixelPassthrough],
     images: Iterator[tuple[Row, LoadedImage | ImageError]],
     batch_size: int,
     fail: ReportFailure,

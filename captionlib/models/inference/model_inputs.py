@@ -14,7 +14,7 @@ from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.encoder import ImageEncoder
 from captionlib.models.families.model import Arrays, ImageModel, InputTransform
-from captionlib.models.inference.extraction import EncodedRows, PixelReader, encode_images, load_shared_encoder
+from captionlib.models.inference.extraction import EncodedRows, PixelPassthrough, encode_images, load_shared_encoder
 
 __all__ = ["InputLoader", "choose_input_transform", "open_input_loader"]
 
@@ -75,7 +75,7 @@ def open_input_loader(
         yield lambda batches, _fail: _split_features(batches, shape, len(models))
         return
     descriptions: list[Mapping[str, Any]] = []
-    encoders: list[ImageEncoder | PixelReader] = []
+    encoders: list[ImageEncoder | PixelPassthrough] = []
     encoder_indices = []  # of each model
     for input_transform, model in zip(input_transforms, models, strict=True):
         if model.encoder not in descriptions:
@@ -83,7 +83,7 @@ def open_input_loader(
             if isinstance(input_transform, EncoderConfig):
                 encoders.append(load_shared_encoder(input_transform, device, threads, model.encoder))
             elif input_transform is not None:
-                encoders.append(PixelReader(input_transform))
+                encoders.append(PixelPassthrough(input_transform))
         encoder_indices.append(descriptions.index(model.encoder))
 
     def encode(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> EncodedRows:
