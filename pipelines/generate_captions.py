@@ -113,11 +113,11 @@ def generate_captions(
                 **scores,
                 **sample.config,
             },
-            **sample.origin,
+            **sample.input_arguments,
             overwrite=run.overwrite,
         )
         outputs = [captions]
         if loaded_ranker is not None and embeddings is not None:
             outputs.append(create_embeddings_dataset(embeddings, sample, loaded_ranker, run.overwrite))
-        job = ShardJob(sample.rows, tuple(outputs), stage, run.retry_failures, run.verify)
+        job = ShardJob(sample.dataset, tuple(outputs), stage, run.retry_failures, run.verify)
         return run_job(job, "generate-captions", run)

@@ -44,7 +44,7 @@ class LanguageModelTrainingConfig:
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
         max_tokens: longer sentences are truncated in training.
-        sequence_length: tokens per sequence of a continuous text.
+        sequence_length: the number of tokens in each of the sequences that a continuous text is split into.
         batch_size: sentences or sequences per batch.
     """
 

@@ -49,8 +49,8 @@ class Objective(ABC, Generic[Batch, Model]):
     Attributes:
         score_name: the validation score that selects the best epoch.
         higher_is_better: whether a higher score is better, as for CIDEr, or a lower one, as for perplexity.
-        unigram_perplexity: the validation perplexity of the training data's word frequencies, which a model must beat;
-            None if the objective has no such bound.
+        unigram_perplexity: the validation perplexity of a unigram model, which uses only the word frequencies of the
+            training data. The trained model must beat it. If None, there is no such check.
     """
 
     score_name = "perplexity"
@@ -75,7 +75,7 @@ class Objective(ABC, Generic[Batch, Model]):
 
     @abstractmethod
     def steps_per_epoch(self) -> int:
-        """Returns the approximate number of batches per epoch."""
+        """Returns the number of batches per epoch, which may vary slightly with their order."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> BatchLoss:
@@ -85,9 +85,9 @@ class Objective(ABC, Generic[Batch, Model]):
     def validate(self) -> dict[str, float]:
         """Computes the scores on the validation data."""
 
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        """Writes the checkpoint."""
-        self.save_model(output, self.model, training)
+    def save(self, output: Folder, history: dict[str, Any]) -> None:
+        """Writes the checkpoint with the training history."""
+        self.save_model(output, self.model, history)
 
 
 def compute_perplexity(log_probs: Iterable[Tensor]) -> float:
@@ -95,4 +95,4 @@ def compute_perplexity(log_probs: Iterable[Tensor]) -> float:
     total, tokens = 0.0, 0
     for batch in log_probs:
         total, tokens = total - batch.sum().item(), tokens + len(batch)
-    return float(torch.tensor(total / max(tokens, 1)).exp())
+    return float(torch.tensor(total / max(tokens, 1)).exp())  # infinite, where math.exp raises OverflowError

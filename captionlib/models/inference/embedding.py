@@ -98,7 +98,7 @@ def create_embeddings_dataset(
         "embeddings",
         embeddings_schema(ranker.size),
         config={"ranker": ranker.fingerprint, "encoder": ranker.encoder, **sample.config},
-        **sample.origin,
+        **sample.input_arguments,
         overwrite=overwrite,
     )
 
