@@ -47,8 +47,8 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
 
     Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, `.text`, `.caption` or
     `.captions` file or, without one, the captions in its `.json`. If `options.caption_columns` is set, the captions in
-    the `.json` take precedence. The id is the sample's key, or the value of `options.id_column` in the `.json`. A sample
-    with invalid captions is kept without captions. See `RowReader` for the arguments.
+    the `.json` take precedence. The id is the sample's key, or the value of `options.id_column` in the `.json`.
+    A sample with invalid captions is kept without captions. See `RowReader` for the arguments.
 
     Raises:
         DatasetError: a tar is compressed or damaged.

@@ -59,7 +59,7 @@ def tokenize(sentence: str, level: Level = "words") -> list[str]:
     """Splits a sentence into words in the style of the Penn Treebank, or into characters at the level `characters`.
 
     Words are lowercased, and punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`.
-    Hyphenated words and numbers are kept (`t-shirt`, `1,000`). Tokenizing the words joined by spaces returns them again.
+    Hyphenated words and numbers are kept (`t-shirt`, `1,000`). Tokenizing the words joined by spaces changes nothing.
     """
     if level == "characters":
         return list(sentence)
@@ -215,7 +215,7 @@ class Vocabulary:
         return self.encode_tokens(self.tokenize(sentence))
 
     def tokenize(self, sentence: str) -> list[str]:
-        """Splits a sentence into the input of `encode_tokens`: characters at the level `characters`, otherwise words."""
+        """Splits a sentence into the input of `encode_tokens`: characters at the level `characters`, else words."""
         return tokenize(sentence, self.level)
 
     def encode_tokens(self, tokens: Iterable[str]) -> list[int]:

@@ -136,7 +136,7 @@ def _read_text(
 def _read_binary(
     file: BinaryIO, start: bytes, uri: str, requested: frozenset[str], size: int, count: int
 ) -> Iterator[_Entry]:
-    """Yields the requested entries. `start` is the second line, which was already read from `file`."""
+    """Yields the requested entries. `start` contains the bytes after the first line that were already read."""
     buffer, position = start, 0
     for number in range(count):
         space = buffer.find(b" ", position)
