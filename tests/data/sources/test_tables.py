@@ -88,7 +88,7 @@ def test_captions_of_an_image_in_a_second_split_are_skipped(tmp_path: Path) -> N
     rows, skipped = read(path)
     assert [(row.split, row.captions) for row in rows] == [("train", ("one",))]
     assert skipped == {"second split for the same image": 1}
-    with pytest.raises(DatasetError, match=r"line 3: expected image 1 in split 'train' as at .*line 2, got 'val'"):
+    with pytest.raises(DatasetError, match=r"line 3: expected split 'train' for image 1, as in .*line 2, got 'val'"):
         read(path, strict=True)
 
 
