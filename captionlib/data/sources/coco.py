@@ -23,7 +23,7 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
     `captions_train2014.json`. Image paths are relative to the subfolder that the file name mentions: here,
     `train2014/`. It is looked for in the image root or, if none is given, in the folder of the JSON file and then in
     the parent of that folder. If it is not found, image paths are relative to the first folder that was searched.
-    See `RowReader` for the arguments.
+    See `captionlib.data.sources.rows.RowReader` for the arguments.
 
     Raises:
         DatasetError: a file is not in COCO's format, or none of its captions belongs to one of its images.

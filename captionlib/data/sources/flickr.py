@@ -31,7 +31,7 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
     Splits come from `options.split_files` or, by default, from the official split files in the folder of the captions,
     such as `Flickr_8k.trainImages.txt`. If split files are used, images that none of them lists are skipped.
-    See `RowReader` for the arguments.
+    See `captionlib.data.sources.rows.RowReader` for the arguments.
 
     Raises:
         DatasetError: an image is in two splits.

@@ -31,7 +31,8 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
     Files with an image extension or without an extension become rows; they are not opened. Other extensions, hidden
     files and folders, and special files are skipped. Symbolic links are followed unless they point to a parent folder.
-    For a glob, ids are relative to the last folder before the first wildcard. See `RowReader` for the arguments.
+    For a glob, ids are relative to the last folder before the first wildcard.
+    See `captionlib.data.sources.rows.RowReader` for the arguments.
 
     Raises:
         DatasetError: a folder does not exist or cannot be read.

@@ -21,8 +21,8 @@ __all__ = ["read_karpathy", "read_numbered_rows"]
 def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images of `dataset.json` files in file order. One file at a time is held in memory.
 
-    The id is `cocoid` or, if missing, `imgid`. The splits are train, restval, val and test. See `RowReader` for the
-    arguments.
+    The id is `cocoid` or, if missing, `imgid`. The splits are train, restval, val and test. See
+    `captionlib.data.sources.rows.RowReader` for the arguments.
 
     Raises:
         DatasetError: a file is not in Karpathy's format.
