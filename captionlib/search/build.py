@@ -131,17 +131,17 @@ class IndexBuild:
             return
         shard = self.shards[position]
         captions = self.captions[shard.dataset]
-        with temporary_folder(self.folder) as local, open_shard(captions, shard.shard, shard.captions) as caption_rows:
-            kept = find_kept_rows(caption_rows, _read_left_out(self.duplicates))
+        with temporary_folder(self.folder) as local, open_shard(captions, shard.shard, shard.captions) as caption_file:
+            kept = find_kept_rows(caption_file, _read_left_out(self.duplicates))
             if kept.sum() != shard.rows:
                 raise _changed_error(self.duplicates)
-            write_rows(local / "rows", local / "candidates", read_caption_rows(caption_rows, kept))
+            write_rows(local / "rows", local / "candidates", read_caption_rows(caption_file, kept))
             files = {
                 "rows_file": publish_path(self.folder, local / "rows", "rows/", ".arrow"),
                 "candidates_file": publish_path(self.folder, local / "candidates", "candidates/", ".arrow"),
             }
             if self.embeddings:
-                self._write_partial_index(position, caption_rows, kept, local)
+                self._write_partial_index(position, caption_file, kept, local)
         self.folder.write(self._result_file(position), encode_record(files))  # the shard is done when this file exists
 
     def _read_result(self, position: int) -> dict[str, str] | None:
@@ -154,17 +154,17 @@ class IndexBuild:
         return files if all(self.folder.exists(name) for name in needed) else None
 
     def _write_partial_index(
-        self, position: int, caption_rows: pq.ParquetFile, kept: npt.NDArray[np.bool_], local: Path
+        self, position: int, caption_file: pq.ParquetFile, kept: npt.NDArray[np.bool_], local: Path
     ) -> None:
         shard = self.shards[position]
         captions, embeddings = self.captions[shard.dataset], self.embeddings[shard.dataset]
         with (
-            open_shard(embeddings, shard.shard, shard.embeddings) as embedding_rows,
+            open_shard(embeddings, shard.shard, shard.embeddings) as embedding_file,
             self.folder.stage(self._partial_file(position)) as path,
         ):
-            positions = match_embeddings_to_captions(captions, embeddings, shard.shard, caption_rows, embedding_rows)
+            positions = match_embeddings_to_captions(captions, embeddings, shard.shard, caption_file, embedding_file)
             is_indexed = (positions >= 0) & np.append(kept, False)[positions]  # position -1 selects the appended False
-            vectors = read_embeddings(embedding_rows, self._dimension)[is_indexed]
+            vectors = read_embeddings(embedding_file, self._dimension)[is_indexed]
             trained = fetch_path(self.folder, self._trained_file, local / "trained")
             if self.base is not None:
                 check_hash(trained, self._trained_file, self.folder.address(self._trained_file))
@@ -469,10 +469,10 @@ def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence
 def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
     captions, embeddings = build.captions[shard.dataset], build.embeddings[shard.dataset]
     with (
-        open_shard(captions, shard.shard, shard.captions) as caption_rows,
-        open_shard(embeddings, shard.shard, shard.embeddings) as embedding_rows,
+        open_shard(captions, shard.shard, shard.captions) as caption_file,
+        open_shard(embeddings, shard.shard, shard.embeddings) as embedding_file,
     ):
-        match_embeddings_to_captions(captions, embeddings, shard.shard, caption_rows, embedding_rows)
+        match_embeddings_to_captions(captions, embeddings, shard.shard, caption_file, embedding_file)
 
 
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:

@@ -49,7 +49,7 @@ def add_problem_type(app: FastAPI) -> None:
     make_schema = app.openapi
 
     def make_schema_with_type() -> Mapping[str, Any]:
-        is_new = app.openapi_schema is None
+        is_new = app.openapi_schema is None  # FastAPI caches the schema
         schema = make_schema()
         for operation in (each for methods in schema["paths"].values() for each in methods.values() if is_new):
             for code, response in operation["responses"].items():
