@@ -17,7 +17,7 @@ from captionlib.data.sources.locations import (
     split_glob,
 )
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
-from captionlib.data.sources.versions import version_from_file, version_from_listing, version_from_status
+from captionlib.data.sources.versions import version_from_file, version_from_listing, version_from_stat
 from captionlib.errors import DatasetError
 from captionlib.storage.file_systems import split_protocol
 
@@ -128,7 +128,7 @@ def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[tuple[str, s
         elif kind == "directory":
             folders.append(name)
         else:
-            version = version_from_status(details.stat()) if folder.is_local else version_from_listing(details)
+            version = version_from_stat(details.stat()) if folder.is_local else version_from_listing(details)
             files.append((name, version))
     return sorted(files), sorted(folders)
 

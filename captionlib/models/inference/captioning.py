@@ -247,7 +247,7 @@ def caption_images(
 def _rebatch(encoded: EncodedRows, size: int) -> EncodedRows:
     """Regroups batches of any length into batches of `size` rows; the last one may be shorter."""
     rows: list[Row] = []
-    inputs: list[tuple[npt.NDArray[Any], ...]] = []  # of each row, for all models
+    inputs: list[tuple[npt.NDArray[Any], ...]] = []  # for each row, one array per model
     for more_rows, more_inputs in encoded:
         rows = rows + more_rows
         inputs = [*inputs, *zip(*more_inputs, strict=True)]

@@ -92,7 +92,7 @@ class ImageEmbedding:
 def create_embeddings_dataset(
     folder: str | os.PathLike[str], sample: Sample, ranker: RankingModel, overwrite: bool
 ) -> ShardedDataset:
-    """Creates the dataset for a ranker's embeddings of the images in a dataset or sample; see `create_dataset`."""
+    """Creates the dataset for a ranker's embeddings of the images of `sample`; see `create_dataset`."""
     return create_dataset(
         folder,
         "embeddings",

@@ -61,7 +61,7 @@ class FeatureExtraction:
 
     Attributes:
         config: configuration of the extraction.
-        description: expected `ImageEncoder.description`; a worker with a different encoder fails.
+        description: expected `ImageEncoder.description`; a worker fails if its encoder differs.
         device: device of the encoder.
         threads: number of CPU threads of the encoder. If None, PyTorch's default is used.
     """
@@ -110,10 +110,10 @@ def encode_images(
     batch_size: int,
     fail: ReportFailure,
 ) -> EncodedRows:
-    """Encodes images in full batches and reports images that could not be loaded to `fail`.
+    """Encodes images in full batches. Images that could not be loaded are omitted.
 
     Args:
-        encoders: the encoders. The images contain one array of pixels for each, in the same order.
+        encoders: the encoders. Each image has one array of pixels per encoder, in the same order.
         images: rows of a dataset, and their images.
         batch_size: images per batch.
         fail: called with the row of an image that could not be loaded.
