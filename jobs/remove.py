@@ -91,7 +91,7 @@ def _read_ids(file: str) -> list[str]:
 def _find_datasets(
     folders: Sequence[str], stack: ExitStack, command_name: str, dry_run: bool
 ) -> tuple[list[str], list[str]]:
-    """Returns the addresses of the datasets and of the indexes. Locks the datasets until `stack` is closed."""
+    """Returns the addresses of datasets and indexes. Locks the datasets and collections until `stack` is closed."""
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.search.index_folder import DESCRIPTION
