@@ -31,7 +31,7 @@ _SECTIONS = {
     "Options for an index": _INDEX_OPTIONS,
     "Query a dataset": _DATASET_QUERIES,
     "Options for a dataset": ("duplicates", "memory", "threads"),
-    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "quiet", "verbose", "help"),
+    "Output": ("limit", "timeout", "format", "escape_formulas", "output", "quiet", "verbose", "log_format", "help"),
 }
 
 

@@ -1,7 +1,7 @@
 """Locks a folder on any file system, so that only one process at a time changes it.
 
 The lock is a file. The process that holds the lock rewrites the file every 20 seconds. A lock is stale if its file has
-not been rewritten for two minutes, or if its process ran on this machine and has ended. Any process can take over a
+not been rewritten for two minutes, or if its process ran on this machine and no longer holds it. Any process can take over a
 stale lock.
 """
 
@@ -24,6 +24,8 @@ LOCK_FILE = "_lock"
 _RENEW_SECONDS = 20.0
 _STALE_SECONDS = 120.0
 
+_HELD_LOCKS: set[str] = set()  # ids of the locks that this process holds
+
 
 @contextmanager
 def lock_folder(folder: Folder, command: str) -> Iterator[None]:
@@ -38,7 +40,12 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
     """
     lock_id = uuid.uuid4().hex
     holder = {"owner": lock_id, "command": command, "host": socket.gethostname(), "process": os.getpid()}
-    _acquire(folder, holder)
+    _HELD_LOCKS.add(lock_id)
+    try:
+        _acquire(folder, holder)
+    except BaseException:
+        _HELD_LOCKS.discard(lock_id)
+        raise
     stop = threading.Event()
 
     def renew() -> None:
@@ -54,6 +61,7 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
+        _HELD_LOCKS.discard(lock_id)
         if _decode(_read(folder)).get("owner") == lock_id:
             folder.remove_file(LOCK_FILE)
 
@@ -71,8 +79,10 @@ def _acquire(folder: Folder, holder: Mapping[str, Any]) -> None:
 
 
 def _is_stale(holder: Mapping[str, Any]) -> bool:
-    if holder.get("host") == socket.gethostname() and not _is_running(holder.get("process")):
-        return True
+    if holder.get("host") == socket.gethostname():
+        process = holder.get("process")
+        if not _is_running(process) or (process == os.getpid() and holder.get("owner") not in _HELD_LOCKS):
+            return True
     renewed = holder.get("renewed")
     return not (isinstance(renewed, int | float) and time.time() - renewed <= _STALE_SECONDS)
 

@@ -45,6 +45,14 @@ def test_lock_of_a_process_that_has_ended_is_taken_over(folder: Folder) -> None:
         assert json.loads(folder.read(LOCK_FILE))["process"] == os.getpid()
 
 
+def test_lock_that_this_process_failed_to_remove_is_taken_over(folder: Folder) -> None:
+    with lock_folder(folder, "update"):
+        left = folder.read(LOCK_FILE)
+    folder.write(LOCK_FILE, left)
+    with lock_folder(folder, "remove"):
+        assert json.loads(folder.read(LOCK_FILE))["command"] == "remove"
+
+
 def test_lock_of_another_machine_is_taken_over_once_it_is_no_longer_renewed(folder: Folder) -> None:
     with lock_folder(folder, "update"):
         held = {**json.loads(folder.read(LOCK_FILE)), "host": "another"}
