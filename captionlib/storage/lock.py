@@ -1,8 +1,8 @@
 """Locks a folder on any file system, so that only one process at a time changes it.
 
 The lock is a file. The process that holds the lock rewrites the file every 20 seconds. A lock is stale if its file has
-not been rewritten for two minutes, or if its process ran on this machine and no longer holds it. Any process can take over a
-stale lock.
+not been rewritten for two minutes, or if its process ran on this machine and no longer holds it. Any process can take
+over a stale lock.
 """
 
 import json
