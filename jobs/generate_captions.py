@@ -25,7 +25,7 @@ __all__ = ["command"]
     "generate-captions {source} -o {output}",
     "Folder that train-captioner wrote, or a model such as hf:FOLDER.",
 )
-@click.option("--ranker", metavar="FOLDER", help="Score with this ranker how well captions fit; or hf:FOLDER.")
+@click.option("--ranker", metavar="FOLDER", help="Ranker that scores how well each caption fits, or hf:FOLDER.")
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write; requires --ranker.")
 @weights_option
 @limit_option
@@ -44,12 +44,11 @@ def command(
 ) -> None:
     """Caption every image of SOURCE, a features dataset or a manifest (list of images).
 
-    A manifest's images are encoded in the same pass. Writes a captions dataset with the best caption of each image, its
-    log-probability and the n best candidates. With --set attention_maps=true, it also contains the attention weights of
-    each token. With a ranker (image-text dual encoder), every caption has an image_text_score, which says how well it
-    fits its image, and with --embeddings, the pass also writes an embeddings dataset for `build-index`. `captionlib
-    embed` writes that dataset in a separate pass. With --limit, the
-    output is a dataset of the sample only; choose a different folder for all images.
+    If SOURCE is a manifest, its images are encoded in the same pass. Writes a captions dataset with the best caption of
+    each image, its log-probability and the n best candidates. With --set attention_maps=true, the dataset also contains
+    the attention weights of each token. With --ranker (image-text dual encoder), image_text_score says how well a
+    caption fits its image. With --embeddings, the same pass writes an embeddings dataset for `build-index`. With
+    --limit, the output contains only the sample; to caption all images, choose a different folder.
 
     \b
     Examples:

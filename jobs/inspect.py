@@ -35,22 +35,24 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
     from captionlib.config import to_dict
     from captionlib.data.shards.inspection import inspect_dataset
     from captionlib.data.shards.markers import DESCRIPTION_FILE
-    from captionlib.search.index_folder import DESCRIPTION as INDEX, read_description
+    from captionlib.search.index_folder import DESCRIPTION as INDEX_FILE, read_description
     from captionlib.storage.folders import Folder
 
     names = Folder(folder).list()
     if DESCRIPTION_FILE in names:
         report = inspect_dataset(folder, verify)
-        click.echo(_to_json(dataclasses.asdict(report)) if as_json else _describe(report, verify))
+        click.echo(_to_json(dataclasses.asdict(report)) if as_json else _describe_dataset(report, verify))
         sys.exit(1 if report.problems else 0)
-    if INDEX in names and (index := read_description(Folder(folder))) is not None:
+    if INDEX_FILE in names and (index := read_description(Folder(folder))) is not None:
         click.echo(_to_json(to_dict(index)) if as_json else _describe_index(folder, index))
         return
     if "config.json" in names:
         from captionlib.models.checkpoints.folder import describe_checkpoint  # imports torch, which is slow
 
         checkpoint = describe_checkpoint(folder)
-        click.echo(_to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_lines(checkpoint, "  ")]))
+        click.echo(
+            _to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_format_values(checkpoint, "  ")])
+        )
         return
     if "_training" in names:
         raise DatasetError(
@@ -58,12 +60,12 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
             "command again to resume it"
         )
     raise DatasetError(
-        f"{folder} is not an output of captionlib: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX}) or a "
-        f"checkpoint (config.json), got {', '.join(names[:5]) if names else 'a missing or empty folder'}"
+        f"{folder} is not an output of captionlib: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX_FILE}) or "
+        f"a checkpoint (config.json), got {', '.join(names[:5]) if names else 'a missing or empty folder'}"
     )
 
 
-def _describe(report: DatasetReport, verified: bool) -> str:
+def _describe_dataset(report: DatasetReport, verified: bool) -> str:
     lines = [
         f"{report.folder}: {report.kind}, {'complete' if report.complete else f'not complete: {report.explanation}'}",
         f"  rows         {report.rows:,} in {report.shards_done:,} of {report.shards:,} shards",
@@ -72,7 +74,7 @@ def _describe(report: DatasetReport, verified: bool) -> str:
         "  columns",
         *(f"    {name:<12} {kind}" for name, kind in report.columns.items()),
         "  configuration",
-        *_lines(report.config, "    "),
+        *_format_values(report.config, "    "),
     ]
     if report.stale:
         lines.append(
@@ -109,7 +111,7 @@ def _describe_index(folder: str, index: IndexDescription) -> str:
         f"  built        {index.created}",
         f"  fingerprint  {index.fingerprint}",
         "  configuration",
-        *_lines(to_dict(index.config), "    "),
+        *_format_values(to_dict(index.config), "    "),
     ]
     if index.embeddings:
         lines.append(f"    ranker: {index.ranker}")
@@ -120,12 +122,12 @@ def _to_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
-def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
+def _format_values(values: Mapping[str, Any], indent: str = "") -> list[str]:
     """Formats nested values as `key: value` lines."""
     lines = []
     for name, value in values.items():
         if isinstance(value, Mapping):
-            lines += [f"{indent}{name}", *_lines(value, f"{indent}  ")]
+            lines += [f"{indent}{name}", *_format_values(value, f"{indent}  ")]
         else:
             lines.append(f"{indent}{name}: {value}")
     return lines

@@ -86,12 +86,12 @@ __all__ = ["command"]
     help="Stop if SOURCE lists image paths and none of the first 20 images exists.",
 )
 @click.option("--strict", is_flag=True, help="Stop at invalid images or captions instead of skipping them.")
-@click.option("--append", is_flag=True, help="Keep images that are not in SOURCE, which lists only new ones.")
+@click.option("--append", is_flag=True, help="Keep images of the manifest that are not in SOURCE.")
 @click.option("--allow-removal", is_flag=True, help="Allow an update to remove more than a tenth of the images.")
 @click.option(
     "--verify-content",
     metavar="FOLDER",
-    help="Read images that seem unchanged, and compare them with content_hash in these features or captions.",
+    help="Features or captions dataset. Read images that seem unchanged, and compare them with its content_hash.",
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")

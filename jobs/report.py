@@ -41,7 +41,7 @@ def command(
 
     CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json. You can sort and filter
     the images. The page opens from disk or from any web server and loads nothing from other sites. For captions that
-    were generated with attention_maps, it also shows the attention map of each word.
+    were generated with attention_maps, the page also shows the attention map of each word.
 
     \b
     Examples:
@@ -68,7 +68,7 @@ def command(
         output,
         title or f"Captions from {captions}",
         predictions,
-        note=_describe(len(predictions), splits, evaluation),
+        note=_format_note(len(predictions), splits, evaluation),
         scores=[] if evaluation is None else _format_scores(evaluation),
         cider=None if evaluation is None else evaluation.scores.per_image["CIDEr"],
         history=history,
@@ -82,7 +82,7 @@ def command(
     click.echo(f"{page}: {len(predictions):,} images")
 
 
-def _describe(images: int, splits: Sequence[str], evaluation: Evaluation | None) -> str:
+def _format_note(images: int, splits: Sequence[str], evaluation: Evaluation | None) -> str:
     description = f"{images:,} images{' of split ' if splits else ''}{' and '.join(splits)}."
     if evaluation is None:
         return description

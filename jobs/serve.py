@@ -46,7 +46,7 @@ _SHUTDOWN_SECONDS = 5
     default=16,
     show_default=True,
     metavar="MB",
-    help="Maximum size of the uploaded images of a request.",
+    help="Maximum total size of the images in an upload.",
 )
 @click.option(
     "--allow-private-hosts",
@@ -156,7 +156,7 @@ def _run_server(listening: socket.socket, workers: int, message: str) -> None:
 
     from captionlib.serving.connections import LimitedConnection
 
-    # With several workers, this call only reports errors once and copies a remote index once.
+    # With several workers, the app is not used, but errors are reported once and a remote index is copied once.
     app = create()
     click.echo(message)
     server = uvicorn.Config(
@@ -184,7 +184,7 @@ def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
 
     received: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    supervisor = Multiprocess(server, [listening])  # replaces the handlers
+    supervisor = Multiprocess(server, [listening])  # replaces the signal handlers
 
     def stop(number: int, _frame: object) -> None:
         received.append(number)
@@ -200,7 +200,7 @@ def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
 
 
 def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the values of the configuration of captions for uploaded images."""
+    """Returns the captioning configuration for uploaded images as JSON values."""
     from captionlib.config import load_config, to_dict
 
     if captioner is None:

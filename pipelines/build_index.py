@@ -64,7 +64,7 @@ def build_index(
 
 
 class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
-    """Runs a planned build. Each element is the position in `IndexBuild.shards` of a shard to add."""
+    """Runs a planned build, and returns the number of added shards. Steps pass positions in `IndexBuild.shards`."""
 
     def __init__(self, build: IndexBuild) -> None:
         super().__init__()
@@ -94,6 +94,6 @@ def _add_shard(position: int, build: IndexBuild) -> int:
     return position
 
 
-def _finish(shards: int, build: IndexBuild) -> int:
+def _finish(shard_count: int, build: IndexBuild) -> int:
     build.finish()
-    return shards
+    return shard_count

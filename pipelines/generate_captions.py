@@ -37,7 +37,7 @@ def generate_captions(
     device: str = "auto",
     run: RunConfig = RunConfig(),
 ) -> Totals:
-    """Generates a caption of every image of a dataset, or resumes an incomplete run.
+    """Generates a caption for every image of a dataset, or resumes an incomplete run.
 
     Example:
         >>> totals = captionlib.generate_captions("features", "captioner", "captions")
@@ -52,8 +52,8 @@ def generate_captions(
         ranker: the ranker's folder or address. It adds the column `image_text_score`, which says how well each caption
             fits its image.
         embeddings: folder of the embeddings dataset to write; requires `ranker`.
-        weights: path of the image encoder's weights file; required if the encoder was loaded from such a file and the
-            checkpoint does not contain it.
+        weights: path of the image encoder's weights file; required if the encoder was loaded from a file, unless the
+            checkpoint contains its weights.
         limit: caption only a sample of this number of images, evenly spaced over the dataset. To caption all images
             later, use different output folders.
         device: auto, cpu, cuda or cuda:N.
@@ -83,10 +83,10 @@ def generate_captions(
     description = captioner.describe_generation(config)
     input_transform = choose_input_transform(dataset, captioner, weights, driver_device, run.threads_per_worker)
     loaded_ranker, ranker_version, ranker_input_transform = None, None, None
-    scores = {}
+    ranker_config = {}
     if ranker is not None:
         loaded_ranker, ranker_version = SHARED_RANKERS.load_version(ranker)
-        scores = {"ranker": loaded_ranker.fingerprint, "sentence_template": loaded_ranker.sentence_template}
+        ranker_config = {"ranker": loaded_ranker.fingerprint, "sentence_template": loaded_ranker.sentence_template}
         ranker_input_transform = choose_input_transform(
             dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
         )
@@ -110,7 +110,7 @@ def generate_captions(
                 "captioner": captioner.fingerprint,
                 "encoder": captioner.encoder,
                 **description,
-                **scores,
+                **ranker_config,
                 **sample.config,
             },
             **sample.origin,
