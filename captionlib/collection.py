@@ -1,4 +1,4 @@
-"""Collections: folders with a list of sources of images, and with their captions and search index.
+"""Collections: folders that list sources of images, and contain the captions and the search index of these images.
 
     folder/
       collection.yaml       sources, captioner (caption model), ranker (image-text retrieval model) and settings
@@ -78,7 +78,7 @@ class CollectionConfig:
             text-only.
         weights: weights file of the encoder, if it needs one.
         duplicates: minimum cosine similarity, in (0, 1], of near-duplicates, such as 0.94. If set, only the largest of
-            several similar images is indexed; see `captionlib deduplicate`. If None, all images are.
+            several similar images is indexed; see `captionlib deduplicate`. If None, all images are indexed.
         generation: configuration of `captionlib generate-captions`, such as `decoding`.
         index: how to build the index.
     """
@@ -132,8 +132,8 @@ class Collection:
 
     def list_datasets(self) -> list[str]:
         """Returns the paths or URLs of the datasets of all sources, in the order in which they are written."""
-        kinds = [self.manifest, self.captions, *([self.embeddings] if self.config.ranker else [])]
-        return [kind(source) for source in self.config.sources for kind in kinds]
+        getters = [self.manifest, self.captions, *([self.embeddings] if self.config.ranker else [])]
+        return [get_address(source) for source in self.config.sources for get_address in getters]
 
 
 def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) -> Collection:

@@ -70,8 +70,8 @@ def load_config(config_type: type[Config], path: str | Path | None, overrides: S
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
     """Creates a configuration from a mapping of keys to values. Nested mappings fill nested sections.
 
-    If a nested mapping omits a key, its value comes from the enclosing class's default for that section. Error messages
-    begin with `origin`, which names the source of the values.
+    A key that a nested mapping omits keeps the value that the enclosing class sets by default for the section, not the
+    default of the section's own class. Error messages begin with `origin`, which names the source of the values.
 
     Raises:
         ConfigError: a key is unknown or a value is invalid.
@@ -101,10 +101,10 @@ def parse_override(override: str) -> tuple[list[str], Any]:
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Parses YAML without aliases.
+    """Parses YAML. Aliases and repeated keys are rejected.
 
     Raises:
-        ConfigError: the text is invalid; the message begins with `origin`, which names its source.
+        ConfigError: the text is invalid. The message begins with `origin`, which names the source of the text.
     """
     try:
         return yaml.load(text, _Loader)
@@ -116,7 +116,7 @@ def parse_yaml(text: str, origin: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses aliases and repeated keys.
+    """Rejects aliases and repeated keys.
 
     With aliases that refer to other aliases, a few lines can describe billions of values, or a cycle.
     """
@@ -196,6 +196,7 @@ def _set_nested(values: dict[str, Any], keys: Sequence[str], value: Any) -> None
 
 
 def _with_defaults(config_type: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fills in the keys that nested sections omit; see `build_config`."""
     filled = dict(values)
     for field in dataclasses.fields(config_type):
         section, factory = values.get(field.name), field.default_factory
@@ -232,19 +233,25 @@ def _check_keys(config_type: Any, values: Mapping[str, Any], prefix: str, origin
 
 
 def _section_type(field_type: Any) -> Any | None:
-    """Returns the configuration class of a field that is a section or an optional section, or None."""
+    """Returns the class C of a field of type `C`, `C | None` or `tuple[C, ...]`. Returns None for other types."""
     types = [field_type, *get_args(field_type)]
     return next((section for section in types if dataclasses.is_dataclass(section)), None)
 
 
-def _check_booleans(given: Any, used: Any, name: str) -> None:
-    """Rejects true and false where a number is expected, and the reverse. Pydantic would convert them."""
-    if isinstance(given, Mapping) and isinstance(used, Mapping):
+def _check_booleans(given: Any, converted: Any, prefix: str) -> None:
+    """Rejects booleans that Pydantic converted to numbers, and numbers that it converted to booleans.
+
+    Args:
+        given: the value before the conversion.
+        converted: the value after the conversion.
+        prefix: beginning of the error message: the origin, and the keys of the sections that contain the value.
+    """
+    if isinstance(given, Mapping) and isinstance(converted, Mapping):
         for key, value in given.items():
-            _check_booleans(value, used.get(key), f"{name}{key}.")
-    elif isinstance(given, list | tuple) and isinstance(used, list | tuple):
-        for value, other in zip(given, used, strict=False):
-            _check_booleans(value, other, name)
-    elif isinstance(given, bool) != isinstance(used, bool) and isinstance(given, int | float):
+            _check_booleans(value, converted.get(key), f"{prefix}{key}.")
+    elif isinstance(given, list | tuple) and isinstance(converted, list | tuple):
+        for value, converted_value in zip(given, converted, strict=False):
+            _check_booleans(value, converted_value, prefix)
+    elif isinstance(given, bool) != isinstance(converted, bool) and isinstance(given, int | float):
         expected = "a number" if isinstance(given, bool) else "true or false"
-        raise ConfigError(f"{name.removesuffix('.')}: expected {expected}, got {given!r}")
+        raise ConfigError(f"{prefix.removesuffix('.')}: expected {expected}, got {given!r}")

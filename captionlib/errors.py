@@ -2,7 +2,7 @@
 
 CaptionlibError
 ├── ConfigError            an option or a configuration file is wrong; nothing was started
-├── DatasetError           a folder is not a dataset of the expected kind
+├── DatasetError           a dataset or a source is invalid or not of the expected kind
 │   ├── FingerprintError   the folder holds a dataset with a different fingerprint (hash of its configuration)
 │   ├── DamagedShardError  a file of a dataset was changed or damaged after it was written
 │   ├── DuplicateIdError   two images in a dataset have the same id
@@ -63,7 +63,7 @@ class ConfigError(CaptionlibError):
 
 
 class DatasetError(CaptionlibError):
-    """A folder is not a dataset of the expected kind."""
+    """A dataset, or a source from which a dataset is made, is invalid or not of the expected kind."""
 
 
 class FingerprintError(DatasetError):
@@ -143,7 +143,7 @@ class ImageError(CaptionlibError):
 
     Attributes:
         reason: short category under which the failure is counted, such as `NotFound` or `Truncated`.
-        stage: step that failed: `fetch` or `decode`, or `image` if the subclass does not define one.
+        stage: step that failed: `fetch`, `decode`, or `image` if it is unknown.
     """
 
     stage: ClassVar[str] = "image"
@@ -169,6 +169,6 @@ class DecodeError(ImageError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Returns ` (did you mean ...?)` with the known name that is most similar to `name`, or an empty string."""
+    """Returns ` (did you mean ...?)` with the most similar known name, or an empty string if none is similar."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {nearest[0]}?)" if nearest else ""

@@ -22,13 +22,13 @@ _log_format: LogFormat = "text"
 
 
 def set_log_format(log_format: LogFormat) -> None:
-    """Sets the format of progress and messages. With `json`, each is a line with a JSON object, on terminals too."""
+    """Sets the format of progress and messages. With `json`, each is one line with a JSON object."""
     global _log_format  # noqa: PLW0603 - set once, by the command line
     _log_format = log_format
 
 
 def format_message(level: str, message: str, **fields: Any) -> str:
-    """Returns a message in the format of `set_log_format`. The text of a message has no `fields`."""
+    """Returns a message in the format of `set_log_format`. Only `json` includes `level` and `fields`."""
     if _log_format == "text":
         return message
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")

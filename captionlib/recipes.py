@@ -29,7 +29,7 @@ def find_recipe(name: str, command: str | None = None) -> Path:
     If `command` is None, the short name must be unique among the recipes of all commands.
 
     Raises:
-        ConfigError: no file or recipe has this name, or several recipes do.
+        ConfigError: no file or recipe has this name, or several recipes have it.
     """
     if Path(name).is_file():
         return Path(name)

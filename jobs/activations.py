@@ -11,7 +11,7 @@ __all__ = ["command"]
 @click.argument("image")
 @click.option("--output", "-o", default="activations.html", show_default=True, metavar="FILE.html", help="Output page.")
 @click.option("--weights", metavar="NAME|FILE|random:SEED", help="Short for --set weights=...")
-@click.option("--node", "nodes", multiple=True, metavar="NAME", help="Show this layer (node name). Repeatable.")
+@click.option("--node", "nodes", multiple=True, metavar="NAME", help="Name of a layer (node) to show. Repeatable.")
 @config_options
 @device_option
 def command(

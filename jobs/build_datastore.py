@@ -19,13 +19,13 @@ __all__ = ["command"]
 def command(source: str, checkpoint: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Build a captioner's datastore: the features and reference captions of its training images.
 
-    SOURCE is a features dataset (from extract-features) or a manifest (from prepare). The datastore contains the images
-    of the splits train and restval. It is written into the checkpoint as datastore.parquet.
+    SOURCE is a features dataset (from extract-features) or a manifest (from prepare). By default, the images of the
+    splits train and restval are stored. The datastore is the file datastore.parquet in the checkpoint.
 
     If decoding.rerank.neighbors is set, generate-captions and caption use the datastore to prefer captions that agree
     with the reference captions of similar training images.
 
-    Exclude images that you want to caption; otherwise, their own references leak into their captions. Training the
+    Do not include images that you want to caption: their own references would leak into their captions. Training the
     captioner again deletes the datastore.
 
     \b

@@ -23,12 +23,12 @@ __all__ = ["command"]
     "-e",
     multiple=True,
     metavar="FOLDER",
-    help="Embeddings of the same images, for semantic search. Repeatable, in the order of CAPTIONS.",
+    help="Embeddings of the same images, for semantic search. Repeatable: one for each of CAPTIONS, in the same order.",
 )
 @click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
-@click.option("--thumbnails", metavar="FOLDER", help="Also create the thumbnails of `serve --thumbnails FOLDER`.")
+@click.option("--thumbnails", metavar="FOLDER", help="Also create thumbnails in FOLDER, for `serve --thumbnails`.")
 @config_options
 @workers_option
 @progress_option
@@ -56,10 +56,11 @@ def command(
     inverted lists with one byte per dimension.
 
     Run the command again after the datasets have changed. It indexes only new and changed shards, and removes shards
-    that no longer exist. `serve` and open indexes switch to the new version while they run. An image id may occur only
-    once in all CAPTIONS.
+    that no longer exist. `serve` and other programs that have the index open switch to the new version. An image id may
+    occur only once in all CAPTIONS.
 
-    With --duplicates, only the kept image of each group is indexed. Without it, the command adds the others again.
+    With --duplicates, only the kept image of each group of duplicates is indexed. If you run the command again without
+    --duplicates, it adds the other images.
 
     \b
     Examples:
@@ -89,8 +90,8 @@ def command(
     run = RunConfig(workers, beam_options, overwrite=overwrite)
     build, index = build_index(captions, output, settings, embeddings=embeddings, duplicates=duplicates, run=run)
     if build.outgrown is not None:
-        lists = f"{build.outgrown.nlist:,} lists of {build.outgrown.encoding} vectors for {build.outgrown.rows:,} rows"
-        click.echo(f"{index.captions_count:,} rows are too many for {lists}; trained new centroids", err=True)
+        old = f"{_describe_layout(build.outgrown)}, for {build.outgrown.rows:,} rows"
+        click.echo(f"The index now has {index.captions_count:,} rows. Replaced its vector layout ({old})", err=True)
     vectors = f"{index.vectors_count:,} vectors ({_describe_layout(index.layout)})" if index.layout else "no vectors"
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")
     added = len(build.added)

@@ -64,13 +64,12 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
 }
 
-# What resumable commands keep when they are stopped.
+# What a resumable command keeps when it is stopped, and the commands that this applies to.
 _KEPT = {
     "Finished stages are kept": {"demo", "update", "remove"},
     "Finished datasets are kept": {"compact"},
     "Finished shards are kept": {
-        *("update", "prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index"),
-        "export",
+        *("prepare", "extract-features", "import-features", "generate-captions", "embed", "build-index", "export"),
     },
     "The last saved state of the training is kept": {"train-captioner", "train-ranker", "train-language-model"},
 }
@@ -146,7 +145,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as interrupt:
-            raise click.Abort from interrupt  # click would print an empty line
+            raise click.Abort from interrupt  # for KeyboardInterrupt, click prints an empty line
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for group, commands in COMMANDS.items():
@@ -182,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Converts errors and stop signals into one line and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be valid text
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names can contain invalid UTF-8
     progress.set_log_format("json" if _selects_json(arguments) else "text")  # applies to usage errors too
     signals: list[int] = []
     previous = _catch_stop_signals(signals)
@@ -211,7 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _catch_stop_signals(received: list[int]) -> dict[int, Any]:
-    """Raises KeyboardInterrupt on Ctrl-C and SIGTERM and adds the signal to `received`. Returns the old handlers."""
+    """Handles Ctrl-C and SIGTERM: adds the signal to `received` and raises KeyboardInterrupt.
+
+    Returns the previous handlers.
+    """
 
     def stop(number: int, _frame: object) -> None:
         if not received:  # threads and destructors that the interrupt stops must not print stack traces
@@ -230,7 +232,7 @@ def _selects_json(arguments: Sequence[str]) -> bool:
 
 
 def _show_usage_error(error: click.ClickException) -> None:
-    """Prints an error in the arguments. As text, it includes the usage of the command."""
+    """Prints an error in the arguments. In the text format, the usage of the command is also printed."""
     message = progress.format_message("error", f"Error: {error.format_message()}")
     if message.startswith("{"):
         click.echo(message, err=True)

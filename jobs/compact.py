@@ -22,9 +22,9 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
     """Merge small shards and split large ones, without computing anything again.
 
     FOLDER is a collection, or a manifest with the datasets that were made from it. Name all of these datasets: later
-    stages refuse a dataset that still has the old shards. Each dataset is replaced in one step; until then, it takes
-    twice the space. To finish an interrupted run, run the same command again. Meanwhile, no command except `serve` may
-    use the datasets. An index stays valid; `build-index` or `update` adopts the new shards.
+    stages refuse a dataset that still has the old shards. Each dataset is written anew and then replaced in one step,
+    so it temporarily takes twice the space. If the command is interrupted, run it again. Until it has finished, use no
+    other command except `serve` on the datasets. An index stays valid; `build-index` or `update` adopts the new shards.
 
     \b
     Examples:
@@ -46,7 +46,7 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
                 collection = open_collection(folder)
                 stack.enter_context(lock_folder(collection.folder, "captionlib compact"))
                 addresses += [address for address in collection.list_datasets() if Folder(address).list()]
-            elif not Folder(folder).exists(DESCRIPTION):
+            elif not Folder(folder).exists(DESCRIPTION):  # an index has no shards to compact
                 addresses.append(folder)
         for address in addresses:
             stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib compact"))

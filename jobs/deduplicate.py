@@ -22,10 +22,10 @@ __all__ = ["command"]
 def command(embeddings: tuple[str, ...], output: str, threshold: float, overwrite: bool, progress: bool) -> None:
     """Group the duplicates among the images of EMBEDDINGS, or of all sources of COLLECTION.
 
-    Exact copies have files with equal bytes. Near-duplicates have embeddings with a cosine similarity of at least the
-    threshold: resized, recompressed or slightly cropped copies. The largest image of a group is kept, and all others
-    are similar to it. Writes a Parquet dataset of image_id, group (id of the kept image), kept and similarity, with a
-    row for each image that has a duplicate. No image is deleted.
+    Exact copies have files with equal bytes. Near-duplicates are resized, recompressed or slightly cropped copies: the
+    cosine similarity of their embeddings is at least the threshold. The largest image of a group is kept, and every
+    other image of the group is similar to it. Writes a Parquet dataset of image_id, group (id of the kept image), kept
+    and similarity, with a row for each image of a group. No image is deleted.
 
     \b
     Examples:
@@ -48,5 +48,5 @@ def command(embeddings: tuple[str, ...], output: str, threshold: float, overwrit
             addresses.append(folder)
     summary = find_duplicates(addresses, output, threshold, overwrite=overwrite, progress=progress)
     click.echo(
-        f"{output}: {summary.duplicates:,} of {summary.images:,} images are duplicates of {summary.groups:,} others"
+        f"{output}: {summary.duplicates:,} of {summary.images:,} images are duplicates, in {summary.groups:,} groups"
     )

@@ -118,7 +118,10 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
 
 
 def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns the fraction of captions with the correct value of each scene attribute, then BLEU-4 and CIDEr."""
+    """Returns scores as tuples of name, value and an empty detail.
+
+    They are the fraction of captions that state each scene attribute correctly, BLEU-4 and CIDEr.
+    """
     from captionlib.data.synthetic_scenes import read_scenes, score_attributes
 
     scenes = read_scenes(folder / "scenes")
@@ -152,7 +155,7 @@ def _write_report(folder: Path, evaluation: Evaluation, scores: list[tuple[str, 
 
 
 def _choose_dtype() -> Literal["float32", "bfloat16"]:
-    """Returns bfloat16 if the GPU, or without one the CPU, supports it natively; otherwise float32."""
+    """Returns bfloat16 if the GPU (the CPU if there is no GPU) supports it natively. Otherwise, returns float32."""
     import torch
 
     if torch.cuda.is_available():
@@ -162,7 +165,7 @@ def _choose_dtype() -> Literal["float32", "bfloat16"]:
 
 @contextmanager
 def _stage(number: int, description: str, equivalent: str = "") -> Iterator[None]:
-    """Prints the stage, the equivalent command, and how long the stage took."""
+    """Prints the number and description of a stage, the equivalent command and, at the end, the time it took."""
     click.echo(f"\n{click.style(f'{number}/8', bold=True)}  {description}")
     if equivalent:
         _print(click.style(f"$ {equivalent}", dim=True))

@@ -18,11 +18,11 @@ __all__ = ["command"]
 _FORMATS = {
     "webdataset": "tars of images with .txt and .json",
     "metadata": "folders of images with metadata.jsonl, for Hugging Face's datasets",
-    "txt": "folders of images with a .txt file beside each image",
-    "coco": "a JSON file in COCO's format",
+    "txt": "folders of images with a .txt beside each",
+    "coco": "a JSON file of COCO",
     "neuraltalk": "NeuralTalk's result_struct.json",
 }
-_JSON_FORMATS = ("coco", "neuraltalk")
+_JSON = ("coco", "neuraltalk")
 
 
 @click.command()
@@ -37,7 +37,7 @@ _JSON_FORMATS = ("coco", "neuraltalk")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Export this split only. Repeatable.")
 @click.option("--where", metavar="CONDITION", help='SQL condition on the rows, such as "log_prob > -10".')
 @click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
-@click.option("--manifest", "-m", metavar="FOLDER", help="Manifest or features with the references for a JSON file.")
+@click.option("--manifest", "-m", metavar="FOLDER", help="Manifest or features with references; for JSON files.")
 @progress_option
 def command(
     captions: tuple[str, ...],
@@ -51,12 +51,13 @@ def command(
 ) -> None:
     """Export CAPTIONS for other programs, with or without the images.
 
-    CAPTIONS are captions datasets. If they are manifests or features, their references are exported. webdataset,
-    metadata and txt copy the images unchanged. Images that cannot be read are left out and counted. To resume an
-    interrupted export, run the same command again.
+    CAPTIONS are captions datasets. Manifests and features datasets are accepted too: their references are exported.
+    webdataset, metadata and txt copy the images unchanged. Images that cannot be read are left out and counted. To
+    resume an interrupted export, run the same command again.
 
-    coco and neuraltalk write one JSON file without images. CAPTIONS can also be JSON files of these formats.
-    COCO's results contain no references. NeuralTalk's file also contains the references in --manifest.
+    coco and neuraltalk write one JSON file without images, and also accept JSON files in these formats as CAPTIONS. You
+    can submit COCO's results file for the test split, whose references are secret, because the file contains no
+    references. NeuralTalk's file contains the references in --manifest.
 
     \b
     Examples:
@@ -67,12 +68,10 @@ def command(
       captionlib export manifest --to coco -o captions_val2014.json --split val
       captionlib export captions --to neuraltalk -o result_struct.json --manifest manifest
     """
-    if to not in _JSON_FORMATS and manifest is not None:
-        raise click.UsageError(
-            f"--manifest is for --to {' and '.join(_JSON_FORMATS)}; {to} exports the captions of CAPTIONS."
-        )
+    if to not in _JSON and manifest is not None:
+        raise click.UsageError(f"--manifest is for --to {' and '.join(_JSON)}; {to} exports the captions of CAPTIONS.")
     selection = _select(captions, splits, where, duplicates)
-    if to in _JSON_FORMATS:
+    if to in _JSON:
         from captionlib.evaluation.json_exports import export_json
 
         count = export_json(captions, output, cast("JsonFormat", to), selection=selection, manifest=manifest)
@@ -90,7 +89,7 @@ def command(
 def _select(
     captions: tuple[str, ...], splits: tuple[str, ...], where: str | None, duplicates: str | None
 ) -> ImageSelection:
-    """Returns the selection of the images that satisfy all options."""
+    """Returns the images that all options select."""
     from captionlib.data.selection import select_images
 
     included = None

@@ -32,7 +32,7 @@ def command(
     Reads a manifest (list of images) written by `prepare`, and the images. Writes a features dataset. By default, the
     encoder is VGG-16 up to layer fc7 with ImageNet weights. It can be any torchvision model up to any node (layer), or
     a model of Transformers or timm. Images that cannot be read are recorded as failures; `captionlib inspect` shows the
-    reasons. With --limit, the output contains only the sample; to encode all images, choose a different folder.
+    reasons. With --limit, the output contains only a sample. Choose a different folder when you encode all images.
 
     \b
     Examples:

@@ -25,7 +25,7 @@ __all__ = ["command"]
     "generate-captions {source} -o {output}",
     "Folder that train-captioner wrote, or a model such as hf:FOLDER.",
 )
-@click.option("--ranker", metavar="FOLDER", help="Ranker that scores how well each caption fits, or hf:FOLDER.")
+@click.option("--ranker", metavar="FOLDER", help="Ranker that scores how well captions fit, or hf:FOLDER.")
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write; requires --ranker.")
 @weights_option
 @limit_option
@@ -44,11 +44,15 @@ def command(
 ) -> None:
     """Caption every image of SOURCE, a features dataset or a manifest (list of images).
 
-    If SOURCE is a manifest, its images are encoded in the same pass. Writes a captions dataset with the best caption of
-    each image, its log-probability and the n best candidates. With --set attention_maps=true, the dataset also contains
-    the attention weights of each token. With --ranker (image-text dual encoder), image_text_score says how well a
-    caption fits its image. With --embeddings, the same pass writes an embeddings dataset for `build-index`. With
-    --limit, the output contains only the sample; to caption all images, choose a different folder.
+    A manifest's images are encoded in the same pass. Writes a captions dataset with the best caption of each image, its
+    log-probability and the n best candidates. With --set attention_maps=true, it also contains the attention weights of
+    each token.
+
+    With --ranker, an image-text dual encoder, every caption has an image_text_score, which says how well it fits its
+    image. With --embeddings, the command also writes the dataset that `captionlib embed` would write, but encodes the
+    images only once.
+
+    With --limit, the output contains only a sample. Choose a different folder when you caption all images.
 
     \b
     Examples:

@@ -43,9 +43,9 @@ def command(
 ) -> None:
     """Create the folder COLLECTION with a configuration, collection.yaml.
 
-    Next, `captionlib update COLLECTION` captions and indexes the images. Run `update` again whenever images have
+    `captionlib update COLLECTION` then lists, captions and indexes the images. Run it again whenever images have
     changed. With --serve, this command also runs `update` and `serve`. Addresses with the same NAME belong to one
-    source. The default NAME is `images`. To change how a source is read, such as the column of the captions, edit
+    source. The default NAME is images. To change how a source is read, such as the column of the captions, edit
     collection.yaml.
 
     \b
@@ -63,7 +63,7 @@ def command(
     addresses: dict[str, list[str]] = {}
     for source in sources:
         name, equals, address = source.partition("=")
-        if not equals or "/" in name or "?" in name:  # this = belongs to a path or to the query of a URL
+        if not equals or "/" in name or "?" in name:  # the = is part of a path or of the query of a URL
             name, address = "images", source
         addresses.setdefault(name, []).append(address)
     values: dict[str, Any] = {

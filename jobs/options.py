@@ -37,7 +37,7 @@ limit_option = click.option(
     "--limit",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Process only a sample of N images, evenly spaced, and estimate time and output size for the others.",
+    help="Process only a sample of N images, evenly spaced, and estimate the time and size of the rest.",
 )
 progress_option = click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 weights_option = click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
@@ -62,7 +62,7 @@ def captioner_option(name: str, example: str, help_text: str) -> Callable[[Comma
 
     Args:
         name: the long name of the option.
-        example: the command without this option, with parameters in braces, such as `caption {images}`.
+        example: arguments of the command without this option, with parameters in braces, such as `caption {images}`.
         help_text: the help of the option.
     """
 
@@ -83,7 +83,7 @@ serve_option = click.option(
     is_flag=False,
     flag_value=8000,
     type=click.IntRange(1, 65535),
-    help="Afterwards, serve the search page on PORT, by default 8000.",
+    help="When done, serve the search page, on port 8000 unless PORT is specified.",
 )
 
 
@@ -117,7 +117,7 @@ def config_options(command: Command) -> Command:
             help="Set the value of a configuration key. Repeatable.",
         ),
     ]
-    return _add_options(command, options)
+    return _apply(command, options)
 
 
 def _find_recipe(context: click.Context, _parameter: click.Parameter, name: str | None) -> str | None:
@@ -137,7 +137,7 @@ def training_options(command: Command) -> Command:
         click.option("--overwrite", is_flag=True, help="Replace a run that has a different configuration."),
         progress_option,
     ]
-    return _add_options(command, options)
+    return _apply(command, options)
 
 
 def pipeline_options(command: Command) -> Command:
@@ -168,15 +168,15 @@ def pipeline_options(command: Command) -> Command:
         click.option(
             "--accelerator",
             metavar="SPEC",
-            help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. A worker "
-            "without a GPU fails. Each worker runs one process, which processes two shards at a time.",
+            help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. Each worker "
+            "runs one process, which processes two shards at a time, and fails if it has no GPU.",
         ),
         beam_argument,
     ]
-    return _add_options(cast(Command, with_run_config), options)
+    return _apply(cast(Command, with_run_config), options)
 
 
-def _add_options(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
+def _apply(command: Command, options: Sequence[Callable[[Command], Command]]) -> Command:
     for option in reversed(options):
         command = option(command)
     return command

@@ -29,7 +29,7 @@ __all__ = ["command"]
 @click.option(
     "--images", metavar="FOLDER", help="Folder that image paths are relative to. [default: the folder of SOURCE]"
 )
-@click.option("--default-split", default="", metavar="NAME", help="Split of images for which SOURCE has no split.")
+@click.option("--default-split", default="", metavar="NAME", help="Split of the images that have no split in SOURCE.")
 @click.option(
     "--split-file",
     "split_files",
@@ -71,7 +71,7 @@ __all__ = ["command"]
 @click.option(
     "--version-column",
     metavar="NAME",
-    help="Tables: column that changes when the image does. [default: size and time of a local file, or the uri]",
+    help="Tables: column whose value changes with the image. [default: size and time of a local file, or the uri]",
 )
 @click.option(
     "--shard-size",
@@ -86,12 +86,12 @@ __all__ = ["command"]
     help="Stop if SOURCE lists image paths and none of the first 20 images exists.",
 )
 @click.option("--strict", is_flag=True, help="Stop at invalid images or captions instead of skipping them.")
-@click.option("--append", is_flag=True, help="Keep images of the manifest that are not in SOURCE.")
+@click.option("--append", is_flag=True, help="SOURCE lists only new images; keep all others.")
 @click.option("--allow-removal", is_flag=True, help="Allow an update to remove more than a tenth of the images.")
 @click.option(
     "--verify-content",
     metavar="FOLDER",
-    help="Features or captions dataset. Read images that seem unchanged, and compare them with its content_hash.",
+    help="Features or captions whose content_hash is compared with the images that seem unchanged.",
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")

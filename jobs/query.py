@@ -36,7 +36,7 @@ _SECTIONS = {
 
 
 class _SectionedCommand(click.Command):
-    """Groups the options in the help of `query` by section."""
+    """Groups its options in the help by what they query."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
@@ -50,9 +50,7 @@ class _SectionedCommand(click.Command):
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--text", metavar="WORDS", help='Captions with these words; "phrases", +required, -excluded.')
 @click.option("--sentence", metavar="SENTENCE", help="Images that match a sentence (semantic search); needs --ranker.")
-@click.option(
-    "--hybrid", metavar="WORDS", help="Search by --text and --sentence, and combine the rankings; needs --ranker."
-)
+@click.option("--hybrid", metavar="WORDS", help="Combines the rankings of --text and --sentence; needs --ranker.")
 @click.option("--image", metavar="FILE", help="Images similar to an image file; needs --ranker.")
 @click.option("--similar", metavar="ID", help="Images similar to an image in the index.")
 @click.option("--image-id", metavar="ID", help="The row of one image.")
@@ -70,7 +68,7 @@ class _SectionedCommand(click.Command):
 @click.option(
     "--sql",
     metavar="SELECT",
-    help="SQL query. The views are failures, and one named after the dataset's kind, such as captions.",
+    help="A SELECT from a view named after the dataset's kind, such as captions, or from failures.",
 )
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
@@ -85,7 +83,7 @@ class _SectionedCommand(click.Command):
     default=600.0,
     show_default=True,
     metavar="SECONDS",
-    help="Time limit of a query of a dataset, or of a query with --where.",
+    help="Stop a query over a dataset, or with --where, after this time.",
 )
 @click.option(
     "--format",
@@ -99,7 +97,7 @@ class _SectionedCommand(click.Command):
     "--escape-formulas/--no-escape-formulas",
     default=True,
     show_default=True,
-    help="In CSV, put ' before text that a spreadsheet would execute as a formula.",
+    help="In CSV, put a ' before text that a spreadsheet would execute.",
 )
 @click.option("--output", "-o", metavar="FILE", help="File or fsspec URL to write to. [default: standard output]")
 def command(
@@ -156,22 +154,22 @@ def command(
 
     if output_format == "parquet" and output is None and sys.stdout.isatty():
         raise click.UsageError("Parquet is a binary format: specify --output FILE, or write to a pipe.")
-    options: dict[str, Any] = {name: value for name, value in queries_and_options.items() if value is not None}
+    values: dict[str, Any] = {name: value for name, value in queries_and_options.items() if value is not None}
     if overrides:
-        options["set"] = overrides
+        values["set"] = overrides
     if len(folders) == 1 and is_collection(folders[0]):
-        folders = _resolve_collection(folders[0], options)
+        folders = _enter_collection(folders[0], values)
     folder, limits = folders[0], SqlLimits(memory, threads)
     if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
-        query = _choose_query(options, _INDEX_QUERIES, (*_DATASET_QUERIES, "duplicates"), advice)
-        open_rows: OpenRows = partial(_query_index, folder, query, options, 20 if limit is None else limit)
-        # Models count towards the memory limit, but memory-mapped files of the index do not.
-        result = run_query(open_rows, limits.memory_bytes, timeout) if "where" in options else open_rows()
+        query = _choose_query(values, _INDEX_QUERIES, (*_DATASET_QUERIES, "duplicates"), advice)
+        open_rows: OpenRows = partial(_query_index, folder, query, values, 20 if limit is None else limit)
+        # Models count towards the memory limit, but the files of the index do not: they are memory-mapped.
+        result = run_query(open_rows, limits.memory_bytes, timeout) if "where" in values else open_rows()
     else:
         advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
-        query = _choose_query(options, _DATASET_QUERIES, (*_INDEX_QUERIES, *_INDEX_OPTIONS), advice)
-        open_rows = partial(_query_dataset, folders, query, options, limit, limits)
+        query = _choose_query(values, _DATASET_QUERIES, (*_INDEX_QUERIES, *_INDEX_OPTIONS), advice)
+        open_rows = partial(_query_dataset, folders, query, values, limit, limits)
         result = run_query(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
@@ -182,24 +180,27 @@ def command(
         click.echo(f"{output}: {count:,} rows")
 
 
-def _resolve_collection(folder: str, options: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the index of a collection, or its captions for a query of a dataset. Adds the ranker to `options`."""
+def _enter_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
+    """Returns the index of a collection, or its captions for a query over a dataset. Adds the ranker to `values`."""
     from captionlib.collection import open_collection
 
     collection = open_collection(folder)
-    if options.keys() & set(_DATASET_QUERIES) - set(_INDEX_QUERIES):
+    if values.keys() & set(_DATASET_QUERIES) - set(_INDEX_QUERIES):
         return tuple(map(collection.captions, collection.config.sources))
-    if "captioner" not in options and options.keys() & {"sentence", "hybrid", "image"} and collection.config.ranker:
-        options.setdefault("ranker", collection.config.ranker)
+    if "captioner" not in values and values.keys() & {"sentence", "hybrid", "image"} and collection.config.ranker:
+        values.setdefault("ranker", collection.config.ranker)
     return (collection.index,)
 
 
-def _choose_query(options: Mapping[str, Any], queries: Sequence[str], refused: Sequence[str], advice: str) -> str:
-    """Returns the name of the query. Rejects multiple queries, and the `refused` options of another kind of folder."""
-    for name in options:
+def _choose_query(values: Mapping[str, Any], queries: Sequence[str], refused: Sequence[str], advice: str) -> str:
+    """Returns the only one of `queries` in `values`.
+
+    Options in `refused` apply to another kind of folder, which `advice` names. They raise an error.
+    """
+    for name in values:
         if name in refused and name not in queries:
             raise click.UsageError(f"{_flag(name)} is for {advice}.")
-    chosen = [name for name in queries if name in options]
+    chosen = [name for name in queries if name in values]
     if len(chosen) != 1:
         *flags, last = map(_flag, queries)
         got = " and ".join(map(_flag, chosen)) or "none"
@@ -213,12 +214,12 @@ def _flag(name: str) -> str:
 
 @contextmanager
 def _query_dataset(
-    folders: tuple[str, ...], query: str, options: Mapping[str, Any], limit: int | None, limits: SqlLimits
+    folders: tuple[str, ...], query: str, values: Mapping[str, Any], limit: int | None, limits: SqlLimits
 ) -> Iterator[pa.RecordBatchReader]:
     from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
     from captionlib.search.sql.session import open_sql
 
-    with open_sql(folders, limits=limits, duplicates=options.get("duplicates")) as session:
+    with open_sql(folders, limits=limits, duplicates=values.get("duplicates")) as session:
         queries: dict[str, Callable[[Any], pa.RecordBatchReader]] = {
             "sql": session.stream,
             "contains": partial(find_captions, session),
@@ -226,32 +227,32 @@ def _query_dataset(
             "count_words": partial(count_words, session),
             "image_id": lambda image_id: find_image(session, image_id).to_reader(),
         }
-        rows = queries[query](options[query])
+        rows = queries[query](values[query])
         yield rows if limit is None else limit_rows(rows, limit)
 
 
 def _query_index(
-    folder: str, query: str, options: Mapping[str, Any], limit: int
+    folder: str, query: str, values: Mapping[str, Any], limit: int
 ) -> AbstractContextManager[pa.RecordBatchReader]:
-    return nullcontext(_search_index(folder, query, options, limit).to_reader())
+    return nullcontext(_search_index(folder, query, values, limit).to_reader())
 
 
-def _search_index(folder: str, query: str, options: Mapping[str, Any], limit: int) -> pa.Table:
+def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:
     import pyarrow as pa
 
     if query == "image":
-        return _query_by_image(folder, options, limit)
+        return _query_by_image(folder, values, limit)
     needs_ranker = query in ("sentence", "hybrid")
-    if needs_ranker and "ranker" not in options:
+    if needs_ranker and "ranker" not in values:
         raise click.UsageError(f"{_flag(query)} needs --ranker FOLDER, the ranker that computed the embeddings.")
     from captionlib.search.index import open_index  # SQL alone needs neither Faiss nor Tantivy
 
-    index = open_index(folder, options["ranker"] if needs_ranker else None)
-    value, where = options[query], options.get("where")
+    index = open_index(folder, values["ranker"] if needs_ranker else None)
+    value, where = values[query], values.get("where")
     if query == "image_id":
         return pa.Table.from_pylist([index.get_image(value)])
     if query == "text":
-        return index.search_text(value, limit, where=where, sort=options.get("sort", "relevance"))
+        return index.search_text(value, limit, where=where, sort=values.get("sort", "relevance"))
     searches: dict[str, Callable[..., pa.Table]] = {
         "sentence": index.search_sentence,
         "hybrid": index.search_hybrid,
@@ -260,11 +261,11 @@ def _search_index(folder: str, query: str, options: Mapping[str, Any], limit: in
     return searches[query](value, limit, where=where)
 
 
-def _query_by_image(folder: str, options: Mapping[str, Any], limit: int) -> pa.Table:
+def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Table:
     from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
 
-    for address in filter(None, map(options.get, ("captioner", "ranker"))):
-        require_checkpoint_files(address, options.get("weights"))
+    for address in filter(None, map(values.get, ("captioner", "ranker"))):
+        require_checkpoint_files(address, values.get("weights"))
     from captionlib.config import load_config
     from captionlib.data.images.fetching import ImageFetcher
     from captionlib.models.families.ranker import open_ranker  # imports torch, which takes seconds
@@ -272,27 +273,27 @@ def _query_by_image(folder: str, options: Mapping[str, Any], limit: int) -> pa.T
     from captionlib.search.index import open_index
     from captionlib.search.models import ImageQueryModels, read_sentences
 
-    captioner, ranker_folder, sentences_file = map(options.get, ("captioner", "ranker", "sentences"))
+    captioner, ranker_folder, sentences_file = map(values.get, ("captioner", "ranker", "sentences"))
     if captioner is None and ranker_folder is None:
         raise click.UsageError("--image needs --ranker FOLDER to find similar images, or --captioner FOLDER.")
     if captioner is not None and sentences_file is not None:
         raise click.UsageError("expected one of --captioner and --sentences, got both.")
-    generation = load_config(GenerationConfig, options.get("config"), options.get("set", ()))
+    generation = load_config(GenerationConfig, values.get("config"), values.get("set", ()))
     sentences = None if sentences_file is None else read_sentences(sentences_file)
     ranker = open_ranker(ranker_folder, "cpu") if ranker_folder and captioner is None else None
     index = None if ranker is None or sentences is not None else open_index(folder, ranker)
     with (
         ImageFetcher() as fetcher,
-        ImageQueryModels(ranker, captioner, options.get("weights"), generation=generation) as models,
+        ImageQueryModels(ranker, captioner, values.get("weights"), generation=generation) as models,
     ):
-        content = fetcher.fetch(options["image"])
+        content = fetcher.fetch(values["image"])
         if captioner is not None:
             return models.caption(content).slice(0, limit)
         vector = models.embed(content)
         if sentences is not None:
             return models.rank_sentences(vector, sentences).slice(0, limit)
     assert index is not None
-    return index.search_vector(vector, limit, where=options.get("where"))
+    return index.search_vector(vector, limit, where=values.get("where"))
 
 
 def limit_rows(rows: pa.RecordBatchReader, limit: int) -> pa.RecordBatchReader:

@@ -24,9 +24,13 @@ _ORDER = ("manifest", "features", "captions", "embeddings", "duplicates")  # inp
 @click.argument("folders", nargs=-1, required=True, metavar="FOLDER...")
 @click.option("--id", "ids", multiple=True, metavar="ID", help="Id of an image to remove. Repeatable.")
 @click.option("--ids", "files", multiple=True, metavar="FILE", help="File with one id per line. Repeatable.")
-@click.option("--reason", default="", metavar="TEXT", help="Why the images are removed; kept in the manifest.")
+@click.option(
+    "--reason", default="", metavar="TEXT", help="Why the images are removed. The manifest records the reason."
+)
 @click.option("--dry-run", is_flag=True, help="Only show how many images would be removed.")
-@click.option("--thumbnails", metavar="FOLDER", help="The thumbnails folder of `serve`. [default: in the user's cache]")
+@click.option(
+    "--thumbnails", metavar="FOLDER", help="The folder for thumbnails of `serve`. [default: the user's cache]"
+)
 def command(
     folders: tuple[str, ...],
     ids: tuple[str, ...],
@@ -37,10 +41,9 @@ def command(
 ) -> None:
     """Remove images from a collection, or from the manifest, datasets and indexes in FOLDER.
 
-    Afterwards, no file in these folders contains the ids. Later updates of the manifest skip the images, because
-    the manifest lists hashes of their ids in `_removed.json`. The image files themselves are not deleted. Models
-    that were trained on the images do not change. To remove the images from a model, train it again and run
-    `build-datastore` again.
+    Afterwards, no file contains the ids. Later updates of the manifest skip the images, because the manifest lists
+    hashes of their ids in `_removed.json`. The image files themselves are not deleted. Models that were trained on the
+    images do not change. To remove the images from a model, train it again and run `build-datastore` again.
 
     \b
     Examples:
@@ -73,7 +76,7 @@ def command(
             _rebuild_index(address)
     _remove_thumbnails(plans, thumbnails)
     if not any(plan.dataset.kind == "manifest" for plan in plans):
-        click.echo("No manifest was specified, so its next update adds the images again.", err=True)
+        click.echo("No manifest was specified, so the next update of the manifest adds the images again.", err=True)
 
 
 def _read_ids(file: str) -> list[str]:
@@ -88,7 +91,7 @@ def _read_ids(file: str) -> list[str]:
 def _find_datasets(
     folders: Sequence[str], stack: ExitStack, command_name: str, dry_run: bool
 ) -> tuple[list[str], list[str]]:
-    """Returns the addresses of datasets and of indexes. Unless `dry_run`, locks the datasets until `stack` closes."""
+    """Returns the addresses of datasets and indexes. Locks the datasets and collections until `stack` is closed."""
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.search.index_folder import DESCRIPTION
@@ -143,7 +146,7 @@ def _rebuild_index(address: str) -> None:
 
 
 def _regroup_duplicates(description: IndexDescription) -> str | None:
-    """Returns the duplicates dataset of an index, or None. Groups duplicates again if some images were removed."""
+    """Returns the folder of the duplicates that an index leaves out. Groups them again if some images were removed."""
     if description.duplicates is None:
         return None
     from captionlib.data.shards.dataset import open_dataset
@@ -156,7 +159,7 @@ def _regroup_duplicates(description: IndexDescription) -> str | None:
         return folder
     if not embeddings:
         click.echo(
-            f"{folder} is incomplete, so the index contains all images; run deduplicate and build-index", err=True
+            f"{folder} is incomplete now, so the index includes duplicates; run deduplicate and build-index", err=True
         )
         return None
     find_duplicates(embeddings, folder, duplicates.config["threshold"])

@@ -19,7 +19,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("captions")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The folder to write. Its page is index.html.")
-@click.option("--manifest", "-m", metavar="FOLDER", help="The manifest, or features, with the references.")
+@click.option("--manifest", "-m", metavar="FOLDER", help="Manifest or features dataset with the references.")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Show this split only. Repeatable.")
 @click.option("--checkpoint", "-c", metavar="FOLDER", help="Folder of the captioner, to show its training curves.")
 @click.option("--images", metavar="FOLDER", help="The folder that image paths are relative to.")
@@ -40,8 +40,8 @@ def command(
     """Write a web page of CAPTIONS with images, probabilities, references and scores.
 
     CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json. You can sort and filter
-    the images. The page opens from disk or from any web server and loads nothing from other sites. For captions that
-    were generated with attention_maps, the page also shows the attention map of each word.
+    the images. The page opens from disk or from any web server and loads nothing from other sites. If the
+    captions were generated with attention_maps, the page also shows the attention map of each word.
 
     \b
     Examples:
@@ -68,7 +68,7 @@ def command(
         output,
         title or f"Captions from {captions}",
         predictions,
-        note=_format_note(len(predictions), splits, evaluation),
+        note=_describe(len(predictions), splits, evaluation),
         scores=[] if evaluation is None else _format_scores(evaluation),
         cider=None if evaluation is None else evaluation.scores.per_image["CIDEr"],
         history=history,
@@ -82,7 +82,7 @@ def command(
     click.echo(f"{page}: {len(predictions):,} images")
 
 
-def _format_note(images: int, splits: Sequence[str], evaluation: Evaluation | None) -> str:
+def _describe(images: int, splits: Sequence[str], evaluation: Evaluation | None) -> str:
     description = f"{images:,} images{' of split ' if splits else ''}{' and '.join(splits)}."
     if evaluation is None:
         return description

@@ -22,11 +22,11 @@ _DEFAULT_LENGTHS = {
 @click.option(
     "--length",
     type=click.IntRange(min=1),
-    help="Maximum number of tokens (words, characters, subwords) after the prefix; exact number for continuous text.",
+    help="Maximum number of tokens (words, characters or subwords) after the prefix; exact for continuous text.",
 )
 @click.option("--temperature", type=float, help="A lower value makes texts more predictable.  [default: 1]")
 @click.option("--top-k", type=int, help="Sample from the k most probable tokens.")
-@click.option("--top-p", type=float, help="Sample from the most probable tokens that together reach this probability.")
+@click.option("--top-p", type=float, help="Sample from the fewest tokens with at least this total probability.")
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed produces the same texts.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line: text, log_prob, tokens.")
 @config_options

@@ -21,7 +21,7 @@ from jobs.options import config_options, device_option, weights_option
 __all__ = ["command", "listen"]
 
 _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
-_METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads it when it is imported
+_METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads this variable on import
 _MAX_HEADER_BYTES = 2**17  # an image id in a URL can be long
 _MAX_OPEN_FILES = 4096  # connections, images and pipes; many systems allow only 1024 by default
 _SHUTDOWN_SECONDS = 5
@@ -46,14 +46,14 @@ _SHUTDOWN_SECONDS = 5
     default=16,
     show_default=True,
     metavar="MB",
-    help="Maximum total size of the images in an upload.",
+    help="Maximum size of the uploaded images of a request.",
 )
 @click.option(
     "--allow-private-hosts",
     is_flag=True,
     help="Also fetch images from URLs on loopback, link-local and private networks.",
 )
-@click.option("--log-requests", is_flag=True, help="Write a line of JSON to the standard error for each request.")
+@click.option("--log-requests", is_flag=True, help="Write a line of JSON to standard error for each request.")
 @config_options
 @device_option
 def command(
@@ -156,7 +156,8 @@ def _run_server(listening: socket.socket, workers: int, message: str) -> None:
 
     from captionlib.serving.connections import LimitedConnection
 
-    # With several workers, the app is not used, but errors are reported once and a remote index is copied once.
+    # With several workers, this copy of the application does not serve. Errors are reported only once, and a remote
+    # index is copied only once.
     app = create()
     click.echo(message)
     server = uvicorn.Config(
@@ -179,12 +180,12 @@ def _run_server(listening: socket.socket, workers: int, message: str) -> None:
 
 
 def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
-    """Runs server processes until a signal stops them, and then raises the signal, as uvicorn does for one process."""
+    """Runs server processes until a signal stops them, then raises the signal again as uvicorn does for one process."""
     from uvicorn.supervisors import Multiprocess
 
     received: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    supervisor = Multiprocess(server, [listening])  # replaces the signal handlers
+    supervisor = Multiprocess(server, [listening])  # replaces the handlers
 
     def stop(number: int, _frame: object) -> None:
         received.append(number)
@@ -200,7 +201,7 @@ def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
 
 
 def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the captioning configuration for uploaded images as JSON values."""
+    """Returns the configuration for captioning uploaded images, or an empty mapping without a captioner."""
     from captionlib.config import load_config, to_dict
 
     if captioner is None:

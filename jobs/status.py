@@ -41,7 +41,7 @@ def command(collection: str) -> None:
         cost = f", {timedelta(seconds=round(report.seconds))} of computing time" if report.kind != "manifest" else ""
         click.echo(f"{address}: {report.rows:,} images, {progress}{cost}")
         if report.stale:
-            click.echo(f"  {report.stale:,} shards of its input have changed since the last update")
+            click.echo(f"  {report.stale:,} shards of its input have changed since it was written")
         for reason, failure in report.failures.items():
             click.echo(f"  failed: {reason} {failure.count:,}, for example {failure.uri}")
         pending = pending or not report.complete or bool(report.stale)

@@ -13,7 +13,7 @@ __all__ = ["command"]
 @click.command()
 @click.argument("source")
 @click.option("--init-from", metavar="FOLDER", help="Captioner to start from; same as --set init_from=FOLDER.")
-@click.option("--weights", metavar="FILE", help="The encoder's weights file, if the encoder needs one.")
+@click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
 @training_options
 def command(
     source: str,
@@ -23,12 +23,12 @@ def command(
     overrides: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Train a captioner on SOURCE: a features dataset, or a manifest to fine-tune the encoder as well.
+    """Train a captioner on SOURCE, a features dataset, or fine-tune it together with its encoder on a manifest.
 
     extract-features writes features datasets; prepare writes manifests (lists of images). Training uses the splits
     train and restval. The checkpoint of the epoch with the lowest perplexity, or the highest CIDEr, on val or dev is
-    kept. Ctrl-C saves the state and stops; the same command resumes. torchrun trains on several GPUs or machines,
-    and the batch size is multiplied by the number of processes.
+    kept. Ctrl-C saves the state and stops; the same command resumes. torchrun trains on several GPUs or machines, with
+    a batch size that grows with their number.
 
     \b
     Examples:
@@ -37,8 +37,8 @@ def command(
       captionlib train-captioner features -o better --init-from captioner --set objective=self_critical
 
     A recipe (--config) is a built-in configuration; --set overrides single values. talk-lstm and talk-rnn have the
-    settings of Karpathy & Li's talk, and finetune-encoder is for manifests. For small datasets, train in three stages,
-    each with --init-from the previous captioner: flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and
+    settings of Karpathy & Li's talk, and finetune-encoder is for manifests. Small datasets are trained in three stages,
+    each starting from the previous one (--init-from): flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and
     flickr8k-self-critical.
 
     A run stops with an error if its loss is not finite, or if its perplexity stays above that of a unigram model (word
@@ -52,7 +52,7 @@ def command(
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json; after fine-tuning also
     encoder.safetensors), resolved.json with all settings of the run, metrics.jsonl and curves.png, tensorboard/, the
-    state to resume from in _training/, and a list of unreadable images in __failures/.
+    state to resume from in _training/, and the unreadable images in __failures/.
     """
     from captionlib.config import load_config
     from captionlib.data.shards.dataset import open_dataset

@@ -54,7 +54,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
 
 
 def _check_models(collection: Collection) -> GenerationConfig:
-    """Returns the captioning settings. Fails before the sources are read if the settings or models are invalid."""
+    """Returns the settings for generating captions. Raises an error if the settings or models are invalid."""
     from captionlib.collection import COLLECTION_FILE
     from captionlib.config import build_config
     from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
@@ -111,13 +111,13 @@ def _caption(
         SHARED_RANKERS.load_version(config.ranker)[0].encoder
         == SHARED_CAPTIONERS.load_version(config.captioner)[0].encoder
     )
-    ranker_options: dict[str, Any] = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
+    embedding_options: dict[str, Any] = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
     totals = generate_captions(
         manifest,
         config.captioner,
         captions,
         generation,
-        **ranker_options,
+        **embedding_options,
         weights=config.weights,
         device=device,
         run=run,
@@ -145,7 +145,7 @@ def _index(collection: Collection, run: RunConfig) -> None:
 
 
 def _deduplicate(collection: Collection, embeddings: list[str], threshold: float, progress: bool) -> str:
-    """Groups the duplicates among the images of all sources. Returns the path or URL of the duplicates dataset."""
+    """Groups the duplicates among the images of all sources. Returns the path or URL of the dataset."""
     from captionlib.errors import FingerprintError
     from captionlib.search.duplicates import find_duplicates
 
@@ -153,5 +153,5 @@ def _deduplicate(collection: Collection, embeddings: list[str], threshold: float
         summary = find_duplicates(embeddings, collection.duplicates, threshold, progress=progress)
     except FingerprintError:  # the threshold or the ranker has changed
         summary = find_duplicates(embeddings, collection.duplicates, threshold, overwrite=True, progress=progress)
-    click.echo(f"{collection.duplicates}: {summary.duplicates:,} duplicates of {summary.groups:,} images")
+    click.echo(f"{collection.duplicates}: {summary.duplicates:,} duplicates in {summary.groups:,} groups")
     return collection.duplicates

@@ -39,7 +39,7 @@ def build_index(
         config: the configuration of the index.
         embeddings: the embeddings of the same images: one dataset for each captions dataset, in the same order. If
             None, the index is text-only.
-        duplicates: the duplicates of these images. If set, only the kept image of each group is indexed.
+        duplicates: a duplicates dataset. If set, only the kept image of each group of duplicates is indexed.
         run: how to run the pipeline.
 
     Returns:
@@ -64,7 +64,7 @@ def build_index(
 
 
 class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
-    """Runs a planned build, and returns the number of added shards. Steps pass positions in `IndexBuild.shards`."""
+    """Runs a planned build. Returns the number of shards that were added."""
 
     def __init__(self, build: IndexBuild) -> None:
         super().__init__()
@@ -84,6 +84,7 @@ class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
 
 
 def _train(_: None, build: IndexBuild) -> tuple[int, ...]:
+    """Trains the centroids. Returns the positions in `build.shards` of the shards to add."""
     build.train()
     return build.added
 
@@ -94,6 +95,6 @@ def _add_shard(position: int, build: IndexBuild) -> int:
     return position
 
 
-def _finish(shard_count: int, build: IndexBuild) -> int:
+def _finish(shards: int, build: IndexBuild) -> int:
     build.finish()
-    return shard_count
+    return shards

@@ -62,9 +62,9 @@ def extract_features(
             "features",
             features_schema(math.prod(encoder.shape), config.encoder.stored_dtype),
             config={"encoder": encoder.description, **sample.config},
-            **sample.origin,
+            **sample.input_arguments,
             encoder_weights=config.encoder.find_weights_location(),
             overwrite=run.overwrite,
         )
-        job = ShardJob(sample.rows, (features,), stage, run.retry_failures, run.verify)
+        job = ShardJob(sample.dataset, (features,), stage, run.retry_failures, run.verify)
         return run_job(job, "extract-features", run)

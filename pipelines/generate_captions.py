@@ -65,7 +65,8 @@ def generate_captions(
     Raises:
         CheckpointError: a folder contains no captioner or ranker, an encoder differs from that of the features, or
             `config` needs attention or a datastore (of captions for reranking) that the captioner lacks.
-        ConfigError: `embeddings` or a setting requires a ranker, or the captioner does not support a setting.
+        ConfigError: `ranker` is missing but required by `embeddings` or `config`, or the captioner does not support a
+            setting.
         DatasetError: the source is incomplete, or an output folder contains a different dataset.
         FailureRatioError: more images failed than `run` allows.
     """
@@ -113,11 +114,11 @@ def generate_captions(
                 **ranker_config,
                 **sample.config,
             },
-            **sample.origin,
+            **sample.input_arguments,
             overwrite=run.overwrite,
         )
         outputs = [captions]
         if loaded_ranker is not None and embeddings is not None:
             outputs.append(create_embeddings_dataset(embeddings, sample, loaded_ranker, run.overwrite))
-        job = ShardJob(sample.rows, tuple(outputs), stage, run.retry_failures, run.verify)
+        job = ShardJob(sample.dataset, tuple(outputs), stage, run.retry_failures, run.verify)
         return run_job(job, "generate-captions", run)

@@ -47,11 +47,11 @@ __all__ = ["RunConfig", "run_job", "run_pipeline"]
 
 _BEAM_COPY = "_tagged_with_step"  # attribute that Beam adds to its copies of errors
 _RAISED_ERROR = re.compile(r"captionlib\.errors\.(\w+): (.*?)(?: \[while running [^\n]*)?$", re.MULTILINE)
-_STEP_NAME = re.compile(r" \[while running .*")
+_STEP = re.compile(r" \[while running .*")
 _TRACEBACK = "Traceback (most recent call last)"
 
 _RUN_FILE = Path(tempfile.gettempdir()) / f"captionlib-run-{uuid.uuid4().hex}"  # local workers run while it exists
-_IN_PROCESS_RUNNERS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner"}
+_IN_PROCESS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner"}
 
 
 @configclass
@@ -92,16 +92,17 @@ class RunConfig:
         return max(1, available_cpus() // self.workers) if self.workers > 1 else None
 
     def resolve_devices(self, device: str) -> tuple[str, str]:
-        """Returns the device of the submitting process, and that of the workers. The first only reads model properties.
+        """Returns the device of the submitting process, and the device of the workers.
 
-        With an accelerator, `auto` selects a GPU on the workers, so a worker without a GPU fails.
+        The submitting process only reads properties of models. With an accelerator, `auto` selects a GPU on the
+        workers, so a worker without a GPU fails.
         """
         if self.accelerator is None:
             return device, device
         return "auto", "cuda" if device == "auto" else device
 
     def limit_decoder_processes(self, loading: LoadingConfig) -> LoadingConfig:
-        """Divides the CPUs among the image decoder processes of all workers, unless `loading` sets a number."""
+        """Divides this machine's image decoder processes among its workers, unless the number is configured."""
         if self.threads_per_worker is None or loading.decode.processes is not None:
             return loading
         return replace(loading, decode=replace(loading.decode, processes=self.threads_per_worker))
@@ -118,8 +119,8 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     """
     _, options = choose_runner(run)  # checks the options before any dataset is changed
     name = options.view_as(StandardOptions).runner
-    if run.progress and name in _IN_PROCESS_RUNNERS - {None, "FnApiRunner"}:
-        print(f"{label}: FnApiRunner, which runs in this process, replaces {name}", file=sys.stderr)
+    if run.progress and name in _IN_PROCESS - {None, "FnApiRunner"}:
+        print(f"{label}: runs in Beam's FnApiRunner in this process, which replaces {name}", file=sys.stderr)
     for shards in job.plan():
         job.mark_incomplete()
         with show_progress(job, shards, label, run.progress):
@@ -177,7 +178,7 @@ def _stop_workers_on_signals() -> Iterator[None]:
 
 
 def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
-    """Returns the error that made a pipeline fail, without the text and classes that Beam adds.
+    """Returns the error of the stage that made a pipeline fail, without the text and classes that Beam adds to it.
 
     If the stage ran in this process, Beam raises a copy of the error, whose `__context__` is the original. From other
     processes, Beam receives the error as text.
@@ -200,7 +201,7 @@ def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
         name, message = raised_errors[-1]
         return cast(CaptionlibError, getattr(errors, name)(message))
     lines = [line for line in text.splitlines() if line.strip()]
-    reason = _STEP_NAME.sub("", lines[-1] if _TRACEBACK in text else lines[0]).strip()
+    reason = _STEP.sub("", lines[-1] if _TRACEBACK in text else lines[0]).strip()
     return RunnerError(
         f"{runner} did not finish {label}: {reason}; see the runner's logs. Run the same command again to resume; "
         "finished shards are kept"
@@ -224,7 +225,7 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
     flags = expand_option_files(run.beam_options)
     options = PipelineOptions(flags)
     name = options.view_as(StandardOptions).runner
-    if name not in _IN_PROCESS_RUNNERS:
+    if name not in _IN_PROCESS:
         if run.workers > 1:
             raise ConfigError(
                 f"--workers {run.workers} applies to this machine; {name} has its own option, such as --parallelism"
@@ -254,7 +255,7 @@ def _limit_to_one_process(options: PipelineOptions) -> None:
 
 
 def _reject_unknown_flags(flags: Sequence[str]) -> None:
-    """Rejects flags that Beam does not define. Only for in-process runners: others may define more flags."""
+    """Rejects flags that Beam does not define. Not called for other runners, which may define more flags."""
     known = PipelineOptions([]).get_all_options().keys()
     for flag in flags:
         name = flag.removeprefix("--").split("=")[0].removeprefix("no_").replace("-", "_")

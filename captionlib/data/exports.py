@@ -73,7 +73,7 @@ def export_images(
     Args:
         datasets: complete manifests, features or captions.
         output: folder to write.
-        to: `webdataset`, `metadata` for the imagefolder format of `datasets`, or `txt` for a .txt beside each image.
+        to: `webdataset`, `metadata` for Hugging Face's imagefolder format, or `txt` for a .txt beside each image.
         selection: the images to export.
         fetch: limits on fetching an image. If None, the defaults of `FetchConfig`.
         progress: show a progress bar.
@@ -95,7 +95,7 @@ def export_images(
     shards = [(each, shard, marker.rows) for each in opened for shard, marker in sorted(each.read_markers().items())]
     with ExitStack() as stack:
         stack.enter_context(lock_folder(export.folder, "captionlib export"))
-        export.describe({"to": to, "datasets": checksums, **selection.describe()})
+        export.claim_folder({"to": to, "datasets": checksums, **selection.describe()})
         bar = stack.enter_context(progress_bar("export", sum(rows for _, _, rows in shards), "images", progress))
         threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
         fetcher = stack.enter_context(ImageFetcher(fetch))
@@ -109,7 +109,7 @@ def export_images(
         export.finish()
     if not images and not failures:
         raise DatasetError(
-            f"expected images that are selected (splits: {', '.join(sorted(selection.splits)) or 'any'}), got none; "
+            f"expected at least one selected image (splits: {', '.join(sorted(selection.splits)) or 'any'}), got none; "
             "check --split, --where and --duplicates"
         )
     return ExportSummary(images, dict(failures.most_common()))
@@ -123,30 +123,30 @@ class _Export:
     to: ExportFormat
     selection: ImageSelection
 
-    def describe(self, content: Mapping[str, Any]) -> None:
-        """Records what is exported, so that a different export cannot continue in the folder."""
+    def claim_folder(self, description: Mapping[str, Any]) -> None:
+        """Writes the description of the export to a new folder. Rejects a folder with a different description."""
         if not self.folder.exists(_DESCRIPTION):
             if names := [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]:
                 raise DatasetError(
                     f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]}); choose a new folder, "
-                    "or delete this one if it is what is left of an export"
+                    "or delete this one if it contains only a damaged export"
                 )
-            self.folder.write(_DESCRIPTION, encode_record(content))
+            self.folder.write(_DESCRIPTION, encode_record(description))
             return
         try:
-            described = decode_record(self.folder.read(_DESCRIPTION))
+            existing = decode_record(self.folder.read(_DESCRIPTION))
         except ValueError as error:
             raise DatasetError(
                 f"{self.folder.address(_DESCRIPTION)} is damaged ({error}); export to a new folder"
             ) from error
-        if described != content:
+        if existing != description:
             raise FingerprintError(
                 f"{self.folder.uri} contains an export with a different format, selection or content; "
                 "choose a new folder"
             )
 
     def read_counts(self, part: int) -> ExportSummary | None:
-        """Returns the counts of a finished part. None if the part is missing, or its counts are missing or damaged."""
+        """Returns the counts of a part if it is finished. Otherwise, or if the counts are damaged, returns None."""
         try:
             counts = _SUMMARY.validate_python(decode_record(self.folder.read(self._counts_file(part))))
         except (FileNotFoundError, ValueError):

@@ -8,7 +8,7 @@ __all__ = ["RowBuffer"]
 
 
 class RowBuffer:
-    """Takes any number of rows at a time from batches. Holds one batch in memory."""
+    """Returns any number of rows at a time from an iterator of batches. Holds one batch in memory."""
 
     def __init__(self, batches: Iterator[pa.RecordBatch]) -> None:
         self._batches = batches

@@ -53,8 +53,8 @@ def select_images(
     """Returns a selection of images.
 
     Args:
-        splits: names of splits; `val` and `dev` select the same splits. If empty, images of all splits are selected.
-        duplicates: dataset of duplicates. If set, duplicates of kept images are not selected.
+        splits: names of splits; `val` and `dev` are synonyms. If empty, images of all splits are selected.
+        duplicates: dataset of duplicates. If set, only one image of each group of duplicates is selected.
         included: if not None, only images with these ids are selected.
 
     Raises:
@@ -67,13 +67,16 @@ def select_images(
 
 
 def read_duplicate_ids(duplicates: ShardedDataset) -> frozenset[str]:
-    """Returns the ids of the images that are duplicates of a kept image which has not been removed."""
+    """Returns the ids of the images to exclude: all but the kept image of each group of duplicates.
+
+    If the kept image of a group has been removed from the dataset, no image of the group is excluded.
+    """
     rows = pa.concat_tables(
         [duplicates.read(shard, ["image_id", "group", "kept"]) for shard in range(duplicates.shards)]
     )
     kept = rows.filter(rows["kept"])["image_id"].combine_chunks()
-    removed = rows.filter(pc.and_(pc.invert(rows["kept"]), pc.is_in(rows["group"], value_set=kept)))
-    return frozenset(removed["image_id"].to_pylist())
+    excluded = rows.filter(pc.and_(pc.invert(rows["kept"]), pc.is_in(rows["group"], value_set=kept)))
+    return frozenset(excluded["image_id"].to_pylist())
 
 
 def hash_ids(image_ids: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Selects splits by name. `val` and `dev` are names of the same split, because datasets use either."""
+"""Defines aliases of split names: datasets call the validation split `val` or `dev`."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ _VALIDATION_NAMES = frozenset({"val", "dev"})
 
 
 def add_split_aliases(splits: Iterable[str]) -> frozenset[str]:
-    """Returns the splits, with `dev` added to `val` and `val` added to `dev`.
+    """Returns the splits and, if they contain `val` or `dev`, both of these names.
 
     Example:
         >>> sorted(add_split_aliases(["test", "val"]))

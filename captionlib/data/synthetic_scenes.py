@@ -62,6 +62,7 @@ _COLORS = {
     "cyan": (40, 205, 220),
 }
 _BACKGROUNDS = {"white": (238, 238, 238), "gray": (128, 128, 128), "black": (18, 18, 18)}
+# Centers (x, y) and half widths of the shapes, as fractions of the image size.
 _POSITIONS = {
     "top": (0.5, 0.27),
     "bottom": (0.5, 0.73),
@@ -69,7 +70,6 @@ _POSITIONS = {
     "right": (0.73, 0.5),
     "center": (0.5, 0.5),
 }
-# Relative to the image size, like the positions.
 _HALF_WIDTHS = {"small": 0.14, "large": 0.24}
 
 
@@ -151,7 +151,7 @@ def describe_scene(scene: Scene, rng: random.Random, count: int = 5) -> list[str
 
 
 def parse_attributes(caption: str) -> dict[str, str | None]:
-    """Returns the value of each attribute that a caption mentions, or None if it mentions no value or several."""
+    """Returns the value that a caption mentions for each attribute; None if it mentions no value or several values."""
     text = f" {caption} "
     attributes = {}
     for name, options in _PHRASES.items():
@@ -161,7 +161,7 @@ def parse_attributes(caption: str) -> dict[str, str | None]:
 
 
 def score_attributes(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, float]:
-    """Returns the fraction of captions in which each attribute is correct and, as `all`, in which all are correct."""
+    """Returns the fraction of captions with the correct value by attribute. Key `all` requires that all are correct."""
     pairs = [(asdict(scene), parse_attributes(caption)) for scene, caption in zip(scenes, captions, strict=True)]
     correct = {name: [actual[name] == parsed[name] for actual, parsed in pairs] for name in _PHRASES}
     correct["all"] = [actual == parsed for actual, parsed in pairs]

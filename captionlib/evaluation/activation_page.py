@@ -22,7 +22,7 @@ _VISIBLE_CHANNELS = 48  # channels shown per layer; a button shows the rest
 
 
 def write_activation_page(path: str | os.PathLike[str], title: str, activations: Activations, network: str) -> None:
-    """Writes the page for `activations` to `path`. `network` names the network and its weights, for display."""
+    """Writes the page for `activations` to `path`. `network` is the displayed name of the network and its weights."""
     page = render_page(
         "activations.html",
         title=title,
@@ -37,7 +37,7 @@ def write_activation_page(path: str | os.PathLike[str], title: str, activations:
 
 
 def _describe_layer(layer: LayerActivations) -> dict[str, Any]:
-    """Returns the template values for a layer, including one sprite of all maps, sorted by descending peak."""
+    """Returns the template values for a layer, including a sprite of all maps, sorted by descending maximum (peak)."""
     channels, height, width = layer.maps.shape
     peaks = layer.maps.reshape(channels, -1).max(1)
     order = np.argsort(-peaks, kind="stable")
@@ -78,7 +78,7 @@ def _shrink(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _scale(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Scales each map to 0..255. The smaller of 0 and the map's minimum becomes 0, and its peak becomes 255."""
+    """Scales each map to 0..255. The map's minimum (or 0 if lower) becomes 0, and the map's peak becomes 255."""
     low = np.minimum(maps.min((1, 2), keepdims=True), 0)
     span = maps.max((1, 2), keepdims=True) - low
     scaled = np.divide(maps - low, span, out=np.zeros_like(maps), where=span > 0)

@@ -1,4 +1,4 @@
-"""Computes the overall scores, the scores per image, and confidence intervals by bootstrap over images."""
+"""Computes scores of a set of images and of each image, and confidence intervals by resampling images (bootstrap)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt
 from captionlib.config import configclass
 from captionlib.evaluation.metrics import Metric
 
-__all__ = ["BootstrapConfig", "Scores", "summarize"]
+__all__ = ["BootstrapConfig", "Scores", "compute_scores"]
 
 
 @configclass
@@ -19,7 +19,7 @@ class BootstrapConfig:
     """Percentile bootstrap intervals (Efron & Tibshirani 1993, chapter 13).
 
     Attributes:
-        samples: the number of resamples with replacement, each as large as the set. If 0, no intervals are computed.
+        samples: the number of resamples of the set of images, with replacement. If 0, no intervals are computed.
         confidence: the confidence level, between 0 and 1.
         seed: the random seed; the same seed and images give the same intervals.
     """
@@ -44,7 +44,7 @@ class Scores:
     intervals: Mapping[str, tuple[float, float]]
 
 
-def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
+def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
     """Computes scores from metrics with one row per image. Scores that are undefined for the whole set are omitted."""
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
@@ -67,7 +67,7 @@ def summarize(metrics: Sequence[Metric], image_ids: Sequence[str], config: Boots
 
 
 def _resample(rows: npt.NDArray[np.float64], config: BootstrapConfig) -> npt.NDArray[np.float64]:
-    """Returns the sum over each resample, `[samples, statistics]`. Only one resample is in memory at a time."""
+    """Returns the sum of the rows of each resample, `[samples, statistics]`. Holds only one resample in memory."""
     generator = np.random.default_rng(config.seed)
     sums = np.empty((config.samples, rows.shape[1]))
     for sample in range(config.samples):

@@ -12,7 +12,7 @@ from pycocoevalcap.cider.cider import Cider
 
 from captionlib.data.text.vocabulary import tokenize
 from captionlib.errors import DatasetError
-from captionlib.evaluation.bootstrap import BootstrapConfig, Scores, summarize
+from captionlib.evaluation.bootstrap import BootstrapConfig, Scores, compute_scores
 from captionlib.evaluation.diversity import MEAN_LENGTH, NOVEL
 from captionlib.evaluation.ideographs import separate_characters
 from captionlib.evaluation.java import has_java, tokenize_ptb
@@ -25,7 +25,8 @@ WITHOUT_JAVA = (
     "they are not comparable with published scores; install a Java runtime (version 8 or later) for the standard scores"
 )
 
-_TABLE_COLUMNS = {MEAN_LENGTH: ("length", pa.int32()), NOVEL: (NOVEL, pa.bool_())}  # for a single caption
+# Column name and type of the scores that are an integer or a boolean for a single caption.
+_UNUSUAL_COLUMNS = {MEAN_LENGTH: ("length", pa.int32()), NOVEL: (NOVEL, pa.bool_())}
 
 
 def score_captions(
@@ -38,8 +39,8 @@ def score_captions(
     """Scores one caption per image.
 
     CIDEr weights n-grams by the number of scored images whose references contain them. It is unreliable for few images
-    and 0 for a single image. Captions and references are keyed by image id; references without a caption are ignored.
-    Each of `extra_metrics` has one row per caption, in the same order.
+    and 0 for a single image. Captions and references are keyed by image id; references of images without a caption
+    are ignored. Each of `extra_metrics` has one row per caption, in the order of `captions`.
 
     Returns:
         BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10; papers report it times 100), and the scores of
@@ -53,7 +54,7 @@ def score_captions(
         raise DatasetError("expected at least one caption to score, got none")
     if missing := [image_id for image_id in captions if not references.get(image_id)]:
         raise DatasetError(
-            f"{len(missing)} of {len(captions)} captions have no references, such as image {missing[0]}; "
+            f"{len(missing)} of {len(captions)} captions have no references, such as that of image {missing[0]}; "
             "pass the manifest that lists these images, and a split that has references"
         )
     ids = list(captions)
@@ -65,7 +66,7 @@ def score_captions(
     if not has_java():
         functions.remove(compute_meteor)
     metrics = [*(function(tokenized_captions, tokenized_references) for function in functions), *extra_metrics]
-    return summarize(metrics, ids, bootstrap)
+    return compute_scores(metrics, ids, bootstrap)
 
 
 def build_scores_table(scores: Scores, captions: Mapping[str, str]) -> pa.Table:
@@ -75,14 +76,14 @@ def build_scores_table(scores: Scores, captions: Mapping[str, str]) -> pa.Table:
         "caption": pa.array(list(captions.values()), pa.string()),
     }
     for score, per_image in scores.per_image.items():
-        name, data_type = _TABLE_COLUMNS.get(score, (score.lower().replace("-", "_"), pa.float64()))
+        name, data_type = _UNUSUAL_COLUMNS.get(score, (score.lower().replace("-", "_"), pa.float64()))
         values = pa.array([per_image[image_id] for image_id in captions], pa.float64(), from_pandas=True)  # NaN -> null
         columns[name] = values.cast(data_type)
     return pa.table(columns)
 
 
 def _tokenize(sets: Sequence[Mapping[str, Sequence[str]]]) -> list[dict[str, list[str]]]:
-    """Tokenizes all captions and references in one run of the tokenizer, because it is slow to start."""
+    """Tokenizes all captions and references in one run of the tokenizer, which is slow to start."""
     texts = [
         separate_characters(text) for by_image in sets for image_texts in by_image.values() for text in image_texts
     ]
@@ -97,7 +98,7 @@ class CiderScorer:
 
     Raises:
         ConfigError: Java is not installed.
-        DatasetError: there are fewer than two images, for which CIDEr is undefined.
+        DatasetError: there are fewer than two images. CIDEr is always 0 for a single image.
     """
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:

@@ -51,13 +51,13 @@ def read_crop_and_attention(source: str | os.PathLike[str], image_ids: Collectio
             if len(maps) == len(wanted):
                 return CropAndAttention(preprocessing, maps)
             matches = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
-            weights = map(_to_maps, _split_by_image(matches["attention"]))
-            maps.update(zip(matches["image_id"].to_pylist(), weights, strict=True))
+            image_maps = map(_to_maps, _split_by_image(matches["attention"]))
+            maps.update(zip(matches["image_id"].to_pylist(), image_maps, strict=True))
     return CropAndAttention(preprocessing, maps)
 
 
 def build_crop_and_attention(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> CropAndAttention:
-    """Converts rows of a captions dataset, with or without the column `attention`, and the encoder's description."""
+    """Converts rows of a captions dataset, in which `attention` is optional, and the description of the encoder."""
     maps = {row["image_id"]: _to_maps(np.array(row["attention"], np.float32)) for row in rows if "attention" in row}
     return CropAndAttention(_parse_preprocessing(encoder), maps)
 

@@ -36,7 +36,7 @@ def measure_captions(captions: Mapping[str, str], training_references: Iterable[
 def count_diversity(captions: Mapping[str, str]) -> dict[str, int]:
     """Counts the distinct captions and the distinct words in them (the vocabulary size).
 
-    The counts have no bootstrap intervals, because a resample repeats images and so underestimates them.
+    The counts have no bootstrap intervals, because resamples repeat images and would underestimate the counts.
     """
     tokenized = {_tokenize(caption) for caption in captions.values()}
     return {

@@ -1,7 +1,7 @@
 """Runs the two Java programs behind the standard caption metrics: Stanford's PTB tokenizer and METEOR 1.5.
 
 Both ship with pycocoevalcap. That package's wrappers decode text with the locale's encoding, do not detect that Java
-failed (METEOR's wrapper hangs), and treat a line break within a caption as its end. This module replaces the wrappers.
+failed (METEOR's wrapper hangs), and end a caption at its first line break. This module replaces the wrappers.
 """
 
 import shutil
@@ -21,7 +21,7 @@ __all__ = ["count_alignments", "has_java", "tokenize_ptb"]
 _TOKENIZER_JAR = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
 _PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
 _METEOR_JAR = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
-_METEOR_STATISTICS = 23
+_METEOR_STATISTICS = 23  # per caption; see `count_alignments`
 _METEOR_SEPARATOR = "|||"
 
 
@@ -45,7 +45,8 @@ def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[
     Columns 0 and 1 count the words of the caption and of the reference, and columns 2 and 3 count their function words.
     Columns 4 to 19 count the matches of four kinds (exact, stem, synonym, paraphrase). Each kind has four columns: the
     content words of the caption and of the reference, then the function words of both. Column 20 is the number of
-    chunks of adjacent matches, or 0 if caption and reference are equal. Columns 21 and 22 count matched words of both.
+    chunks of adjacent matches, or 0 if all words of both match in one chunk, as in METEOR. Columns 21 and 22 count the
+    matched words of both.
 
     Args:
         pairs: captions with their references, tokenized and joined by spaces.

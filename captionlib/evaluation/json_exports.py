@@ -1,4 +1,4 @@
-"""Exports captions as one JSON file: COCO's results, COCO's captions with references, or NeuralTalk's results."""
+"""Exports captions as COCO's or NeuralTalk's results, or references as COCO's annotations, to one JSON file."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,8 +38,8 @@ def export_json(
         sources: captions datasets, or JSON files of COCO or NeuralTalk. For `coco`, also manifests or features, whose
             references are written.
         output: file to write.
-        to: `coco` writes COCO's results for captions, and COCO's captions format for references; see
-            `to_coco_captions`. `neuraltalk` writes `result_struct.json`.
+        to: `coco` writes COCO's annotations if all sources are manifests or features (see `to_coco_captions`), and
+            otherwise COCO's results. `neuraltalk` writes `result_struct.json`.
         selection: the images to export.
         manifest: dataset with references and splits (a manifest or features) that are added to the captions.
 
@@ -102,10 +102,10 @@ def _check_ids(ids: Sequence[str], addresses: Sequence[str]) -> None:
     names = " and ".join(addresses)
     if not ids:
         raise DatasetError(
-            f"{names}: expected images that are selected, got none; check --split, --where and --duplicates"
+            f"{names}: expected at least one selected image, got none; check --split, --where and --duplicates"
         )
     seen = set[str]()
     for image_id in ids:
         if image_id in seen:
-            raise DatasetError(f"{names}: expected one row per image, got two for image {image_id}; export one of them")
+            raise DatasetError(f"{names}: expected one row per image, got two for image {image_id}; export only one")
         seen.add(image_id)

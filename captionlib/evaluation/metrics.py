@@ -3,7 +3,8 @@
 BLEU and METEOR of a set of captions are not means over images but are computed from summed counts. Each metric here
 therefore has one row of statistics per image, and a formula that maps a sum of rows to a score. Applied to the sum of
 all rows, the formula returns the score of the set; applied to a single row, the score of one image; and applied to the
-sum over a bootstrap resample, the score of that resample. It is vectorized and scores thousands of resamples at once.
+sum over a bootstrap resample, the score of that resample. The formula is vectorized and scores thousands of resamples
+at once.
 
 The statistics come from pycocoevalcap, and the scores equal those that it computes.
 """
@@ -89,8 +90,8 @@ def compute_meteor(captions: Tokenized, references: Tokenized) -> Metric:
 
 
 def _meteor(sums: Numbers) -> Numbers:
-    """Returns the weighted mean of precision and recall, times the fragmentation penalty; see `count_alignments`."""
-    # [..., kind of match, (content, function) x (caption, reference)]
+    """Returns the weighted mean of precision and recall, times 1 - fragmentation penalty; see `count_alignments`."""
+    # [..., kind of match, 4]: content words of caption and reference, then function words of caption and reference
     matches = sums[..., 4:20].reshape(*sums.shape[:-1], 4, 4)
     weights = np.array([_DELTA, _DELTA, 1 - _DELTA, 1 - _DELTA])
     weighted = (matches * weights * _MATCH_WEIGHTS[:, None]).sum(-2)

@@ -26,7 +26,7 @@ def measure_perplexity(
     references: Mapping[str, Sequence[str]],
     device: str = "auto",
 ) -> Metric:
-    """Computes the perplexity exp(-sum ln p / sum (length + 1)) of references; + 1 counts the end token.
+    """Computes the perplexity of references, exp(-sum ln p / sum (length + 1)), where + 1 counts the end token.
 
     References without words are ignored.
 

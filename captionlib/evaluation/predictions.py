@@ -49,9 +49,9 @@ class Prediction:
         uri: the path or URI of the image; empty if unknown.
         split: the split of the image; empty if unknown.
         log_prob: the log-probability of the caption; None if unknown.
-        image_text_score: the similarity of caption and image; None if unknown.
         candidates: the n best captions with their log-probabilities, best first.
         references: human-written captions of the image.
+        image_text_score: the similarity of caption and image; None if unknown.
     """
 
     image_id: str
@@ -111,10 +111,12 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
         raise DatasetError(f"{address} does not exist; expected a captions dataset or a JSON file of results")
     document = load_json(location)
     if isinstance(document, list):
-        predictions = [_parse_coco_entry(entry, f"{address}, [{at}]") for at, entry in enumerate(document)]
+        predictions = [_parse_coco_entry(entry, f"{address}, [{index}]") for index, entry in enumerate(document)]
     elif isinstance(document, dict) and isinstance(document.get("imgblobs"), list):
         entries = document["imgblobs"]
-        predictions = [_parse_neuraltalk_entry(entry, f"{address}, imgblobs[{at}]") for at, entry in enumerate(entries)]
+        predictions = [
+            _parse_neuraltalk_entry(entry, f"{address}, imgblobs[{index}]") for index, entry in enumerate(entries)
+        ]
     else:
         raise DatasetError(
             f"{address}: expected COCO's results, a list of image_id and caption, or NeuralTalk's result_struct.json, "
@@ -163,7 +165,7 @@ def _parse_neuraltalk_entry(value: object, origin: str) -> Prediction:
         log_prob=None if log_prob is None else float(log_prob),
         candidates=() if log_prob is None else ((text, float(log_prob)),),
         references=tuple(
-            _parse_reference(reference, f"{origin}, references[{at}]") for at, reference in enumerate(references)
+            _parse_reference(reference, f"{origin}, references[{index}]") for index, reference in enumerate(references)
         ),
     )
 
@@ -196,7 +198,7 @@ def open_references(address: str | os.PathLike[str]) -> ShardedDataset:
 
 
 def join_references(predictions: Iterable[Prediction], manifest: ShardedDataset) -> list[Prediction]:
-    """Adds the uri, split and references from the manifest to predictions for images that the manifest lists."""
+    """Adds the uri, split and references from the manifest to the predictions whose images are in the manifest."""
     by_id = {prediction.image_id: prediction for prediction in predictions}
     for shard in range(manifest.shards):
         for rows in manifest.read_batches(shard, ["image_id", "uri", "split", "captions"]):
@@ -217,10 +219,10 @@ def find_images_without_caption(
     Args:
         predictions: predictions with the splits of the manifest; see `join_references`.
         manifest: the dataset that lists the images and their references.
-        splits: the splits to search, in which `val` also selects `dev`. If empty, the splits of the predictions.
+        splits: the splits to search; `val` also selects `dev`. If empty, the splits of the predictions are searched.
 
     Returns:
-        The ids of these images, and the number of all images with references in these splits.
+        The ids of these images, and the number of all images with references in the searched splits.
     """
     predicted = {prediction.image_id: prediction.split for prediction in predictions}
     searched = add_split_aliases(splits or predicted.values())
@@ -256,7 +258,7 @@ def to_coco_results(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
 
 
 def to_coco_ids(image_ids: Sequence[str]) -> Sequence[int | str]:
-    """Returns ids as integers, as in COCO, if all are decimal numbers. Otherwise, they stay text."""
+    """Returns ids as integers, as in COCO, if all are decimal numbers. Otherwise, all stay text."""
     numeric = all(image_id.isdecimal() and str(int(image_id)) == image_id for image_id in image_ids)
     return [int(image_id) for image_id in image_ids] if numeric else image_ids
 

@@ -57,9 +57,9 @@ def write_report(
 
     Below the title, the page shows `note`, then `scores` (name, value, and a detail such as a confidence interval), the
     curves of a training `history` (one row per epoch), and the predictions. `cider` maps image ids to the CIDEr of the
-    caption. `attributes` maps image ids to the attributes that the caption mentions, such as `color`, and to whether
-    each is correct. `crop_and_attention` selects the part of the image to show, and adds attention maps. If `progress`
-    is True, a progress bar is shown.
+    caption. `attributes` maps image ids to the attributes that the caption mentions, such as `color`, and each of these
+    to whether it is correct. `crop_and_attention` selects the part of the image to show, and adds attention maps. If
+    `progress` is True, a progress bar is shown.
 
     Raises:
         DatasetError: the folder contains files that do not belong to a report.
@@ -100,7 +100,7 @@ def write_report(
 def _clear(folder: Folder) -> None:
     """Removes the thumbnails of an earlier report. Raises an error if the folder contains other files."""
     names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
-    expected = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # PAGE alone may not be a report
+    expected = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # PAGE without DATA may be the user's own
     if others := [name for name in names if name not in expected]:
         raise DatasetError(
             f"{folder.uri} contains files that are not from a report ({', '.join(others[:3])}); specify an empty folder"
@@ -148,7 +148,7 @@ def _to_item(prediction: Prediction) -> dict[str, Any]:
 
 
 def _to_script(items: Sequence[Mapping[str, Any]]) -> bytes:
-    """Returns the data as an ASCII script without HTML tags. A page opened from disk cannot load JSON."""
+    """Returns the data as an ASCII script in which `<` is escaped. A page opened from disk cannot load JSON."""
     lines = ",\n".join(json.dumps(item, allow_nan=False).replace("<", "\\u003c") for item in items)
     return f"window.captionlibReport = [\n{lines}\n];\n".encode()
 

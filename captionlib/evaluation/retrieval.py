@@ -20,7 +20,7 @@ __all__ = ["PROTOCOLS", "RetrievalScores", "rank_images", "rank_references", "sc
 Vectors = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
-_BLOCK = 512  # number of queries whose similarities to all items are in memory at a time
+_BLOCK_QUERIES = 512  # queries whose similarities to all items are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class RetrievalProtocol:
     """Selects the images and references that are ranked together.
 
     Attributes:
-        images: the number of images to use, from the start. If None, all images are used.
-        references_per_image: the number of references to use per image, from the start. If None, all are used.
+        images: the number of images to use, beginning with the first. If None, all images are used.
+        references_per_image: the number of references to use per image, beginning with the first. If None, all are
+            used.
         fold_images: the number of images per fold; scores are averaged over folds. If None, there is a single fold.
     """
 
@@ -131,10 +132,12 @@ def score_retrieval(
 ) -> RetrievalScores:
     """Ranks all references for each image, and all images for each reference.
 
-    Each item tied with the match adds half a rank (rounded down in total), so a model with constant similarities scores
-    at chance level. `images` and `references` are unit vectors, `[images, joint_embedding_size]` and `[references,
+    Each item that ties with the match adds half a rank, and the sum is rounded down. A model whose similarities are all
+    equal therefore scores at chance level.
+
+    `images` and `references` are unit vectors, `[images, joint_embedding_size]` and `[references,
     joint_embedding_size]`. `image_of_reference`, `[references]`, contains the row in `images` that each reference
-    belongs to; it must be sorted. Images without references are ignored.
+    belongs to, in ascending order. Images without references are ignored.
 
     Raises:
         ConfigError: there are fewer images than a fold needs.
@@ -144,10 +147,10 @@ def score_retrieval(
     image_to_text: list[DirectionScores] = []
     text_to_image: list[DirectionScores] = []
     for fold_images, fold_references in folds:
-        matches = np.searchsorted(fold_images, image_of_reference[fold_references])
+        image_in_fold = np.searchsorted(fold_images, image_of_reference[fold_references])
         vectors = images[fold_images], references[fold_references]
-        image_to_text.append(_summarize(rank_references(*vectors, matches)))
-        text_to_image.append(_summarize(rank_images(*vectors, matches)))
+        image_to_text.append(_summarize(rank_references(*vectors, image_in_fold)))
+        text_to_image.append(_summarize(rank_images(*vectors, image_in_fold)))
     return RetrievalScores(
         images=sum(len(fold_images) for fold_images, _ in folds),
         references=sum(len(fold_references) for _, fold_references in folds),
@@ -160,8 +163,8 @@ def score_retrieval(
 def rank_references(images: Vectors, references: Vectors, image_of_reference: Indices) -> Indices:
     """Returns the rank of each image's first matching reference, `[images]`, counted from 1."""
     ranks = []
-    for begin in range(0, len(images), _BLOCK):
-        similarities = images[begin : begin + _BLOCK] @ references.T
+    for begin in range(0, len(images), _BLOCK_QUERIES):
+        similarities = images[begin : begin + _BLOCK_QUERIES] @ references.T
         matches = image_of_reference == np.arange(begin, begin + len(similarities))[:, None]
         best = np.where(matches, similarities, -np.inf).max(1, keepdims=True)
         ranks.append(_rank(similarities, best, ~matches))
@@ -171,9 +174,9 @@ def rank_references(images: Vectors, references: Vectors, image_of_reference: In
 def rank_images(images: Vectors, references: Vectors, image_of_reference: Indices) -> Indices:
     """Returns the rank of each reference's image, `[references]`, counted from 1."""
     ranks = []
-    for begin in range(0, len(references), _BLOCK):
-        match = image_of_reference[begin : begin + _BLOCK, None]
-        similarities = references[begin : begin + _BLOCK] @ images.T
+    for begin in range(0, len(references), _BLOCK_QUERIES):
+        match = image_of_reference[begin : begin + _BLOCK_QUERIES, None]
+        similarities = references[begin : begin + _BLOCK_QUERIES] @ images.T
         best = np.take_along_axis(similarities, match, 1)
         ranks.append(_rank(similarities, best, match != np.arange(len(images))))
     return np.concatenate(ranks)

@@ -7,7 +7,7 @@ __all__ = ["Standardization"]
 
 
 class Standardization(nn.Module):
-    """Computes (x - mean) / std with statistics of the training images; returns x unchanged until they are set.
+    """Computes (x - mean) / std with statistics of the training images; returns x unchanged until `set_statistics`.
 
     Args:
         size: dimensions of a feature vector.

@@ -66,7 +66,8 @@ class IndexBuild:
     Attributes:
         folder: folder of the index.
         captions: captions datasets, with one row per captioned image.
-        embeddings: embeddings datasets of the same images, in the same order. If empty, the index is text-only.
+        embeddings: one embeddings dataset per captions dataset, in the same order. If empty, the index is text-only.
+        config: configuration of the index.
         duplicates: the duplicates that are left out; None if all images are indexed.
         shards: all shards of the index, in the order of their rows.
         base: version of the index whose files are reused. If None, the index is built from scratch.
@@ -74,7 +75,7 @@ class IndexBuild:
         removed: number of shards that only `base` contains.
         pending: number of shards that are not finished. The index keeps their earlier rows, if `base` contains them.
         layout: type of the Faiss index of the embeddings, or None for a text-only index.
-        outgrown: layout of the existing index if it is unsuitable for so many rows, so centroids are trained again.
+        outgrown: layout of the existing index if it does not suit the new number of rows. Centroids are trained again.
         replaced: creation time of an existing index that is replaced even if its content is the same.
     """
 
@@ -112,12 +113,12 @@ class IndexBuild:
 
     def train(self) -> None:
         """Trains the centroids of the inverted lists, unless those of `base` are used."""
-        if self.layout is None or self.base is not None or self.folder.exists(self._trained):
+        if self.layout is None or self.base is not None or self.folder.exists(self._trained_file):
             return
         count = max(self.layout.nlist * _TRAINING_VECTORS_PER_LIST, _MIN_TRAINING_VECTORS)
         inputs = [(self.embeddings[shard.dataset], shard) for shard in self.shards]
         sample = sample_embeddings(inputs, count, self.layout.dimension)
-        with self.folder.stage(self._trained) as path:
+        with self.folder.stage(self._trained_file) as path:
             write_trained_index(self.layout, sample, path)
 
     def add_shard(self, position: int) -> None:
@@ -130,49 +131,49 @@ class IndexBuild:
             return
         shard = self.shards[position]
         captions = self.captions[shard.dataset]
-        with temporary_folder(self.folder) as local, open_shard(captions, shard.shard, shard.captions) as caption_rows:
-            kept = find_kept_rows(caption_rows, _read_left_out(self.duplicates))
+        with temporary_folder(self.folder) as local, open_shard(captions, shard.shard, shard.captions) as caption_file:
+            kept = find_kept_rows(caption_file, _read_left_out(self.duplicates))
             if kept.sum() != shard.rows:
                 raise _changed_error(self.duplicates)
-            write_rows(local / "rows", local / "candidates", read_caption_rows(caption_rows, kept))
+            write_rows(local / "rows", local / "candidates", read_caption_rows(caption_file, kept))
             files = {
                 "rows_file": publish_path(self.folder, local / "rows", "rows/", ".arrow"),
                 "candidates_file": publish_path(self.folder, local / "candidates", "candidates/", ".arrow"),
             }
             if self.embeddings:
-                self._write_partial_index(position, caption_rows, kept, local)
-        self.folder.write(self._result(position), encode_record(files))  # the shard is done when this file exists
+                self._write_partial_index(position, caption_file, kept, local)
+        self.folder.write(self._result_file(position), encode_record(files))  # the shard is done when this file exists
 
     def _read_result(self, position: int) -> dict[str, str] | None:
-        """Returns the files of a shard that is done. If a file is missing or the result is damaged, returns None."""
+        """Returns the files of a shard; None if the shard is not done, a file is missing or the result is damaged."""
         try:
-            files: dict[str, str] = decode_record(self.folder.read(self._result(position)))
+            files: dict[str, str] = decode_record(self.folder.read(self._result_file(position)))
         except (FileNotFoundError, ValueError):
             return None
-        needed = [*files.values(), self._partial(position)] if self.embeddings else files.values()
+        needed = [*files.values(), self._partial_file(position)] if self.embeddings else files.values()
         return files if all(self.folder.exists(name) for name in needed) else None
 
     def _write_partial_index(
-        self, position: int, caption_rows: pq.ParquetFile, kept: npt.NDArray[np.bool_], local: Path
+        self, position: int, caption_file: pq.ParquetFile, kept: npt.NDArray[np.bool_], local: Path
     ) -> None:
         shard = self.shards[position]
         captions, embeddings = self.captions[shard.dataset], self.embeddings[shard.dataset]
         with (
-            open_shard(embeddings, shard.shard, shard.embeddings) as embedding_rows,
-            self.folder.stage(self._partial(position)) as path,
+            open_shard(embeddings, shard.shard, shard.embeddings) as embedding_file,
+            self.folder.stage(self._partial_file(position)) as path,
         ):
-            positions = match_embeddings_to_captions(captions, embeddings, shard.shard, caption_rows, embedding_rows)
-            is_indexed = (positions >= 0) & np.append(kept, False)[positions]  # -1 is the appended value
-            vectors = read_embeddings(embedding_rows, self._dimension)[is_indexed]
-            trained = fetch_path(self.folder, self._trained, local / "trained")
+            positions = match_embeddings_to_captions(captions, embeddings, shard.shard, caption_file, embedding_file)
+            is_indexed = (positions >= 0) & np.append(kept, False)[positions]  # position -1 selects the appended False
+            vectors = read_embeddings(embedding_file, self._dimension)[is_indexed]
+            trained = fetch_path(self.folder, self._trained_file, local / "trained")
             if self.base is not None:
-                check_hash(trained, self._trained, self.folder.address(self._trained))
+                check_hash(trained, self._trained_file, self.folder.address(self._trained_file))
             start = sum(each.rows for each in self.shards[:position])
             rows = np.cumsum(kept)[positions[is_indexed]] - 1
             write_partial_index(trained, rows + start, vectors, path)
 
     def finish(self) -> None:
-        """Merges the shards, publishes the index, and removes files that neither it nor the previous version uses.
+        """Merges the shards, publishes the index, and removes the files of interrupted builds and older versions.
 
         Raises:
             DuplicateIdError: two rows have the same image id.
@@ -203,7 +204,7 @@ class IndexBuild:
             self.folder.remove(name)
 
     def remove_previous_version(self) -> None:
-        """Removes the files of the previous version immediately, although a reader may be opening it."""
+        """Removes the files of the previous version immediately, even if a reader is opening it."""
         current = self._read_current()
         if current is not None and current.previous:
             write_description(self.folder, replace(current, previous=()))
@@ -223,7 +224,7 @@ class IndexBuild:
             if self.layout is not None:
                 vectors_count = self._merge_partial_indexes(local)
                 vectors = publish_path(self.folder, local / "vectors", "vectors-", ".faiss")
-                trained = self._trained
+                trained = self._trained_file
                 if self.base is None:
                     # Copied, because a second run of this step needs the original.
                     path = shutil.copyfile(fetch_path(self.folder, trained, local / "trained"), local / "copy")
@@ -246,7 +247,7 @@ class IndexBuild:
 
     def _list_indexed_shards(self) -> list[IndexedShard]:
         base = {shard.content: shard for shard in self.base.shards} if self.base else {}
-        results = {position: decode_record(self.folder.read(self._result(position))) for position in self.added}
+        results = {position: decode_record(self.folder.read(self._result_file(position))) for position in self.added}
         indexed = []
         for position, shard in enumerate(self.shards):
             if position in results:
@@ -270,9 +271,10 @@ class IndexBuild:
                     moves.append(RowMove(start, start + shard.rows, new_start))
                 new_start += shard.rows
         else:
-            base = fetch_path(self.folder, self._trained, local / "trained")
+            base = fetch_path(self.folder, self._trained_file, local / "trained")
         parts = (
-            fetch_path(self.folder, self._partial(position), local / f"{position}.faiss") for position in self.added
+            fetch_path(self.folder, self._partial_file(position), local / f"{position}.faiss")
+            for position in self.added
         )
         return merge_indexes(base, moves, parts, local / "vectors")
 
@@ -303,7 +305,7 @@ class IndexBuild:
         return self.layout.dimension
 
     @property
-    def _trained(self) -> str:
+    def _trained_file(self) -> str:
         """The name of the vector index with trained centroids and without vectors."""
         return self.base.trained if self.base else f"{self._temporary}/trained.faiss"
 
@@ -313,11 +315,11 @@ class IndexBuild:
         identity = {"fingerprint": self.fingerprint, "base": self.base and self.base.trained, "replaced": self.replaced}
         return f"{TEMPORARY_FOLDER}/{hash_json(identity)[:12]}"
 
-    def _partial(self, position: int) -> str:
+    def _partial_file(self, position: int) -> str:
         """Returns the name of the partial vector index of a shard."""
         return f"{self._temporary}/{part_name(position)}.faiss"
 
-    def _result(self, position: int) -> str:
+    def _result_file(self, position: int) -> str:
         """Returns the name of the JSON file that lists the published files of a shard. It is written last."""
         return f"{self._temporary}/{part_name(position)}.json"
 
@@ -337,8 +339,8 @@ def plan_build(
     if their content has not changed. Centroids are trained again only if the index has too many rows for its layout. If
     `overwrite` is True, the index is built from scratch, whatever the folder contains.
 
-    Images that are duplicates of a kept image in the dataset `duplicates` are left out. If the dataset changes, the
-    shards whose images are affected are indexed again.
+    Images that the dataset `duplicates` lists as duplicates of a kept image are left out. If that dataset changes, the
+    affected shards are indexed again.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
@@ -429,25 +431,25 @@ def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
 def _leave_out_duplicates(
     build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
 ) -> list[InputShard]:
-    """Subtracts the duplicates that are left out from the rows of each shard.
+    """Subtracts the duplicates that are left out from the row count of each shard.
 
-    Reads the ids of all captions, except those of shards that the existing index contains without the same duplicates.
+    Skips reading the ids of a shard that the existing index contains, if that index leaves out the same duplicates.
     """
     left_out = _read_left_out(build.duplicates)
     if not left_out:
         return list(shards)
     same = base is not None and base.duplicates is not None and base.duplicates == build.duplicates
     known = {shard.captions: shard for shard in base.shards} if base is not None and same else {}
-    changed = []
+    reduced = []
     for shard in shards:
         if shard.captions in known:
             indexed = known[shard.captions]
-            changed.append(replace(shard, rows=indexed.rows, left_out=indexed.left_out))
+            reduced.append(replace(shard, rows=indexed.rows, left_out=indexed.left_out))
             continue
         batches = build.captions[shard.dataset].read_batches(shard.shard, ["image_id"], batch_size=65_536)
         found = left_out.intersection(image_id for batch in batches for image_id in batch["image_id"].to_pylist())
-        changed.append(replace(shard, rows=shard.rows - len(found), left_out=hash_ids(found) if found else ""))
-    return changed
+        reduced.append(replace(shard, rows=shard.rows - len(found), left_out=hash_ids(found) if found else ""))
+    return reduced
 
 
 def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard]) -> list[InputShard]:
@@ -467,14 +469,14 @@ def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence
 def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
     captions, embeddings = build.captions[shard.dataset], build.embeddings[shard.dataset]
     with (
-        open_shard(captions, shard.shard, shard.captions) as caption_rows,
-        open_shard(embeddings, shard.shard, shard.embeddings) as embedding_rows,
+        open_shard(captions, shard.shard, shard.captions) as caption_file,
+        open_shard(embeddings, shard.shard, shard.embeddings) as embedding_file,
     ):
-        match_embeddings_to_captions(captions, embeddings, shard.shard, caption_rows, embedding_rows)
+        match_embeddings_to_captions(captions, embeddings, shard.shard, caption_file, embedding_file)
 
 
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
-    """Describes how the configuration and the fingerprints of the datasets differ. Additional datasets are allowed."""
+    """Describes how configuration and dataset fingerprints differ from `base`. Additional datasets are allowed."""
     before: dict[str, Any] = to_dict(base.config)
     now: dict[str, Any] = to_dict(build.config)
     for name, indexed, given in (

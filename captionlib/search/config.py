@@ -51,7 +51,7 @@ class VectorLayout:
 
     Attributes:
         dimension: dimension of the vectors.
-        encoding: encoding of the vectors in the syntax of Faiss's index factory: `Flat`, `SQ8` or `PQn`.
+        encoding: encoding of the vectors in the syntax of Faiss's index factory: `Flat`, `SQ8` or `PQn` (n bytes).
         nlist: number of inverted lists; 1 for `Flat`.
         nprobe: number of inverted lists to search per query.
         rows: number of rows that the layout was chosen for.
@@ -86,9 +86,9 @@ class VectorLayout:
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
-        This is the case if so many rows need a different encoding, or are more than four times the number of rows that
-        the layout was chosen for. If there are fewer rows, the layout is kept: otherwise, an index whose number of rows
-        varies around a limit would be built again with every update.
+        It must be if `rows` needs a different encoding or, unless the encoding is `Flat`, exceeds four times the number
+        of rows that the layout was chosen for. If there are fewer rows, the layout is kept: otherwise, an index whose
+        number of rows varies around a limit would be built again with every update.
         """
         if rows <= self.rows:
             return False

@@ -1,9 +1,9 @@
 """Finds duplicate images: exact copies by the hash of their bytes, and near-duplicates by their embeddings.
 
 Images are visited in order of size (the largest first, then by id). An image that is not yet in a group starts a new
-group and is its kept image. All later images whose similarity to the kept image reaches the threshold join the group.
-Every image of a group is therefore similar to the kept image, and groups do not grow through chains of small
-differences.
+group and is its kept image. All later images that are not yet in a group join it if their similarity to the kept image
+reaches the threshold. Every image of a group is therefore similar to the kept image, and groups do not grow through
+chains of small differences.
 """
 
 import os
@@ -58,12 +58,12 @@ class DuplicateSummary:
 
 @dataclass(frozen=True)
 class _Images:
-    """All images of a dataset in order of size: the largest first, then by id.
+    """All images in order of size: the largest first, then by id.
 
     Attributes:
         ids: `[images]`, image ids.
         hashes: `[images]`, hashes of the bytes; null if unknown.
-        positions: `[images] int64`, row numbers in the dataset.
+        positions: `[images] int64`, row numbers, counted over all shards.
     """
 
     ids: pa.StringArray
@@ -212,7 +212,7 @@ def _read_vectors(source: ShardedDataset, shard: int) -> npt.NDArray[np.float32]
 def _group_similar(
     index: Any, positions: Positions, distinct: Positions, groups: _Groups, threshold: float, bar: ProgressBar
 ) -> None:
-    """Assigns each of the images `distinct` to the first image that is similar enough, if there is one."""
+    """Adds the images in `distinct` to the group of the first kept image that is similar enough; changes `groups`."""
     image_of_row = np.empty_like(positions)
     image_of_row[positions] = np.arange(len(positions))
     is_distinct = np.zeros(len(positions), np.bool_)
@@ -221,12 +221,12 @@ def _group_similar(
         batch = distinct[start : start + _QUERY_ROWS]
         batch = batch[groups.kept_image[batch] == batch]  # the rest are already in a group
         vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
-        # The margin is for rounding, which makes the product of a vector with itself slightly less than 1.
-        limits, similarity, found = index.range_search(vectors, threshold - 1e-3)
+        # The margin allows for rounding, which makes the product of a vector with itself slightly less than 1.
+        offsets, similarity, found = index.range_search(vectors, threshold - 1e-3)
         for row, image in enumerate(batch):
             if groups.kept_image[image] != image:
                 continue
-            matches = slice(int(limits[row]), int(limits[row + 1]))
+            matches = slice(int(offsets[row]), int(offsets[row + 1]))
             members, scores = image_of_row[found[matches]], similarity[matches]
             joins = (members > image) & is_distinct[members] & (groups.kept_image[members] == members)
             groups.kept_image[members[joins]], groups.similarity[members[joins]] = image, scores[joins]

@@ -180,7 +180,7 @@ class Index:
             return self._refresh()
 
     def try_refresh(self) -> None:
-        """Refreshes the index, unless another thread does. If it fails, logs a warning and keeps the open version."""
+        """Refreshes the index, unless another thread is doing so. If it fails, logs a warning and keeps the version."""
         if not self._refresh_lock.acquire(blocking=False):
             return
         try:
@@ -259,7 +259,7 @@ class Index:
             offset: number of rows to skip.
             where: restricts the search to matching images.
             sort: `relevance` sorts by BM25 score, `log_prob` by log-probability, and `image_text_score` by the
-                similarity of caption and image; captions without such a score are omitted.
+                similarity of caption and image, without captions that have no such score.
 
         Raises:
             QueryError: the query contains no words other than stop words, or the condition is invalid.
@@ -341,7 +341,8 @@ class Index:
             vector: vector to search for instead of the encoded query, `[dimension]`.
 
         Raises:
-            QueryError: the query contains no words other than stop words, or the index does not support sentences.
+            QueryError: the query contains no words other than stop words, or `vector` is None and the index does not
+                support sentences.
         """
         depth = -(-max(1, offset + limit) // _FUSION_DEPTH) * _FUSION_DEPTH
         where = _to_filter(where)
@@ -392,7 +393,7 @@ class Index:
     def find_words(self, query: str, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Returns, for each caption, the start and end (exclusive) of every word that a query searches for.
 
-        Words are compared as `search_text` compares them: dogs matches dog.
+        Words are compared as in `search_text`, so `dogs` matches `dog`.
         """
         return self._version.text.find_words(query, captions)
 
@@ -477,7 +478,7 @@ def open_index(
     cache: str | os.PathLike[str] | None = None,
     refresh_seconds: float | None = 1.0,
 ) -> Index:
-    """Opens an index for searching. The files of a remote index are copied to this machine, each of them only once.
+    """Opens an index for searching. The files of a remote index are copied to this machine, each only once.
 
     Example:
         >>> index = captionlib.open_index("index", ranker="ranker")
@@ -489,7 +490,7 @@ def open_index(
     Args:
         folder: path or fsspec URL of an index written by `captionlib build-index`.
         ranker: the ranker that computed the embeddings, or its checkpoint folder; required to search by sentence.
-        cache: folder for copies. If None, `$CAPTIONLIB_CACHE` is used or, if that is not set, a folder in the user's
+        cache: folder for copies. The default is `$CAPTIONLIB_CACHE` if it is set, and otherwise a folder in the user's
             cache folder.
         refresh_seconds: minimum time between two checks for a new version. A search checks before it starts. If None,
             only `Index.refresh` opens a new version.

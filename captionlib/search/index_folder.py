@@ -82,7 +82,7 @@ class IndexedDataset:
 
 @dataclass(frozen=True)
 class IndexedDuplicates:
-    """The dataset of duplicates. An index leaves out the images that it lists as duplicates of another image.
+    """A dataset of duplicates. The images that it lists as duplicates of another image are not in the index.
 
     Attributes:
         checksum: content checksum of the dataset.
@@ -309,8 +309,8 @@ def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
 def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | None = None) -> Path:
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
-    All files are compared with their checksums. Only the candidates of a local index are not: `CandidateStore` checks
-    them when it reads them. The cache contains one version of each index. Files that it already contains are not copied
+    All files are compared with their checksums, except the candidates of a local index: `CandidateStore` checks these
+    when it reads them. The cache contains one version of each index. Files that it already contains are not copied
     again. If `cache` is None, it is `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder if that is
     not set.
 

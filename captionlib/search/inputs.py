@@ -37,7 +37,7 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Compares the numbers of images in the markers of both datasets, JSON files that record which shards are complete.
+    """Compares the numbers of images in the markers of both datasets. A marker records that a shard is complete.
 
     Raises:
         DatasetError: the datasets cover different images.
@@ -112,7 +112,7 @@ def find_kept_rows(parquet: pq.ParquetFile, left_out_ids: frozenset[str]) -> npt
 
 
 def read_caption_rows(parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-    """Yields the columns that an index stores of the rows for which `kept`, `[rows]`, is true."""
+    """Yields the rows for which `kept`, `[rows]`, is true, with only the columns that an index stores."""
     schema = pa.schema([*ROW_SCHEMA, *CANDIDATES_SCHEMA])
     start = 0
     for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=schema.names):

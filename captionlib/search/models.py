@@ -19,14 +19,14 @@ from captionlib.models.families.encoder import ImageEncoder, open_encoder
 from captionlib.models.families.model import Arrays, ImageModel
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
-from captionlib.models.inference.extraction import PixelReader
+from captionlib.models.inference.extraction import PixelPassthrough
 from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
 
 __all__ = ["ImageQueryModels", "read_sentences"]
 
 _CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
 _SCORED_CANDIDATES = _CANDIDATES.append(pa.field("image_text_score", pa.float32()))
-_ImageEncoder = tuple[ImageEncoder | PixelReader, DecoderPool]  # the pool applies the encoder's preprocessing
+_ImageEncoder = tuple[ImageEncoder | PixelPassthrough, DecoderPool]  # the pool applies the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
@@ -44,7 +44,7 @@ def read_sentences(path: str) -> list[str]:
 
 
 class ImageQueryModels:
-    """Embeds and captions images. This context manager is thread-safe.
+    """Embeds and captions images. Thread-safe. As a context manager, it stops the decoder processes on exit.
 
     Args:
         ranker: a dual encoder for image-text retrieval. Without it, images cannot be embedded.
@@ -167,15 +167,16 @@ class ImageQueryModels:
             return wait_for_features()
 
     def _load(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
+        encoder_description = model.encoder
         for description, image_encoder in self._loaded:
-            if description == model.encoder:
+            if description == encoder_description:
                 return image_encoder
         transform = model.find_input_transform(weights)
         if isinstance(transform, EncoderConfig):
-            encoder: ImageEncoder | PixelReader = open_encoder(transform, self._device)
+            encoder: ImageEncoder | PixelPassthrough = open_encoder(transform, self._device)
             model.require_encoder(encoder.description)
         else:
-            encoder = PixelReader(transform)  # the model takes pixels
+            encoder = PixelPassthrough(transform)  # the model takes pixels
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
-        self._loaded.append((model.encoder, (encoder, decoders)))
+        self._loaded.append((encoder_description, (encoder, decoders)))
         return encoder, decoders

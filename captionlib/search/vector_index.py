@@ -184,8 +184,8 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors. Equal scores are ordered by row number.
 
-        If `matching` is not None, only these rows are searched. If they are few, more inverted lists are searched than
-        `nprobe`. If there are fewer than `limit` hits, the search continues until all lists have been searched.
+        If `matching` is not None, only these rows are searched. If they are few, more than `nprobe` inverted lists are
+        searched. If there are fewer than `limit` hits, the search continues until all lists have been searched.
         """
         searchable = len(self) if matching is None else len(matching)
         if not min(limit, searchable):

@@ -48,7 +48,7 @@ def read_state(name: str) -> Any:
 
 
 async def _take_snapshot(request: Request) -> SearchService:
-    """Returns a service for one request, which uses one version of the index."""
+    """Returns a service that uses the same version of the index for the whole request."""
     service: SearchService = request.app.state.service
     return service.snapshot()
 
@@ -136,7 +136,8 @@ def search_images(
     sort: Annotated[
         Sort,
         Query(
-            description="Order of the results with mode=text: best match, or most probable caption, first.",
+            description="Order of the results with mode=text: by match with the query, by probability of the caption, "
+            "or by similarity of caption and image; best first.",
             examples=["relevance"],
         ),
     ] = "relevance",
@@ -225,7 +226,7 @@ async def get_thumbnail(
     try:
         uri = await run_in_threadpool(service.get_image_uri, image_id)
         content = await thumbnails.get(uri, size)
-    except ImageError as error:  # its message may contain the URI of the image, which is private
+    except ImageError as error:  # the message is not shown, because it may contain the private URI of the image
         if request.headers.get("accept", "").startswith("image/"):  # an <img> element
             return Response(_PLACEHOLDER_SVG, 404, media_type="image/svg+xml")
         return render_problem(make_problem(404, f"image {image_id} cannot be read", reason=error.reason))

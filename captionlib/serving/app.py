@@ -29,7 +29,7 @@ __all__ = ["create_app"]
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for clients that disconnect; nobody receives it
 _PAGE_THREADS = 8
 _RETRY_SECONDS = "5"
-_FORM_BYTES = 2**16  # upper bound for the part of an upload that is not the image
+_FORM_BYTES = 2**16  # maximum size of the parts of an upload that are not images
 
 
 def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
@@ -68,7 +68,7 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
         RequestLimits,
         config=config,
         max_body_bytes=config.max_upload_bytes + _FORM_BYTES,
-        too_large=f"expected images of at most {config.max_upload_bytes / 2**20:.3g} MB in total",
+        too_large_message=f"expected images of at most {config.max_upload_bytes / 2**20:.3g} MB in total",
         make_error=lambda request, status, detail, headers: _render_error(
             app, request, make_problem(status, detail), headers
         ),

@@ -8,17 +8,17 @@ __all__ = ["identify_client"]
 
 
 def identify_client(scope: Scope) -> str:
-    """Returns the network address of a client. Of an IPv6 address, only the network part counts.
+    """Returns the IPv4 address or the IPv6 network of a client.
 
-    A client usually has a whole IPv6 network of 2^64 addresses, and could otherwise appear as many clients.
+    A client usually has a whole IPv6 network of 2^64 addresses. With each address, it could pose as a new client.
     """
     host: str = (scope.get("client") or ("", 0))[0]
     try:
         address = ipaddress.ip_address(host)
-    except ValueError:  # such as a Unix socket
+    except ValueError:  # not an IP address, such as with a Unix socket
         return host
     if isinstance(address, ipaddress.IPv4Address):
         return host
-    if address.ipv4_mapped is not None:  # the form of IPv4 clients if the server listens on ::
+    if address.ipv4_mapped is not None:  # an IPv4 client of a server that listens on ::
         return str(address.ipv4_mapped)
     return str(ipaddress.ip_network((address, 64), strict=False))

@@ -1,4 +1,4 @@
-"""Limits on connections, which apply before a request reaches the application."""
+"""Limits on connections that apply before a request reaches the application."""
 
 import asyncio
 from typing import Any
@@ -11,10 +11,10 @@ __all__ = ["LimitedConnection"]
 class LimitedConnection(H11Protocol):
     """A connection that is closed if the client is too slow. uvicorn alone would wait for a slow client forever.
 
-    Most clients and proxies close idle connections within 60 seconds, and the server keeps them longer. If the server
-    closed a connection first, a request that a client is sending at that moment would fail.
+    The server keeps idle connections for 75 seconds. Most clients and proxies close them after at most 60 seconds. If
+    the server closed a connection first, a request that a client is sending at that moment would fail.
 
-    If there are too many connections, a new one replaces the connection that has waited longest for a request.
+    If there are too many connections, a new connection replaces the one that has waited longest for a request.
     Therefore, clients that open many connections and send no requests cannot lock out other clients.
 
     Attributes:
@@ -22,7 +22,8 @@ class LimitedConnection(H11Protocol):
         headers_timeout_seconds: time limit from the start of a connection, or from the first byte of a later request,
             until all headers of the request have arrived.
         idle_timeout_seconds: time limit from the end of a response until the first byte of the next request.
-        write_timeout_seconds: time limit for a client to receive the part of a response that is in the send buffer.
+        write_timeout_seconds: time limit for a client to receive the part of a response that is waiting in the send
+            buffer.
     """
 
     max_connections = 1000

@@ -17,11 +17,11 @@ Result = TypeVar("Result")
 class FairThreadPool:
     """Runs functions in threads. Each call has a key, such as a client, and keys take turns.
 
-    If the queue is full, the most recent call of the key with the most waiting calls is rejected, so no key can lock
-    out others. All methods must be called in the same event loop.
+    If too many calls wait, the latest call of the key with the most waiting calls is rejected, so no key can lock out
+    others. All methods must be called in the same event loop.
 
     Args:
-        name: name of the threads.
+        name: prefix of the names of the threads.
         threads: maximum number of functions that run at once.
         threads_per_key: maximum number of functions that run at once for the same key.
         max_waiting: maximum number of calls that wait for a thread.
@@ -31,8 +31,8 @@ class FairThreadPool:
     def __init__(
         self, name: str, threads: int, threads_per_key: int, max_waiting: int, max_wait_seconds: float
     ) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
-        self._free = threads
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._free_threads = threads
         self._threads_per_key = threads_per_key
         self._max_waiting = max_waiting
         self._max_wait_seconds = max_wait_seconds
@@ -41,13 +41,13 @@ class FairThreadPool:
 
     def close(self) -> None:
         """Waits for the functions that are running."""
-        self._threads.shutdown(cancel_futures=True)
+        self._executor.shutdown(cancel_futures=True)
 
     async def run(self, key: str, function: Callable[[], Result]) -> Result:
         """Waits for a turn, runs a function in a thread, and returns its result.
 
         Raises:
-            BusyError: the queue is full, or the call has waited too long.
+            BusyError: too many calls wait, or the call has waited too long.
         """
         await self._wait_for_turn(key)
         loop = asyncio.get_running_loop()
@@ -57,7 +57,7 @@ class FairThreadPool:
                 loop.call_soon_threadsafe(self._release, key)
 
         # If the caller is canceled, the thread stays in use until the function returns.
-        running = self._threads.submit(function)
+        running = self._executor.submit(function)
         running.add_done_callback(release)
         return await asyncio.wrap_future(running)
 
@@ -73,41 +73,41 @@ class FairThreadPool:
             if turn.done() and turn.exception() is None:
                 self._release(key)
             else:
-                self._leave(key, turn)
+                self._stop_waiting(key, turn)
             raise
         if not turn.done():
-            self._leave(key, turn)
+            self._stop_waiting(key, turn)
             raise _busy()
         turn.result()
 
     def _start_turns(self) -> None:
-        while self._free and (key := self._find_next_key()) is not None:
+        while self._free_threads and (key := self._find_next_key()) is not None:
             waiting = self._waiting.pop(key)
             waiting.popleft().set_result(None)
             if waiting:
-                self._waiting[key] = waiting  # at the end, after all other keys
+                self._waiting[key] = waiting  # behind all other keys
             self._running[key] += 1
-            self._free -= 1
+            self._free_threads -= 1
 
     def _find_next_key(self) -> str | None:
         return next((key for key in self._waiting if self._running[key] < self._threads_per_key), None)
 
     def _reject_latest(self, newcomer: str) -> None:
-        """Rejects the latest call of the key with the most waiting calls; if several keys have as many, `newcomer`."""
+        """Rejects the latest call of the key with the most waiting calls. In a tie, `newcomer` is preferred."""
         longest = max(self._waiting, key=lambda key: (len(self._waiting[key]), key == newcomer))
         turn = self._waiting[longest][-1]
-        self._leave(longest, turn)
+        self._stop_waiting(longest, turn)
         turn.set_exception(_busy())
 
-    def _leave(self, key: str, turn: asyncio.Future[None]) -> None:
+    def _stop_waiting(self, key: str, turn: asyncio.Future[None]) -> None:
         waiting = self._waiting.get(key, deque())
-        with suppress(ValueError):  # the turn was rejected before
+        with suppress(ValueError):  # the call has already been rejected
             waiting.remove(turn)
         if not waiting:
             self._waiting.pop(key, None)
 
     def _release(self, key: str) -> None:
-        self._free += 1
+        self._free_threads += 1
         self._running[key] -= 1
         if not self._running[key]:
             del self._running[key]

@@ -15,7 +15,7 @@ from captionlib.serving.config import ServingConfig
 
 __all__ = ["RequestLimits", "SecurityHeaders"]
 
-# Blocks other hosts, inline code and frames, so that markup in a caption is harmless even if it is not escaped.
+# The policy blocks other hosts, inline code and frames, so markup in a caption is harmless even if it is not escaped.
 _HEADERS: Mapping[str, str] = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -40,16 +40,16 @@ class MakeError(Protocol):
 class RequestLimits:
     """Rejects request bodies that are too large or too slow, and clients with too many requests at once.
 
-    `max_body_bytes` is the maximum size of a body, and `too_large` is the message for larger ones.
+    `max_body_bytes` is the maximum size of a body, and `too_large_message` is the message for larger bodies.
     """
 
     def __init__(
-        self, app: ASGIApp, config: ServingConfig, max_body_bytes: int, too_large: str, make_error: MakeError
+        self, app: ASGIApp, config: ServingConfig, max_body_bytes: int, too_large_message: str, make_error: MakeError
     ) -> None:
         self._app = app
         self._config = config
         self._max_body_bytes = max_body_bytes
-        self._too_large = too_large
+        self._too_large_message = too_large_message
         self._make_error = make_error
         self._requests: Counter[str] = Counter()
 
@@ -82,19 +82,20 @@ class RequestLimits:
         try:
             length = dict(scope["headers"]).get(b"content-length", b"0")
             if not length.isdigit() or int(length) > self._max_body_bytes:
-                raise _RejectedError(413, self._too_large)
+                raise _RejectedError(413, self._too_large_message)
             await self._app(scope, body.receive, send_tracked)
         except _RejectedError as error:
             if not response_started:
                 await self._reject(error, scope, body, send)
 
     def _make_body(self, receive: Receive) -> "_LimitedBody":
-        return _LimitedBody(receive, self._config.body_timeout_seconds, self._max_body_bytes, self._too_large)
+        return _LimitedBody(receive, self._config.body_timeout_seconds, self._max_body_bytes, self._too_large_message)
 
     async def _reject(self, error: "_RejectedError", scope: Scope, body: "_LimitedBody", send: Send) -> None:
         """Sends an error, and closes the connection because the rest of the body may be too large to read.
 
-        If the connection were closed immediately, a client that is still sending its body would not receive the error.
+        The connection stays open for a few seconds, because a client that is still sending its body would otherwise not
+        receive the error.
         """
 
         async def send_and_discard_body(message: Message) -> None:
@@ -112,17 +113,17 @@ class RequestLimits:
 class _LimitedBody:
     """The body of a request, with limits on its size and on the time that it takes to arrive."""
 
-    def __init__(self, receive: Receive, timeout_seconds: float, max_bytes: int, too_large: str) -> None:
+    def __init__(self, receive: Receive, timeout_seconds: float, max_bytes: int, too_large_message: str) -> None:
         self._receive = receive
         self._max_bytes = max_bytes
-        self._too_large = too_large
+        self._too_large_message = too_large_message
         self._received = 0
         self._is_complete = False
         self._deadline = _now() + timeout_seconds
 
     async def receive(self) -> Message:
         """Returns the next message. Raises _RejectedError if the body exceeds a limit."""
-        if self._is_complete:  # the next message arrives when the client disconnects
+        if self._is_complete:  # the only message that can follow is that the client has disconnected
             return await self._receive()
         remaining = self._deadline + self._received / _MIN_BYTES_PER_SECOND - _now()
         try:
@@ -132,11 +133,11 @@ class _LimitedBody:
         self._received += len(message.get("body", b""))
         self._is_complete = not message.get("more_body", False)
         if self._received > self._max_bytes:
-            raise _RejectedError(413, self._too_large)
+            raise _RejectedError(413, self._too_large_message)
         return message
 
     async def discard(self) -> None:
-        """Reads the rest of the body for a few seconds."""
+        """Reads and discards the rest of the body, for a few seconds at most."""
         deadline = _now() + _DISCARD_SECONDS
         with suppress(asyncio.TimeoutError):
             while not self._is_complete:
@@ -149,7 +150,7 @@ def _now() -> float:
 
 
 class _RejectedError(BaseException):
-    """A rejected request. It is not an Exception, so the application's error handlers do not catch it."""
+    """A request was rejected. This class is not an Exception, so the application's error handlers do not catch it."""
 
     def __init__(self, status_code: int, detail: str) -> None:
         super().__init__(detail)

@@ -1,4 +1,4 @@
-"""Measures requests, thumbnails and models, for Prometheus and for the log."""
+"""Counts and times requests, thumbnails and models for Prometheus, and logs requests."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def format_metrics() -> bytes:
 
 
 class Monitoring:
-    """ASGI middleware that counts and times requests. With `log_requests`, it also writes a line of JSON for each."""
+    """ASGI middleware that counts and times requests. With `log_requests`, it also logs each as a line of JSON."""
 
     def __init__(self, app: ASGIApp, log_requests: bool) -> None:
         self._app = app
@@ -61,7 +61,7 @@ class Monitoring:
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        # The path of the route, not of the request, because a client can request any number of paths.
+        # The path of the route, not of the request: a client could create any number of labels by requesting new paths.
         endpoint = getattr(scope.get("route"), "path", "other")
         _REQUESTS.labels(method, endpoint, status).inc()
         _REQUEST_SECONDS.labels(endpoint).observe(seconds)

@@ -23,7 +23,7 @@ __all__ = ["Pages", "router"]
 
 _PAGE_RESULTS = 48
 _TALLEST, _WIDEST = 0.5, 2.5  # aspect ratios; see page.css
-_DEFAULTS = ("text", "relevance")
+_DEFAULT_VALUES = ("text", "relevance")  # of the parameters mode and sort
 _EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 _LAST_PAGE = MAX_OFFSET // _PAGE_RESULTS + 1
 _ERROR_HEADINGS = {
@@ -37,7 +37,7 @@ _ERROR_HEADINGS = {
 
 
 class Pages:
-    """Renders templates; all values are escaped."""
+    """Renders HTML templates. All values are escaped."""
 
     def __init__(self, service: SearchService) -> None:
         self._environment = create_environment("captionlib.serving")
@@ -74,7 +74,7 @@ def _read_search(
     sort: str = "relevance",
     like: str = "",
 ) -> Search:
-    """Reads a search from an address. Values that are not available become the defaults."""
+    """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default."""
     return Search(
         query=q,
         mode=next((available for available in service.modes if available == mode), "text"),
@@ -95,7 +95,7 @@ def show_search(
     page: Annotated[int, Query(ge=1)] = 1,
     fragment: bool = False,
 ) -> HTMLResponse:
-    # A script requests only the results (`fragment`) while the user types.
+    # While the user types, a script requests only the results: `fragment` is true.
     page = min(page, _LAST_PAGE)
     first = (page - 1) * _PAGE_RESULTS
     response = service.search(search, make_cursor(first, search), _PAGE_RESULTS)
@@ -123,13 +123,13 @@ def show_image(
     pages: PageRenderer,
     search: CurrentSearch,
     image_id: ImageId,
-    at: Annotated[int, Query(ge=-1)] = -1,
+    position: Annotated[int, Query(alias="at", ge=-1)] = -1,
 ) -> HTMLResponse:
-    is_result = 0 <= at <= MAX_OFFSET and (search.query.strip() or search.like)
-    previous, following = service.find_adjacent(search, at, image_id) if is_result else (None, None)
+    is_result = 0 <= position <= MAX_OFFSET and (search.query.strip() or search.like)
+    previous, following = service.find_adjacent(search, position, image_id) if is_result else (None, None)
     image = service.get_image(image_id)
     return pages.render(
-        "image.html", service=service, search=search, image=image, at=at, previous=previous, following=following
+        "image.html", service=service, search=search, image=image, at=position, previous=previous, following=following
     )
 
 
@@ -148,7 +148,7 @@ def export_selection(
 
 @router.get("/image-search")
 def redirect_to_search() -> Response:
-    return RedirectResponse("/")  # the uploaded image is not stored, so results cannot be shown again
+    return RedirectResponse("/")  # uploaded images are not stored, so the results cannot be shown again
 
 
 @router.post("/image-search")
@@ -182,20 +182,20 @@ def show_docs(pages: PageRenderer) -> HTMLResponse:
 
 
 def _format_percent(probability: float) -> str:
-    """Formats a probability as a percentage with two significant digits, because it can be small."""
+    """Formats a probability as a percentage. Small percentages have two significant digits."""
     percent = 100 * probability
     return f"{percent:.0f}%" if percent >= 9.5 else f"{percent:.2g}%"
 
 
 def _format_ratio(image: SearchResult) -> str:
-    """Returns the class of the aspect ratio of an image, which page.css defines. Inline styles are not allowed."""
+    """Returns the CSS class for an aspect ratio; see page.css. The security policy does not allow inline styles."""
     if not image.width or not image.height:
         return ""
     return f"r{5 * round(20 * min(_WIDEST, max(_TALLEST, image.width / image.height)))}"
 
 
 def _highlight(caption: str, words: Sequence[tuple[int, int]]) -> Markup:
-    """Marks the words of a caption."""
+    """Marks words of a caption. `words` are their start and end positions."""
     parts, end = [], 0
     for start, stop in words:
         parts.append(escape(caption[end:start]) + Markup("<mark>{}</mark>").format(caption[start:stop]))
@@ -204,7 +204,9 @@ def _highlight(caption: str, words: Sequence[tuple[int, int]]) -> Markup:
 
 
 def _format_search(search: Search, path: str = "/", **changes: Any) -> str:
-    """Returns the address of a search with some parameters changed, without those that have their default."""
+    """Returns the URL of a search after changing some parameters. Parameters with default values are omitted."""
     values = {"q": search.query, "mode": search.mode, "split": search.split, "sort": search.sort, "like": search.like}
-    parameters = {name: value for name, value in (values | changes).items() if value not in (*_DEFAULTS, None, "")}
+    parameters = {
+        name: value for name, value in (values | changes).items() if value not in (*_DEFAULT_VALUES, None, "")
+    }
     return f"{path}?{urlencode(parameters)}" if parameters else path

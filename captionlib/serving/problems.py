@@ -1,4 +1,4 @@
-"""Error responses: problem details (RFC 9457) for programs, and their description in the OpenAPI schema."""
+"""Error responses in the format of RFC 9457 (problem details), and their description in the OpenAPI schema."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -19,14 +19,14 @@ _DESCRIPTIONS = {
     408: "The body of the request arrived too slowly.",
     413: "The uploaded images are too large.",
     422: "A parameter is missing or is not valid.",
-    503: "The server is busy. Try again after the seconds in the header Retry-After.",
+    503: "The server is busy. The header Retry-After has the number of seconds to wait.",
 }
 
 
 def make_problem(
     status: int, detail: str, reason: str | None = None, errors: list[InvalidParameter] | None = None
 ) -> Problem:
-    """Returns an error with the name of its status as the title."""
+    """Returns an error whose title is the name of its status."""
     try:
         title = HTTPStatus(status).phrase
     except ValueError:
@@ -35,7 +35,7 @@ def make_problem(
 
 
 def render_problem(problem: Problem) -> JSONResponse:
-    """Returns the response for an error, without the fields that do not apply."""
+    """Returns the response for an error, without the fields that are null."""
     return JSONResponse(problem.model_dump(exclude_none=True), problem.status, media_type=PROBLEM_TYPE)
 
 
@@ -49,7 +49,7 @@ def add_problem_type(app: FastAPI) -> None:
     make_schema = app.openapi
 
     def make_schema_with_type() -> Mapping[str, Any]:
-        is_new = app.openapi_schema is None
+        is_new = app.openapi_schema is None  # FastAPI caches the schema
         schema = make_schema()
         for operation in (each for methods in schema["paths"].values() for each in methods.values() if is_new):
             for code, response in operation["responses"].items():

@@ -55,10 +55,10 @@ class Search:
     Attributes:
         query: words, or a description.
         mode: what the query is compared with.
-        split: dataset split of the images; None for all.
+        split: dataset split of the images; None for all splits.
         min_log_prob: minimum log-probability of a caption.
-        sort: order of the results of a search by text.
-        like: id of an image of the index, to find similar ones. It is ignored if there is a query.
+        sort: order of the results in mode `text`.
+        like: id of an image in the index, to find similar images. It is used only if there is no query.
     """
 
     query: str = ""
@@ -72,9 +72,9 @@ class Search:
 class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
 
-    This class is thread-safe. In the context, the service switches to a new version of the index within seconds after a
-    build publishes one. If `models` is None, searching by image is disabled. Uploaded images are compared with
-    `sentences`, or with the captions of similar images if there are no sentences.
+    This class is thread-safe. In the context, the service switches to a new version of the index within seconds after
+    its publication. If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences`,
+    or with the captions of similar images if there are no sentences.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class SearchService:
             self._models.close()
 
     def snapshot(self) -> "SearchService":
-        """Returns a service for one request, which uses one version of the index throughout."""
+        """Returns a service that never switches to a newer version of the index, for use by one request."""
         snapshot = copy.copy(self)
         snapshot.index = self.index.snapshot()
         return snapshot
@@ -121,7 +121,7 @@ class SearchService:
     def search(self, search: Search, cursor: str | None, limit: int) -> SearchResponse:
         """Searches the index.
 
-        `cursor` is the `next_cursor` of the previous page of the same search. If None, the first page is returned.
+        `cursor` is the `next_cursor` of the previous page of the same search; None for the first page.
 
         Raises:
             CursorError: the cursor belongs to a different search.
@@ -132,7 +132,7 @@ class SearchService:
             return response
         offset = _read_cursor(cursor, search)
         where = Filter(split=search.split, min_log_prob=search.min_log_prob)
-        page = limit + 1, offset, where
+        page = limit + 1, offset, where  # one more row shows whether there is a next page
         try:
             if not query.strip() and search.like is not None:
                 table = self.index.search_similar(search.like, *page)
@@ -151,7 +151,7 @@ class SearchService:
         return response
 
     def count_splits(self, search: Search) -> dict[str, int]:
-        """Returns the number of images in each split: those that match a search by text, or else all images."""
+        """Returns the number of images in each split. For a search in mode `text`, counts only the matches."""
         counts = self.index.count_splits()
         if search.mode != "text" or not search.query.strip():
             return counts
@@ -165,13 +165,16 @@ class SearchService:
         return self.index.search_text_and_count(search.query, 1, 0, where)[1]
 
     def find_adjacent(self, search: Search, position: int, image_id: str) -> tuple[str | None, str | None]:
-        """Returns the ids of the results before and after the image at a position of a search, if there are any."""
+        """Returns the ids of the results before and after an image; each is None if there is no such result.
+
+        `position` is the position of the image in the results.
+        """
         first = max(0, position - 1)
         ids = [result.image_id for result in self.search(search, make_cursor(first, search), 3).results]
-        own = position - first
-        if len(ids) <= own or ids[own] != image_id:  # the index has changed
+        index = position - first
+        if len(ids) <= index or ids[index] != image_id:  # the search index has changed
             return None, None
-        return (ids[own - 1] if own else None), (ids[own + 1] if own + 1 < len(ids) else None)
+        return (ids[index - 1] if index else None), (ids[index + 1] if index + 1 < len(ids) else None)
 
     def sample(self, limit: int) -> list[SearchResult]:
         """Returns evenly spaced images of the index as examples."""
@@ -199,7 +202,7 @@ class SearchService:
         )
 
     def get_rows(self, image_ids: Sequence[str]) -> pa.Table:
-        """Returns the rows of images without their URIs; ids that are not in the index are left out."""
+        """Returns the rows of images without their URIs. Ids that are not in the index are ignored."""
         rows = []
         for image_id in image_ids:
             with suppress(QueryError):
@@ -262,7 +265,7 @@ class SearchService:
 def make_cursor(offset: int, search: Search) -> str:
     """Returns the cursor that continues a search at an offset.
 
-    The cursor contains a checksum of `search`, so it continues no other search.
+    The cursor contains a checksum of `search`, so a different search rejects it.
     """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
@@ -293,9 +296,10 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
 
 
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
-    """Converts the candidate captions of a row. Only the best one has a number of tokens.
+    """Converts the candidate captions of a row. The index stores the number of tokens only for the best one.
 
-    If its tokens are its words and the end, those of the others are too.
+    If that is the number of words plus an end token, tokens are words, and they are counted for all candidates.
+    Otherwise, `word_probability` is None.
     """
     has_words = row["tokens"] == len(row["caption"].split()) + 1
     return [

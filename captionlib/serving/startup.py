@@ -29,9 +29,10 @@ class AppConfig:
         thumbnails: folder for thumbnails.
         ranker: folder of the ranker (dual encoder for image-text retrieval) that computed the embeddings of the index.
         captioner: folder of the captioner for uploaded images.
-        weights: weights file of the encoder, if the models were trained with such a file.
-        sentences: file of sentences, one per line, to compare uploaded images with.
-        generation: configuration of `captionlib generate-captions` for uploaded images, such as `decoding`.
+        weights: weights file of the encoder, if the models were trained with an encoder from a file.
+        sentences: text file of sentences to compare uploaded images with, one per line.
+        generation: how uploaded images are captioned: keys of the configuration of `captionlib generate-captions`, such
+            as `decoding`.
         device: device of the models: `auto`, `cpu`, `cuda` or `cuda:N`.
         serving: limits of the application.
     """

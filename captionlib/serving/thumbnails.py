@@ -45,7 +45,7 @@ _MAX_WAIT_SECONDS = 5.0
 class Thumbnails:
     """Creates thumbnails and stores them as JPEG files in a folder. Exiting the context stops its threads.
 
-    Images are fetched and decoded in separate threads, so slow hosts do not delay other requests. A slow host can use
+    Images are fetched and decoded in a separate thread pool, so slow hosts do not delay other requests. A host can use
     only a quarter of these threads.
     """
 
@@ -53,7 +53,7 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names, so a server without access to private hosts shows no thumbnails of a server with access.
+        # Part of file names, so a server never shows thumbnails of images from private hosts that it must not fetch.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches
@@ -72,7 +72,7 @@ class Thumbnails:
         }
         self._in_progress: dict[Path, asyncio.Task[bytes]] = {}
         self._failures: TTLCache[Path, ImageError] = TTLCache(_MAX_FAILURES, _FAILURE_SECONDS, monotonic)
-        self._stored = 0
+        self._created_count = 0
 
     def __enter__(self) -> "Thumbnails":
         return self
@@ -124,7 +124,7 @@ class Thumbnails:
             excess -= size
 
     def create_ahead(self, uri: str) -> bool:
-        """Creates the small thumbnail of an image, unless it is stored. Returns whether the image can be read."""
+        """Stores the small thumbnail of an image, unless it exists. Returns whether the image can be read."""
         path = _choose_path(self._folder, self._scope, "small", uri)
         if not path.exists():
             try:
@@ -146,8 +146,8 @@ class Thumbnails:
             self._failures[path] = copy.copy(error)  # without the traceback, which refers to large objects
             raise
         THUMBNAILS.labels("created").inc()
-        self._stored += 1
-        if self._stored % _PRUNE_EVERY == 0:
+        self._created_count += 1
+        if self._created_count % _PRUNE_EVERY == 0:
             await run_in_threadpool(self.prune)
         return content
 
@@ -158,7 +158,7 @@ def _choose_path(folder: Path, scope: str, size: ThumbnailSize, uri: str) -> Pat
 
 
 def create_thumbnails(folder: Path, uris: Sequence[str], config: ServingConfig, progress: bool = False) -> int:
-    """Creates the small thumbnails of images, so that a server shows them at once. Returns how many images failed."""
+    """Stores the small thumbnails of images, so a server need not create them. Returns how many images failed."""
     threads = config.max_concurrent_fetches
     failures = 0
     with (

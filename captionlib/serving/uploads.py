@@ -1,4 +1,4 @@
-"""Processes uploaded images in turn."""
+"""Processes uploaded images in threads, one client after another."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,8 +21,13 @@ class Uploads:
     """Processes uploaded images in a few threads. Clients take turns. Exiting the context stops the threads."""
 
     def __init__(self, config: ServingConfig) -> None:
-        threads = config.max_concurrent_uploads
-        self._threads = FairThreadPool("uploads", threads, threads, config.max_waiting_uploads, _MAX_WAIT_SECONDS)
+        self._threads = FairThreadPool(
+            "uploads",
+            threads=config.max_concurrent_uploads,
+            threads_per_key=config.max_concurrent_uploads,
+            max_waiting=config.max_waiting_uploads,
+            max_wait_seconds=_MAX_WAIT_SECONDS,
+        )
 
     def __enter__(self) -> "Uploads":
         return self
@@ -31,21 +36,21 @@ class Uploads:
         self._threads.close()
 
     async def process(self, request: Request, function: Callable[[], Result]) -> Result:
-        """Calls a function in a thread when it is the client's turn.
+        """Calls `function` in a thread when it is the turn of the client that sent `request`. Returns its result.
 
         Raises:
-            BusyError: too many images are waiting.
+            BusyError: too many images are waiting, or this one has waited too long.
             ClientDisconnect: the client has disconnected, so no result is needed.
         """
-        result = asyncio.ensure_future(self._threads.run(identify_client(request.scope), function))
+        call = asyncio.ensure_future(self._threads.run(identify_client(request.scope), function))
         disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
         try:
-            await asyncio.wait([result, disconnect], return_when=asyncio.FIRST_COMPLETED)
-            if not result.done():
+            await asyncio.wait([call, disconnect], return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
                 raise ClientDisconnect
-            return result.result()
+            return call.result()
         finally:
-            result.cancel()
+            call.cancel()
             disconnect.cancel()
 
 

@@ -43,8 +43,8 @@ _DATA_URI = re.compile(r"data:[a-z0-9/+.;=-]*,", re.IGNORECASE)
 def split_protocol(address: str) -> tuple[str, str]:
     """Returns the protocol of an address in lower case, and the address with its protocol in lower case.
 
-    The protocol of a local path is an empty string. A local path may contain `::`, unless the text before the first
-    `::` is a known protocol.
+    The protocol of a local path is an empty string. An address with `::` is also a local path if the text before the
+    first `::` is not a known protocol.
     """
     if _DATA_URI.match(address):
         return "data", address
@@ -80,9 +80,10 @@ def is_known_protocol(protocol: str) -> bool:
 
 
 def is_chained(address: str) -> bool:
-    """Returns whether fsspec would chain file systems.
+    """Returns whether fsspec would chain several file systems to open an address.
 
-    A `::` in a web URL or a local path is not a chain. In an object key, it is one only before a known protocol or URL.
+    A `::` in a web URL or a local path is an ordinary part of the name. In other URLs, it chains file systems if a
+    known protocol or a URL follows it.
     """
     protocol, address = split_protocol(address)
     if not protocol:
@@ -97,11 +98,11 @@ def is_chained(address: str) -> bool:
 def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[Any, str]:
     """Returns the fsspec file system of a local path or a URL, and the path within that file system.
 
-    `options` are passed to the file system and override options that the address implies.
+    `options` are passed to the file system. They override options that the address contains, such as a host or a port.
 
     Raises:
-        ConfigError: the address is empty or chains file systems, its protocol is unknown or interprets content, or the
-            package for it is not installed.
+        ConfigError: the address is empty or chains file systems, or its protocol is unknown, is one of
+            `INTERPRETING_PROTOCOLS`, or needs a package that is not installed.
     """
     given = os.fspath(address)
     protocol, url = split_protocol(given)

@@ -45,7 +45,7 @@ TEMPORARY_FOLDER = "__temporary"
 # A PUT on these file systems is atomic, so files can be uploaded without a temporary name.
 _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
 
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # disk full, quota, read-only, file too large
+_FULL_DISK_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # full, quota, read-only, file too large
 
 _FILES_PER_REQUEST = 1000  # for `read_many`, which holds the files of one request in memory
 
@@ -57,7 +57,7 @@ class Folder:
     uri: str
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
-        self.uri = os.fspath(uri).rstrip("/") or os.fspath(uri)[:1]
+        self.uri = os.fspath(uri).rstrip("/") or os.fspath(uri)[:1]  # the root folder remains `/`
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
         return Folder, (resolve_address(self.uri),)
@@ -65,7 +65,7 @@ class Folder:
     @cached_property
     def _opened(self) -> tuple[Any, str]:
         try:
-            self.uri.encode()  # addresses are stored in JSON and Parquet
+            self.uri.encode()  # addresses are stored in JSON and Parquet as UTF-8
         except UnicodeEncodeError as error:
             raise ConfigError(f"{self.uri!a}: expected a name in UTF-8; rename the folder") from error
         return open_file_system(self.uri)
@@ -176,7 +176,7 @@ class Folder:
                 with convert_os_errors(path):
                     temporary.write_bytes(content)
                 os.link(temporary, path)
-            with suppress(OSError):  # it contains other files
+            with suppress(OSError):  # the folder contains other temporary files
                 parent.rmdir()
             return True
         except FileExistsError:
@@ -246,9 +246,9 @@ class Folder:
         call_with_retries(self.path(name), publish)
 
     def move(self, old_name: str, new_name: str) -> None:
-        """Moves a file within the folder, and replaces a file that has the new name. Does nothing without an old file.
+        """Renames a file, and replaces any file that has the new name. Does nothing if the old file does not exist.
 
-        On object stores, the old file is copied and not removed.
+        On object stores, the file is copied, and the old file remains.
         """
         old, new = self.path(old_name), self.path(new_name)
         if self.is_local:
@@ -286,10 +286,10 @@ class Folder:
         call_with_retries(self.path(name), remove)
 
     def remove_equal_file(self, name: str, content: bytes) -> None:
-        """Removes a file if it has this content.
+        """Removes a file if its content equals `content`.
 
-        If several processes call this at once on a local file system, a lock keeps them from removing a file that was
-        created after the first of them removed the old one.
+        On a local file system, several processes can call this at once. They take turns, and each one compares the
+        content again in its turn, so none removes a file that another process has just created.
         """
         if not self.is_local:
             with suppress(FileNotFoundError):
@@ -308,7 +308,7 @@ class Folder:
 def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
     """Yields the path of a new file, and removes the file when the block ends.
 
-    Until then, a lock protects the file from `Folder.remove_temporary_files`.
+    Within the block, a lock protects the file from `Folder.remove_temporary_files`.
     """
     while True:
         with convert_os_errors(str(folder)):
@@ -338,18 +338,21 @@ def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def convert_full_disk_errors(address: str) -> Iterator[None]:
-    """Converts the errors of a full or read-only disk to StorageErrors, whichever library raises them."""
+    """Converts OSErrors of the block whose cause is a full or read-only disk to StorageErrors that name `address`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL_DISK:
+        if error.errno in _FULL_DISK_ERRNO:
             with convert_os_errors(address):
                 raise
         raise
 
 
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
-    """Returns the contents of files, and the paths to retry. Raises an error if it is permanent or no file was read."""
+    """Returns the contents of the files that were read, and the paths of the files to read again.
+
+    Raises the first permanent error. If no file was read, temporary errors are raised too.
+    """
     results = fs.cat_ranges(paths, None, None, on_error="return")
     contents = [result for result in results if isinstance(result, bytes)]
     errors = {

@@ -1,7 +1,8 @@
 """Locks a folder on any file system, so that only one process at a time changes it.
 
-The lock is a file that the process that holds the lock rewrites every 20 seconds. A lock is stale if its file was not
-rewritten for two minutes, or if its process on this machine has ended. Another process can take over a stale lock.
+The lock is a file. The process that holds the lock rewrites the file every 20 seconds. A lock is stale if its file has
+not been rewritten for two minutes, or if its process ran on this machine and has ended. Any process can take over a
+stale lock.
 """
 
 import json
@@ -30,20 +31,20 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
 
     Args:
         folder: folder to lock.
-        command: the command that holds the lock. The error message of other processes contains it.
+        command: the name of this command, for the error messages of other processes that need the folder.
 
     Raises:
         LockError: another process holds the lock.
     """
-    owner = uuid.uuid4().hex
-    holder = {"owner": owner, "command": command, "host": socket.gethostname(), "process": os.getpid()}
+    lock_id = uuid.uuid4().hex
+    holder = {"owner": lock_id, "command": command, "host": socket.gethostname(), "process": os.getpid()}
     _acquire(folder, holder)
     stop = threading.Event()
 
     def renew() -> None:
         while not stop.wait(_RENEW_SECONDS):
             with suppress(StorageError):  # the next attempt may succeed before the lock is stale
-                if _decode(_read(folder)).get("owner") == owner:
+                if _decode(_read(folder)).get("owner") == lock_id:
                     folder.write(LOCK_FILE, _encode(holder))
 
     thread = threading.Thread(target=renew, name="lock", daemon=True)
@@ -53,7 +54,7 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        if _decode(_read(folder)).get("owner") == owner:
+        if _decode(_read(folder)).get("owner") == lock_id:
             folder.remove_file(LOCK_FILE)
 
 
@@ -62,10 +63,10 @@ def _acquire(folder: Folder, holder: Mapping[str, Any]) -> None:
         current = _decode(content)
         if not _is_stale(current):
             raise _locked_error(folder, current)
-        folder.remove_equal_file(LOCK_FILE, content)  # unless another process has replaced it meanwhile
+        folder.remove_equal_file(LOCK_FILE, content)  # does nothing if another process has replaced the file
     created = folder.create(LOCK_FILE, _encode(holder))
     winner = _decode(_read(folder))
-    if not created or winner.get("owner") != holder["owner"]:  # some object stores let the last writer win
+    if not created or winner.get("owner") != holder["owner"]:  # on some object stores, the last writer wins
         raise _locked_error(folder, winner)
 
 
@@ -95,7 +96,7 @@ def _read(folder: Folder) -> bytes | None:
 
 
 def _decode(content: bytes | None) -> dict[str, Any]:
-    """Returns the holder in a lock file, or an empty mapping if the file is missing or damaged."""
+    """Returns the description of the holder in a lock file; empty if the file is missing or damaged."""
     try:
         holder = json.loads(content or b"{}")
     except (ValueError, RecursionError):
@@ -109,7 +110,7 @@ def _encode(holder: Mapping[str, Any]) -> bytes:
 
 def _locked_error(folder: Folder, holder: Mapping[str, Any]) -> LockError:
     if not holder:
-        return LockError(f"{folder.uri}: its lock was removed at this moment; run the same command again")
+        return LockError(f"{folder.uri}: another process removed the lock file just now; run the same command again")
     return LockError(
         f"{folder.uri} is in use by `{holder.get('command')}` (process {holder.get('process')} on "
         f"{holder.get('host')}); wait until it has finished. A lock whose process has ended is released "

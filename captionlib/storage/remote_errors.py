@@ -16,7 +16,7 @@ from captionlib.errors import FetchError
 
 __all__ = ["get_http_status", "get_retry_after", "is_connection_error", "is_temporary_error", "is_timeout_error"]
 
-_CONNECTION_NAMES = {
+_CONNECTION_ERROR_NAMES = {
     "ClientConnectionError",  # aiohttp
     "ClientPayloadError",
     "ConnectionError",  # botocore, requests and Python
@@ -50,7 +50,7 @@ def is_temporary_error(error: BaseException) -> bool:
 
 
 def get_http_status(error: BaseException) -> int | None:
-    """Returns the HTTP error status in an exception of any HTTP client, or None if there is none."""
+    """Returns the HTTP status, 400 or more, that caused an exception of any HTTP client, or None."""
     for exception in (error, error.__cause__):
         response: Any = getattr(exception, "response", None)
         if isinstance(response, Mapping):  # botocore
@@ -67,7 +67,7 @@ def get_http_status(error: BaseException) -> int | None:
 
 
 def get_retry_after(error: BaseException) -> float | None:
-    """Returns the seconds to wait according to the header `Retry-After` (a number or a date), or None without it."""
+    """Returns the seconds to wait according to the response's header `Retry-After`, or None without this header."""
     for exception in (error, error.__cause__):
         response: Any = getattr(exception, "response", None)
         if isinstance(response, Mapping):  # botocore
@@ -78,7 +78,7 @@ def get_retry_after(error: BaseException) -> float | None:
         for value in map(str, values):
             if value.strip().isdecimal():
                 return float(value)
-            try:
+            try:  # a date instead of a number of seconds
                 return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
             except ValueError:
                 continue
@@ -91,7 +91,7 @@ def is_timeout_error(error: BaseException) -> bool:
 
 
 def is_connection_error(error: BaseException) -> bool:
-    return isinstance(error, ConnectionError) or _has_ancestor(error, _CONNECTION_NAMES)
+    return isinstance(error, ConnectionError) or _has_ancestor(error, _CONNECTION_ERROR_NAMES)
 
 
 def _has_ancestor(error: BaseException, names: set[str]) -> bool:

@@ -35,7 +35,7 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
     """Calls `action` and returns its result.
 
     Retries temporary errors for two minutes, with exponential backoff of up to 15 seconds between attempts. Calling
-    `action` repeatedly must be safe. The error message contains `address`.
+    `action` repeatedly must be safe. The error message names `address`, a path or URL.
 
     Raises:
         FileNotFoundError: there is no such file.

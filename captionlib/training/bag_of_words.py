@@ -1,7 +1,7 @@
-"""Bag-of-words pre-training for small datasets: a captioner first learns to predict a caption's words.
+"""Bag-of-words pre-training for small datasets: a captioner first learns which words a caption contains.
 
-The captioner predicts all words from the image alone, without word order. This benefits the layers that process the
-image: attention, and `encoder_top`, the encoder layers that are fine-tuned with the captioner.
+The captioner predicts all words from the image alone, without word order. This trains the layers that process the
+image: attention, and the encoder layers that are fine-tuned with the captioner (`encoder_top`).
 """
 
 from itertools import chain
@@ -40,9 +40,9 @@ class BagOfWordsObjective(CaptioningObjective[CaptionerNetwork]):
     def _score_words(self, batch: CaptionBatch) -> Tensor:
         """Returns the log-probability of each caption word that is in the vocabulary, `[words] float32`."""
         words = np.fromiter(chain.from_iterable(batch.sentences), np.int64)
-        images = np.repeat(batch.image_of_sentence, [len(sentence) for sentence in batch.sentences])
+        image_of_word = np.repeat(batch.image_of_sentence, [len(sentence) for sentence in batch.sentences])
         is_known = words != UNKNOWN
         log_probs = self.model.predict_bag_of_words(torch.from_numpy(batch.features).to(self._device))
-        images_of_known, known = (torch.from_numpy(ids[is_known]).to(self._device) for ids in (images, words))
-        selected: Tensor = log_probs[images_of_known, known]
+        rows, columns = (torch.from_numpy(ids[is_known]).to(self._device) for ids in (image_of_word, words))
+        selected: Tensor = log_probs[rows, columns]
         return selected

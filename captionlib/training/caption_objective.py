@@ -65,13 +65,16 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         return BatchLoss(smoothed / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes the perplexity, exp(-sum ln p / sum (caption length + 1)), and CIDEr if configured."""
+        """Computes the perplexity, exp(-sum ln p / number of tokens including END), and CIDEr if configured."""
         log_probs = (self.score(batch).log_probs for batch in self._validation.in_order())
         scores = {"perplexity": compute_perplexity(log_probs)}
         return scores if self._cider is None else {**scores, "CIDEr": self._cider.score(self.model)}
 
     def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenLogProbs:
-        """Computes the log-probability of each token of a batch of captions; see `CaptionerNetwork.forward`."""
+        """Computes the log-probability of each token of a batch of captions.
+
+        With `mean_log_probs`, also computes the mean log-probability over the vocabulary. See `CaptionerNetwork`.
+        """
         scores: TokenLogProbs = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
@@ -84,7 +87,7 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
 class CiderValidation:
     """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    The caption of an unreadable image is empty. `references` holds the reference captions of each image, in the order
+    Unreadable images count with an empty caption. `references` holds the reference captions of each image, in the order
     of `batches`.
 
     Raises:
@@ -114,10 +117,10 @@ class CiderValidation:
         assert isinstance(captioner, CaptionerNetwork)
         decoder = Decoder(captioner, self._decoding, vocabulary=self._vocabulary)
         captions = [""] * self._image_count
-        for positions, images in self._batches.images_in_order():
-            features: npt.NDArray[Any] | torch.Tensor = images
+        for positions, inputs in self._batches.images_in_order():
+            features: npt.NDArray[Any] | torch.Tensor = inputs
             if isinstance(model, ImageCaptioner):
-                pixels = torch.from_numpy(images).to(next(model.parameters()).device)
+                pixels = torch.from_numpy(inputs).to(next(model.parameters()).device)
                 features = model.encoder.encode(pixels).float()
             for position, candidates in zip(positions, decoder.decode(features), strict=True):
                 captions[position] = self._vocabulary.decode(candidates[0].token_ids)

@@ -52,9 +52,10 @@ class CaptionerTrainingConfig:
     Attributes:
         captioner: the architecture. If `init_from` is set, the checkpoint's architecture is used.
         training: settings of the training loop.
-        objective: `cross_entropy` maximizes the probability of reference captions. `bag_of_words` is an earlier stage
-            for small datasets, which predicts a caption's words without their order. `self_critical` is a later stage,
-            which maximizes the CIDEr-D of sampled captions. `init_from` names the checkpoint of the previous stage.
+        objective: `cross_entropy` maximizes the probability of reference captions. `bag_of_words` is an optional first
+            stage for small datasets, which predicts a caption's words without their order. `self_critical` is an
+            optional last stage, which maximizes the CIDEr-D of sampled captions. Each stage is a run of its own;
+            `init_from` is the checkpoint of the previous stage.
         self_critical: settings of the self-critical objective.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
@@ -66,7 +67,7 @@ class CaptionerTrainingConfig:
             or 200 characters if `level` is `characters`.
         batch_images: images per batch in each process. The batch contains all captions of these images.
         random_crop: crop feature maps to at least this fraction of their height and width; 0 disables cropping.
-        horizontal_flip: flip feature maps with probability 0.5. This matters only with attention or `encoder_top`
+        horizontal_flip: flip feature maps with probability 0.5. This has an effect only with attention or `encoder_top`
             (encoder layers that are fine-tuned with the captioner).
         encoder_top_learning_rate: the base learning rate of the layers of `encoder_top`; 0 freezes them.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
@@ -145,8 +146,8 @@ def train_captioner(
         features: the folder of the features dataset.
         output: the folder for the checkpoint of the best epoch, metrics, curves and the state to resume from.
         config: the configuration of the captioner and its training.
-        weights: the encoder's weights file. Required if a new captioner has an `encoder_top`, and the file that the
-            encoder was loaded from has moved.
+        weights: the encoder's weights file, for a new captioner (without `init_from`) with an `encoder_top`. Required
+            only if the file is no longer where it was during the extraction of the features.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace a run with a different configuration.
         progress: show a progress bar.
@@ -157,7 +158,7 @@ def train_captioner(
     Raises:
         DatasetError: the features are incomplete, or a split has no captions.
         CheckpointError: `init_from` is not a checkpoint, or its encoder or `weights` does not match the features.
-        ConfigError: `captioner` does not match `init_from`, or `weights` is missing or not needed.
+        ConfigError: `config.captioner` does not match the checkpoint, or `weights` is missing or not needed.
     """
     if weights is not None and (config.captioner.encoder_top is None or config.init_from is not None):
         raise ConfigError(
@@ -185,7 +186,7 @@ def train_captioner(
 def _initialize(
     config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None
 ) -> tuple[CaptionerNetwork, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
-    """Builds or loads a captioner. Also returns its vocabulary, its configuration, and what it is trained from."""
+    """Builds or loads a captioner. Also returns its vocabulary, configuration and provenance (its training data)."""
     provenance: dict[str, Any] = {
         **describe_features(dataset, config.train_splits, config.validation_splits),
         "objective": config.objective,
@@ -196,8 +197,8 @@ def _initialize(
         return initial.model, initial.vocabulary, replace(config, captioner=initial.config), provenance
     captions = read_captions(dataset, config.train_splits)
     vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
-    file = weights or dataset.encoder_weights or None
-    model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, file)
+    weights_file = weights or dataset.encoder_weights or None
+    model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights_file)
     if config.word_vectors is not None:
         provenance["word_vectors"] = initialize_word_vectors(model, vocabulary, config.word_vectors)
     return model, vocabulary, config, provenance
@@ -224,8 +225,8 @@ def _make_objective(
         model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
 
     def save(output: Folder, model: CaptionerNetwork, history: dict[str, Any]) -> None:
-        encoder, complete = dataset.config["encoder"], add_versions_and_time(provenance)
-        save_captioner(output, model, vocabulary, encoder, provenance=complete, training=history)
+        encoder, record = dataset.config["encoder"], add_versions_and_time(provenance)
+        save_captioner(output, model, vocabulary, encoder, provenance=record, training=history)
 
     if config.objective == "bag_of_words":
         return BagOfWordsObjective(model, training, validation, save, module_learning_rates=module_learning_rates)
@@ -236,9 +237,9 @@ def _make_objective(
         [*encode(caption), END] for caption in read_captions(dataset, config.validation_splits)
     )
     if config.objective == "self_critical":
-        token_ids = (list(map(encode, captions)) for captions in read_references(dataset, config.train_splits))
+        reference_ids = (list(map(encode, captions)) for captions in read_references(dataset, config.train_splits))
         max_tokens = config.decoding.find_max_tokens(vocabulary.unit)
-        return SelfCriticalObjective(captioning, config.self_critical, token_ids, max_tokens)
+        return SelfCriticalObjective(captioning, config.self_critical, reference_ids, max_tokens)
     return captioning
 
 

@@ -1,7 +1,7 @@
 """Data-parallel training by several processes that `torchrun` starts.
 
-Each process computes the gradients of its part of every batch. They are averaged with weights proportional to token
-counts, so a step equals that of a single process with the whole batch. Process 0 validates, saves and reports.
+Each process computes the gradients of its part of every batch. The gradients are averaged with weights proportional to
+token counts, so the result equals the gradient of the whole batch. Process 0 validates, saves and reports.
 """
 
 import os
@@ -51,7 +51,9 @@ class ProcessGroup:
         return totals
 
     def average_gradients(self, parameters: Sequence[Tensor], weight: float) -> None:
-        """Replaces each gradient with its weighted average over all processes, whose weights must sum to 1.
+        """Replaces each gradient with its weighted average over all processes.
+
+        `weight` is the weight of this process. The weights of all processes must sum to 1.
 
         DistributedDataParallel is unsuitable: it weights all processes equally, requires each to have part of every
         batch, and hooks into `forward`, which some objectives do not call.

@@ -112,7 +112,7 @@ def finetune_captioner(
 
     Raises:
         CheckpointError: `init_from` is not a checkpoint, or the weights belong to a different encoder.
-        ConfigError: `init_from` is missing, or `encoder.from_node` leaves no layer to fine-tune.
+        ConfigError: `init_from` is missing, or no layer from `encoder.from_node` on has weights to fine-tune.
         DatasetError: the manifest is incomplete, or a split has no captions.
         FailureRatioError: more images are unreadable than the configuration allows.
     """
@@ -137,14 +137,13 @@ def finetune_captioner(
             "init_from_fingerprint": initial.fingerprint,
             **to_dict(config),
         }
-        origin = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
         provenance = {
             "manifest": dataset.compute_content_checksum(),
             "data": {
                 "training": _describe_rows(config.train_splits, training),
                 "validation": _describe_rows(config.validation_splits, validation),
             },
-            "init_from": origin,
+            "init_from": {"checkpoint": config.init_from, "fingerprint": initial.fingerprint},
         }
         skipped = SkippedImages(folder, group.rank, len(training) + len(validation), config.max_failure_ratio)
         seed_everything(config.training.seed)
@@ -159,7 +158,7 @@ def finetune_captioner(
 
 
 def _describe_rows(splits: Sequence[str], rows: pa.Table) -> dict[str, Any]:
-    """Returns the splits, and the numbers of images and captions, for the checkpoint's record of its training data."""
+    """Describes the images of some splits for the checkpoint's provenance (the record of its training data)."""
     captions = pc.sum(pc.list_value_length(rows["captions"])).as_py()
     return {"splits": list(splits), "images": len(rows), "captions": captions}
 
@@ -168,15 +167,15 @@ def _load_trainable_encoder(
     initial: LoadedCaptioner, weights: str | None, from_node: str | None, device: torch.device
 ) -> Encoder:
     """Loads the captioner's encoder and freezes the layers before `from_node`."""
-    config = initial.find_input_transform(weights)
-    encoder = load_encoder(config, str(device), trainable=True)
+    encoder_config = initial.find_input_transform(weights)
+    encoder = load_encoder(encoder_config, str(device), trainable=True)
     initial.require_encoder(encoder.description)
-    frozen = set() if from_node is None else list_parameters_before(config.model, from_node)
+    frozen = set() if from_node is None else list_parameters_before(encoder_config.model, from_node)
     parameters = dict(encoder.network.network.named_parameters())
     if set(parameters) <= frozen:
         raise ConfigError(
-            f"encoder.from_node: expected layers with weights from it to {config.node}, the encoder's last node, got "
-            f"none from {from_node}; choose an earlier node"
+            f"encoder.from_node: expected at least one layer with weights to fine-tune, got none: {from_node} comes "
+            f"after the last one, because the encoder ends at {encoder_config.node}; choose an earlier node"
         )
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)

@@ -47,7 +47,8 @@ def build_captioner(
     Raises:
         DatasetError: the captioner has attention, but the features are one vector per image.
         CheckpointError: the weights belong to a different encoder.
-        ConfigError: `encoder_top` does not follow the node of the features, or its weights are missing.
+        ConfigError: `encoder_top` does not come after the node that the features were extracted at, or its weights are
+            missing.
     """
     shape = feature_shape(dataset)
     if config.attention_size and len(shape) == 1:
@@ -81,7 +82,10 @@ def describe_features(
 
 @torch.no_grad()
 def _set_feature_statistics(model: CaptionerNetwork, dataset: ShardedDataset, splits: Sequence[str]) -> None:
-    """Sets the standardization or principal components of a captioner's features, after `encoder_top` if it has one."""
+    """Computes the standardization or principal components of a captioner from the features of the training splits.
+
+    If the captioner has an `encoder_top`, the statistics are those of its output.
+    """
 
     def compute_features(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         features = torch.from_numpy(rows.astype(np.float32))
@@ -94,8 +98,8 @@ def _set_feature_statistics(model: CaptionerNetwork, dataset: ShardedDataset, sp
 
     if model.annotator is not None:
         sample = torch.from_numpy(compute_features(sample_features(dataset, splits, _MAP_IMAGES)))
-        positions = model.power_normalize(sample).view(-1, model.feature_size)
-        model.annotator.standardization.set_statistics(positions.mean(0), positions.std(0))
+        annotation_vectors = model.power_normalize(sample).view(-1, model.feature_size)
+        model.annotator.standardization.set_statistics(annotation_vectors.mean(0), annotation_vectors.std(0))
     if model.config.principal_components:
         vectors = compute_vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))
         model.set_principal_components(torch.from_numpy(vectors))
@@ -137,10 +141,10 @@ def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: Sharde
 
 @torch.no_grad()
 def initialize_word_vectors(model: CaptionerNetwork, vocabulary: Vocabulary, uri: str) -> dict[str, Any]:
-    """Initializes word embeddings from a word2vec, GloVe or fastText file. Other words stay random.
+    """Initializes word embeddings from a word2vec, GloVe or fastText file. The embeddings of other words stay random.
 
     Returns:
-        The file, the numbers of found and missing words, and up to five of the most frequent missing words.
+        The file, the numbers of words that it contains and lacks, and the most frequent missing words, up to five.
 
     Raises:
         ConfigError: the file is unreadable, or its vectors do not have the size of the model's embeddings.

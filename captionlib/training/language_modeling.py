@@ -40,11 +40,11 @@ class LanguageModelTrainingConfig:
         layout: the layout of a text file, `sentences` (one per line) or `continuous` (one long text).
         train_splits: the training splits, if the text is the captions of a dataset.
         validation_splits: the splits that select the best epoch, if the text is the captions of a dataset.
-        validation_fraction: the fraction of a text file that is held out and selects the best epoch.
+        validation_fraction: the fraction of a text file that is held out as validation data to select the best epoch.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
         max_tokens: longer sentences are truncated in training.
-        sequence_length: tokens per sequence of a continuous text.
+        sequence_length: the number of tokens in each of the sequences that a continuous text is split into.
         batch_size: sentences or sequences per batch.
     """
 
@@ -85,7 +85,7 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork])
         return BatchLoss(total / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes the perplexity, exp(-sum ln p / tokens). END, which marks the end of a sentence, is a token."""
+        """Computes the perplexity, exp(-sum ln p / tokens). The END token of a sentence counts as one of its tokens."""
         rows_are_sentences = self._validation.rows_are_sentences
         log_probs = (self._score(batch, rows_are_sentences) for batch in self._validation.in_order())
         return {"perplexity": compute_perplexity(log_probs)}

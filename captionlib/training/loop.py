@@ -82,11 +82,11 @@ def train(
     progress = progress and run.group.is_first
     with catch_stop_signals(abort_on_repeat=run.group.world_size == 1) as is_stop_requested:
         while not run.is_finished():
-            run.require_learning()
+            run.require_better_than_unigram()
             run.train_epoch(is_stop_requested, progress)
             run.complete_epoch(progress)
         run.draw_new_curves()
-        run.require_learning()
+        run.require_better_than_unigram()
         run.require_checkpoint()
     return run.state.history
 
@@ -111,8 +111,8 @@ class _Run(Generic[Batch, Model]):
         self._optimizer = make_optimizer(model, config, objective.module_learning_rates)
         self._scheduler = make_scheduler(self._optimizer, config, self._steps_per_epoch)
         self._average = None if config.ema_decay is None else average_weights(model, config.ema_decay)
-        self._curves_time = time.monotonic()
-        self._curves_epochs = 0
+        self._curves_drawn_time = time.monotonic()
+        self._curves_drawn_epochs = 0
         seed_everything(config.seed + self.group.rank)
 
     def resume(self) -> None:
@@ -135,12 +135,12 @@ class _Run(Generic[Batch, Model]):
         is_patience_exhausted = patience is not None and state.epoch - 1 - state.best_epoch >= patience
         return state.epoch >= self._config.epochs or (state.step == 0 and is_patience_exhausted)
 
-    def require_learning(self) -> None:
+    def require_better_than_unigram(self) -> None:
         """Checks that the validation perplexity is below that of the unigram model, which uses only word frequencies.
 
         Raises:
-            TrainingDiverged: the last `unigram_patience` epochs all failed this check. If all epochs of a shorter run
-                failed it, a warning is printed instead.
+            TrainingDiverged: the last `unigram_patience` epochs all failed this check. If the run ends after fewer
+                epochs, and all of them failed it, a warning is printed instead.
         """
         bound, patience = self._objective.unigram_perplexity, self._config.unigram_patience
         if bound is None or patience is None:
@@ -258,15 +258,15 @@ class _Run(Generic[Batch, Model]):
             self._require_finite(scores)
             self._record_epoch(scores, progress)
         self.save()
-        if time.monotonic() > self._curves_time + _CURVES_INTERVAL_SECONDS:
+        if time.monotonic() > self._curves_drawn_time + _CURVES_INTERVAL_SECONDS:
             self.draw_new_curves()
 
     def draw_new_curves(self) -> None:
         """Plots the metrics of all epochs, unless the plot is up to date."""
         history = self.state.history
-        if self.group.is_first and len(history) > self._curves_epochs:
+        if self.group.is_first and len(history) > self._curves_drawn_epochs:
             draw_curves(self._output, history)
-            self._curves_time, self._curves_epochs = time.monotonic(), len(history)
+            self._curves_drawn_time, self._curves_drawn_epochs = time.monotonic(), len(history)
 
     def _record_epoch(self, scores: dict[str, float], progress: bool) -> None:
         """Logs the metrics of an epoch, writes the checkpoint if the epoch is the best so far, and ends the epoch."""

@@ -15,15 +15,16 @@ __all__ = ["Batch", "BatchLoss", "Model", "Objective", "SaveModel", "compute_per
 Batch = TypeVar("Batch")
 Model = TypeVar("Model", bound=nn.Module)
 SaveModel = Callable[[Folder, Model, dict[str, Any]], object]
-"""Writes a checkpoint, given the folder, the model and the training history."""
+"""Writes a checkpoint, given the folder, the model and the record of the run; see `Objective.save`."""
 
 
 class BatchLoss(NamedTuple):
     """The loss of a batch.
 
     Attributes:
-        mean: `[] float32`, the value to minimize.
-        total: the sum of the reported loss over tokens or pairs.
+        mean: `[] float32`, the value to minimize. It may include label smoothing.
+        total: the sum of the loss that is logged, over the tokens of a batch (or the image-caption pairs of a ranker).
+            It includes no label smoothing.
         size: the number of terms of `total`, and the weight of a process's gradients in data-parallel training.
         reward_total: the sum of the rewards of sampled captions.
         reward_count: the number of sampled captions; 0 for objectives without rewards.
@@ -42,14 +43,14 @@ class Objective(ABC, Generic[Batch, Model]):
     Args:
         model: the model to train, on its device.
         save_model: writes a checkpoint.
-        module_learning_rates: learning rates of individual attributes of the model, by name; all other parameters
-            use the configured learning rate.
+        module_learning_rates: learning rates of submodules of the model, by attribute name; all other parameters use
+            the configured learning rate.
 
     Attributes:
         score_name: the validation score that selects the best epoch.
         higher_is_better: whether a higher score is better, as for CIDEr, or a lower one, as for perplexity.
-        unigram_perplexity: the validation perplexity of the training data's word frequencies, which a model must beat;
-            None if the objective has no such bound.
+        unigram_perplexity: the validation perplexity of a unigram model, which uses only the word frequencies of the
+            training data. The trained model must beat it. If None, there is no such check.
     """
 
     score_name = "perplexity"
@@ -74,7 +75,7 @@ class Objective(ABC, Generic[Batch, Model]):
 
     @abstractmethod
     def steps_per_epoch(self) -> int:
-        """Returns the approximate number of batches per epoch."""
+        """Returns the number of batches per epoch, which may vary slightly with their order."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> BatchLoss:
@@ -85,7 +86,7 @@ class Objective(ABC, Generic[Batch, Model]):
         """Computes the scores on the validation data."""
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
-        """Writes the checkpoint."""
+        """Writes the checkpoint. `training` is its record of the run: the metrics of each epoch and all settings."""
         self.save_model(output, self.model, training)
 
 
@@ -94,4 +95,4 @@ def compute_perplexity(log_probs: Iterable[Tensor]) -> float:
     total, tokens = 0.0, 0
     for batch in log_probs:
         total, tokens = total - batch.sum().item(), tokens + len(batch)
-    return float(torch.tensor(total / max(tokens, 1)).exp())
+    return float(torch.tensor(total / max(tokens, 1)).exp())  # infinite, where math.exp raises OverflowError

@@ -75,7 +75,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Returns an optimizer for the parameters that require gradients, with one parameter group per learning rate.
 
-    `module_learning_rates` holds the learning rates of individual attributes of the model, by name.
+    `module_learning_rates` holds the learning rates of submodules of the model, by attribute name.
     """
     rates = module_learning_rates or {}
     modules: dict[str, list[nn.Parameter]] = {}
@@ -113,16 +113,16 @@ def schedule_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """Returns an exponential moving average of a model's weights, to be updated after each optimizer step.
 
-    The average often generalizes better than the final weights. The weights after the first step initialize it. At the
-    n-th update after that, the decay is at most (1 + n) / (10 + n), as in TensorFlow's `ExponentialMovingAverage`, so
-    that early weights fade quickly.
+    The average often generalizes better than the final weights. It starts as a copy of the weights after the first
+    step. At the n-th update after that, the decay is at most (1 + n) / (10 + n), so that early weights fade quickly, as
+    in TensorFlow's `ExponentialMovingAverage`.
     """
 
     @torch.no_grad()
     def update(averages: Iterable[Tensor], weights: Iterable[Tensor], updates: Tensor | int) -> None:
-        limited = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        limited_decay = min(decay, (1 + int(updates)) / (10 + int(updates)))
         for average, weight in zip(averages, weights, strict=True):
-            average.lerp_(weight, 1 - limited)
+            average.lerp_(weight, 1 - limited_decay)
 
     return AveragedModel(model, multi_avg_fn=update)
 

@@ -241,7 +241,7 @@ def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, devic
     provenance = describe_features(dataset, config.train_splits, config.validation_splits)
 
     def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:
-        encoder, complete = dataset.config["encoder"], add_versions_and_time(provenance)
-        save_ranker(output, model, vocabulary, encoder, provenance=complete, training=history)
+        encoder, record = dataset.config["encoder"], add_versions_and_time(provenance)
+        save_ranker(output, model, vocabulary, encoder, provenance=record, training=history)
 
     return RankingObjective(model.to(device), config, training, validation, save)

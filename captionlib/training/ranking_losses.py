@@ -15,14 +15,15 @@ def max_margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, ha
     """Computes the max-margin ranking loss, averaged over all pairs of an image and one of its captions.
 
     For a pair with score p, a negative with score n costs max(0, margin - p + n). The image's negatives are the
-    captions of other images, and the caption's negatives are the other images. The loss of a pair is the sum of all
-    costs (Karpathy & Fei-Fei 2015), or of only the highest cost of each kind (Faghri et al. 2018, VSE++).
+    captions of other images, and the caption's negatives are the other images. The loss of a pair is the sum of the
+    costs of all its negatives (Karpathy & Fei-Fei 2015). With `hard_negatives`, it is the sum of only two costs: the
+    image's highest and the caption's highest (Faghri et al. 2018, VSE++).
 
     Args:
         scores: `[images, captions]`, cosine similarities.
         image_of_sentence: `[captions] int64`.
         margin: the margin by which the score of a pair must exceed the scores of its negatives.
-        hard_negatives: use only the hardest negative of each kind.
+        hard_negatives: use only the hardest negative of the image and the hardest negative of the caption.
     """
     is_negative = _find_negatives(scores, image_of_sentence)
     pairs = _select_pair_scores(scores, image_of_sentence)

@@ -47,7 +47,7 @@ class SelfCriticalConfig:
         samples: the number of captions to sample per image and step.
         baseline: what the reward of a sample is compared with: `leave_one_out`, the mean reward of the image's other
             samples (Luo 2020, arXiv 2003.09971), or `greedy`, the reward of the greedy caption (Rennie et al. 2017).
-        dropout: the dropout probability, instead of the captioner's own. Samples and gradients use the same masks.
+        dropout: the dropout probability, which replaces the captioner's own. Samples and gradients use the same masks.
     """
 
     samples: PositiveInt = 5
@@ -87,8 +87,8 @@ class _Samples(NamedTuple):
 class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
     """Maximizes the expected CIDEr-D of samples. `captioning` provides batches, validation and checkpoints.
 
-    `references` holds the reference captions of each training image as token ids. They determine the n-gram frequencies
-    of CIDEr-D, and are read once. Samples are truncated after `max_tokens` tokens.
+    `references` holds the reference captions of each training image as token ids. It is iterated once, to count the
+    images that each n-gram of CIDEr-D occurs in. Samples are truncated after `max_tokens` tokens.
     """
 
     def __init__(
@@ -134,21 +134,21 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         uniforms = generate_uniforms(seed_keys, samples, self._sampling.find_max_tokens(), seed=0).to(self._device)
         image_state = self.model.encode_images(torch.from_numpy(images).to(self._device))
         active = torch.arange(len(images) * samples, device=self._device)  # captions that have not reached END
-        state, word = image_state.state.index_select(1, active // samples), torch.full_like(active, END)
+        state, token_ids = image_state.state.index_select(1, active // samples), torch.full_like(active, END)
         captions: list[list[int]] = [[] for _ in active]
         log_probs, sentences = [], []
         for uniform in uniforms.unbind(1):
-            predicted, state = self.model.step(word, state, image_state, active // samples)
+            predicted, state = self.model.step(token_ids, state, image_state, active // samples)
             with torch.no_grad():
                 allowed = predicted.clone()
-                self._constraints.apply(allowed, word[:, None])
-                word = sample_tokens(allowed, uniform[active], self._sampling)
-            log_probs.append(predicted.gather(1, word[:, None])[:, 0])
+                self._constraints.apply(allowed, token_ids[:, None])
+                token_ids = sample_tokens(allowed, uniform[active], self._sampling)
+            log_probs.append(predicted.gather(1, token_ids[:, None])[:, 0])
             sentences.append(active)
-            for sentence, token in zip(active.tolist(), word.tolist(), strict=True):
+            for sentence, token in zip(active.tolist(), token_ids.tolist(), strict=True):
                 captions[sentence].append(token)
-            is_active = word != END
-            active, word, state = active[is_active], word[is_active], state[:, is_active]
+            is_active = token_ids != END
+            active, token_ids, state = active[is_active], token_ids[is_active], state[:, is_active]
             if not len(active):
                 break
         return _Samples(captions, torch.cat(log_probs), torch.cat(sentences))
@@ -165,7 +165,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         return [[*best.token_ids, END][: best.token_count] for (best,) in candidates]
 
     def _compute_rewards(self, batch: CaptionBatch, sampled: list[list[int]]) -> tuple[Rewards, Rewards]:
-        """Returns the rewards of the samples, and the rewards minus the baseline, `[images, samples]` each."""
+        """Returns the rewards of the samples and their advantages (reward - baseline), `[images, samples]` each."""
         samples = self._config.samples
         references: list[list[list[int]]] = [[] for _ in batch.features]
         for sentence, image in zip(batch.sentences, batch.image_of_sentence, strict=True):

@@ -105,7 +105,7 @@ def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, d
     if not output.exists(STATE):
         return None
     saved = torch.load(io.BytesIO(output.read(STATE)), map_location="cpu", weights_only=True)
-    if lines := describe_differences(_identity(saved["resolved"]), _identity(resolved)):
+    if lines := describe_differences(_select_fixed_settings(saved["resolved"]), _select_fixed_settings(resolved)):
         raise DatasetError(
             f"{output.uri} holds a run with a different configuration ({'; '.join(lines)}); "
             "specify a different folder, or pass --overwrite to replace it"
@@ -113,10 +113,10 @@ def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, d
     return RunState(**saved["state"]), saved
 
 
-def _identity(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values that must not change between interruption and resumption."""
+def _select_fixed_settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that must be the same when a run is resumed."""
     changeable = set(_CHANGEABLE_TRAINING)
-    if resolved["training"]["schedule"] != "cosine":
+    if resolved["training"]["schedule"] != "cosine":  # the cosine schedule depends on the number of epochs
         changeable.add("epochs")
     training = {name: value for name, value in resolved["training"].items() if name not in changeable}
     return {name: value for name, value in resolved.items() if name not in _CHANGEABLE} | {"training": training}

@@ -96,7 +96,7 @@ def test_scores_do_not_depend_on_image_order_and_nothing_is_printed(capfd: pytes
 
 @pytest.mark.parametrize("references", [{}, {"x": []}])
 def test_caption_without_references_is_rejected(references: dict[str, list[str]]) -> None:
-    with pytest.raises(DatasetError, match="1 of 2 captions have no references, such as image x"):
+    with pytest.raises(DatasetError, match="1 of 2 captions have no references, such as that of image x"):
         score_captions({"x": "a dog", "b": "a ball"}, {**REFERENCES, **references})
 
 

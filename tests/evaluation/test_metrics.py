@@ -7,7 +7,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.meteor.meteor import Meteor
 
 from captionlib.errors import ConfigError
-from captionlib.evaluation.bootstrap import BootstrapConfig, summarize
+from captionlib.evaluation.bootstrap import BootstrapConfig, compute_scores
 from captionlib.evaluation.metrics import compute_bleu, compute_cider, compute_meteor, compute_ratio
 
 WORDS = ["a", "dog", "cats", "run", "the", "on", "grass", "man", "walking", "beach", "two", "of", "quickly", "large"]
@@ -63,7 +63,7 @@ def test_bleu_of_resampled_rows_equals_bleu_of_resampled_images() -> None:
 
 def test_interval_of_a_mean_matches_the_normal_distribution() -> None:
     values = np.random.default_rng(0).normal(5, 2, size=400)
-    summary = summarize(
+    summary = compute_scores(
         [compute_ratio("mean", values, np.ones(400))], [str(n) for n in range(400)], BootstrapConfig(samples=4000)
     )
     low, high = summary.intervals["mean"]
@@ -76,13 +76,13 @@ def test_metrics_share_their_resamples() -> None:
     captions, references = split(generate_pairs(30))
     metric = compute_cider(captions, references)
     config = BootstrapConfig(samples=50)
-    alone = summarize([metric], list(captions), config)
-    together = summarize([compute_bleu(captions, references), metric], list(captions), config)
+    alone = compute_scores([metric], list(captions), config)
+    together = compute_scores([compute_bleu(captions, references), metric], list(captions), config)
     assert alone.intervals["CIDEr"] == pytest.approx(together.intervals["CIDEr"], abs=1e-12)
 
 
 def test_undefined_score_is_left_out() -> None:
-    summary = summarize([compute_ratio("perplexity", [0.0], [0.0])], ["x"], BootstrapConfig(samples=10))
+    summary = compute_scores([compute_ratio("perplexity", [0.0], [0.0])], ["x"], BootstrapConfig(samples=10))
     assert summary.overall == {}
 
 

@@ -42,7 +42,7 @@ def test_coco_results_contain_the_captions_of_a_split(tmp_path: Path) -> None:
     write_captions(tmp_path / "captions", CAPTIONS)
     export(tmp_path / "captions", "--to", "coco", "-o", tmp_path / "results.json", "--split", "val")
     assert read_results(tmp_path / "results.json") == CAPTIONS
-    with pytest.raises(DatasetError, match="expected images that are selected, got none; check --split, --where"):
+    with pytest.raises(DatasetError, match="expected at least one selected image, got none; check --split, --where"):
         export(tmp_path / "captions", "--to", "coco", "-o", tmp_path / "results.json", "--split", "test")
 
 

@@ -22,7 +22,7 @@ def test_inspect_describes_an_incomplete_dataset(tmp_path: Path) -> None:
     lines = inspect(tmp_path).output.splitlines()
     assert lines[0] == (
         f"{tmp_path}: manifest, not complete: expected 3 finished shards, got 2; "
-        "run the command that writes this dataset again"
+        "rerun the command that writes this dataset"
     )
     assert "  rows         2 in 2 of 3 shards" in lines
     assert f"  fingerprint  {dataset.fingerprint}" in lines

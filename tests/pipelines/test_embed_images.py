@@ -184,7 +184,7 @@ def test_an_embeddings_dataset_is_not_a_source(features: Path, ranker: Path, tmp
 
 
 def test_a_ranker_that_was_replaced_is_rejected(ranker: Path) -> None:
-    with pytest.raises(CheckpointError, match="model was replaced during the run"):
+    with pytest.raises(CheckpointError, match="expected the model that the run started with"):
         SHARED_RANKERS.get(CheckpointVersion(str(ranker), "0" * 64), "cpu")
 
 

@@ -204,7 +204,9 @@ def test_settings_that_need_a_ranker_are_explained(features: Path, captioner: Pa
         generate(features, captioner, tmp_path / "captions", CONFIG, embeddings=tmp_path / "embeddings")
     with pytest.raises(ConfigError, match=r"rerank: temperature 2.0 has no effect with method image_text"):
         RerankConfig("image_text", temperature=2.0)
-    with pytest.raises(ConfigError, match=r"attention_maps: .* do not go with decoding.rerank.method image_text"):
+    with pytest.raises(
+        ConfigError, match=r"attention_maps: .* cannot be combined with decoding.rerank.method image_text"
+    ):
         replace(RERANKED, attention_maps=True)
 
 

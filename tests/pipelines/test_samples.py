@@ -28,8 +28,8 @@ def read_ids(folder: str | Path) -> list[str]:
 def test_sample_is_evenly_spaced_over_all_shards(tmp_path: Path, limit: int, expected: list[int]) -> None:
     manifest = write_manifest(tmp_path / "manifest", [f"{number}.png" for number in range(10)], shard_size=4)
     with open_sample(manifest, tmp_path / "output", limit, workers=2) as sample:
-        assert read_ids(sample.rows.folder.uri) == [f"{number}.png" for number in expected]
-        assert sample.rows.shards == min(2, len(expected))
+        assert read_ids(sample.dataset.folder.uri) == [f"{number}.png" for number in expected]
+        assert sample.dataset.shards == min(2, len(expected))
     assert list((tmp_path / "output").iterdir()) == []
 
 

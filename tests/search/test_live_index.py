@@ -209,7 +209,7 @@ def test_updated_index_equals_a_new_index(
     current = read_description(Folder(f"{root}/index"))
     assert current is not None
     if current.trained and build.layout == current.layout:
-        Folder(fresh).write(build._trained, Path(root, "index", current.trained).read_bytes())
+        Folder(fresh).write(build._trained_file, Path(root, "index", current.trained).read_bytes())
     update(root, config, index=fresh)
     expected = read_description(Folder(fresh))
     assert expected is not None

@@ -22,7 +22,7 @@ def make_error(request: Request, status_code: int, detail: str, headers: Mapping
 
 
 def limit(app: App) -> RequestLimits:
-    return RequestLimits(app, CONFIG, max_body_bytes=100, too_large="at most 100", make_error=make_error)
+    return RequestLimits(app, CONFIG, max_body_bytes=100, too_large_message="at most 100", make_error=make_error)
 
 
 @dataclass

@@ -134,7 +134,7 @@ def test_lock_that_is_removed_at_once_is_an_error_without_a_holder(
 ) -> None:
     monkeypatch.setattr(Folder, "create", lambda *_: True)  # as if the folder had been removed afterwards
     with (
-        pytest.raises(LockError, match="its lock was removed at this moment; run the same"),
+        pytest.raises(LockError, match="another process removed the lock file just now; run the same"),
         lock_folder(Folder(tmp_path), "a"),
     ):
         pass

@@ -18,8 +18,8 @@ class FeatureMapAugmentation:
     """Augments square feature maps. False in a boolean context if neither augmentation is enabled.
 
     Attributes:
-        random_crop: minimum side of a crop, as a fraction of the side of the feature map; 0 disables cropping. The crop
-            size is sampled per batch, and the position per feature map.
+        random_crop: minimum side of a crop, as a fraction of the side of the feature map; 0 disables cropping. The size
+            of the crops is sampled once per batch, and the position once per feature map.
         horizontal_flip: flip each feature map with probability 0.5.
     """
 
@@ -30,16 +30,16 @@ class FeatureMapAugmentation:
         return self.random_crop > 0 or self.horizontal_flip
 
     def apply(
-        self, maps: FeatureMaps, rows: npt.NDArray[np.int64], crop_uniform: float, uniforms: npt.NDArray[np.float64]
+        self, maps: FeatureMaps, selected: npt.NDArray[np.int64], crop_uniform: float, uniforms: npt.NDArray[np.float64]
     ) -> FeatureMaps:
         """Returns augmented feature maps, `[selected, cropped positions, channels]`.
 
         Args:
             maps: feature maps `[images, positions, channels]`; the positions form a square grid.
-            rows: `[selected] int64`, indices of the feature maps to augment.
+            selected: `[selected] int64`, indices of the feature maps to augment.
             crop_uniform: random number from [0, 1) that determines the crop size.
-            uniforms: `[selected, 3]` random numbers from [0, 1) that determine the row and column of each crop and
-                whether to flip it.
+            uniforms: `[selected, 3]` random numbers from [0, 1). The first two determine the position of a crop, and
+                the last one determines whether to flip it.
         """
         side = math.isqrt(maps.shape[1])
         if side * side != maps.shape[1]:
@@ -47,11 +47,11 @@ class FeatureMapAugmentation:
                 f"random_crop and horizontal_flip expect square feature maps, got {maps.shape[1]} positions; omit "
                 "both options"
             )
-        smallest = self.random_crop or 1.0
-        length = max(1, round(side * (smallest + (1 - smallest) * crop_uniform)))
-        corners = ((side - length + 1) * uniforms[:, :2]).astype(np.int64)
-        indices = corners[..., None] + np.arange(length)  # [selected, 2, length]
+        min_fraction = self.random_crop or 1.0
+        crop_side = max(1, round(side * (min_fraction + (1 - min_fraction) * crop_uniform)))
+        corners = ((side - crop_side + 1) * uniforms[:, :2]).astype(np.int64)
+        indices = corners[..., None] + np.arange(crop_side)  # [selected, 2, crop_side]: rows and columns of the map
         if self.horizontal_flip:
             indices[:, 1] = np.where(uniforms[:, 2:] < 0.5, indices[:, 1], indices[:, 1, ::-1])
-        positions = side * indices[:, 0, :, None] + indices[:, 1, None, :]  # [selected, length, length]
-        return maps[rows[:, None], positions.reshape(len(rows), -1)]
+        positions = side * indices[:, 0, :, None] + indices[:, 1, None, :]  # [selected, crop_side, crop_side]
+        return maps[selected[:, None], positions.reshape(len(selected), -1)]

@@ -1,7 +1,7 @@
 """Streams training batches from a features dataset (Parquet shards of image features and captions).
 
-Each epoch reads the shards in a new seeded order. Groups of shards are loaded into a shuffle buffer in the background,
-and their images are shuffled. At most two buffers are in memory. A dataset that fits in one buffer is read only once.
+Each epoch reads the shards in a new seeded order. A buffer holds a group of shards, and its images are shuffled. The
+next buffer is loaded in the background, so at most two are in memory. A dataset that fits in one is read only once.
 """
 
 import math
@@ -49,8 +49,8 @@ class CaptionBatch:
     """Images with their captions.
 
     Attributes:
-        features: `[images, size] float32` or `[images, positions, channels] float32`. If the image encoder is trained
-            too, the images: `[images, crop_size, crop_size, 3] uint8`.
+        features: `[images, size] float32` or `[images, positions, channels] float32`, or pixels if the image encoder is
+            trained too: `[images, crop_size, crop_size, 3] uint8`.
         sentences: token ids of each caption, without the END tokens at its start and end.
         image_of_sentence: `[sentences] int64`, index in `features` of the image of each caption.
     """
@@ -77,7 +77,7 @@ class CaptionBatches:
         splits: names of the splits to read.
         encode: function that converts a caption to token ids.
         batch_images: images per batch, each with all its captions. The last batch of a buffer may have fewer.
-        buffer_bytes: size of the shuffle buffer.
+        buffer_bytes: maximum size of a shuffle buffer. It holds at least one shard, even if the shard is larger.
         pooled: whether to average feature maps over their positions.
         augmentation: augmentation of the feature maps in shuffled batches.
     """
@@ -91,15 +91,18 @@ class CaptionBatches:
     augmentation: FeatureMapAugmentation = field(default_factory=FeatureMapAugmentation)
 
     def __post_init__(self) -> None:
-        self._buffers_maps = bool(self.augmentation) or not self.pooled
-        self._groups = _group_shards(self.dataset, self.buffer_bytes, pooled=not self._buffers_maps)
+        self._pools_on_load = self.pooled and not self.augmentation  # augmentation needs unpooled maps
+        self._groups = _group_shards(self.dataset, self.buffer_bytes, self._pools_on_load)
         self._load_once = lru_cache(maxsize=1)(self._load)
 
     def count(self, world_size: int = 1) -> int:
         """Returns the number of batches per epoch, which may vary slightly with the order of the shards."""
         selected = add_split_aliases(self.splits)
         images = [
-            sum(split in selected and bool(captions) for split, captions in _read_splits(self.dataset, shard))
+            sum(
+                split in selected and bool(captions)
+                for split, captions in _read_splits_and_captions(self.dataset, shard)
+            )
             for shard in range(self.dataset.shards)
         ]
         size = self.batch_images * world_size
@@ -129,14 +132,14 @@ class CaptionBatches:
         )
 
     def in_order(self) -> Iterator[CaptionBatch]:
-        """Yields all images once, in the order of the dataset."""
+        """Yields batches of all images with their captions, in the order of the dataset."""
         for buffer in self._prefetch(self._groups):
             for begin in range(0, len(buffer.sentences), self.batch_images):
                 images = np.arange(begin, min(begin + self.batch_images, len(buffer.sentences)))
                 yield self._batch(buffer, images, buffer.features[images])
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
-        """Yields batches of all captioned images in dataset order: their indices and their features."""
+        """Yields batches of all images in the same order: their indices in this order, and their features."""
         first = 0
         for buffer in self._prefetch(self._groups):
             for begin in range(0, len(buffer.features), self.batch_images):
@@ -164,9 +167,9 @@ class CaptionBatches:
             for rows, captions in read_features(self.dataset, shard, self.splits):
                 encoded = [[ids for caption in row if (ids := self.encode(caption))] for row in captions]
                 captioned = [index for index, row in enumerate(encoded) if row]
-                features.append(rows[captioned] if self._buffers_maps else pool_map(rows[captioned]))
+                features.append(pool_map(rows[captioned]) if self._pools_on_load else rows[captioned])
                 sentences.extend(encoded[index] for index in captioned)
-        shape = feature_shape(self.dataset)[0 if self._buffers_maps else -1 :]
+        shape = feature_shape(self.dataset)[-1 if self._pools_on_load else 0 :]
         return _Buffer(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
     def _augmented_batch(
@@ -178,8 +181,8 @@ class CaptionBatches:
         if not self.augmentation:
             return self._batch(buffer, images[part], buffer.features[images[part]])
         generator = np.random.default_rng(seed)
-        size, uniforms = generator.random(), generator.random((len(images), 3))
-        maps = self.augmentation.apply(buffer.features, images[part], size, uniforms[part])
+        crop_uniform, uniforms = generator.random(), generator.random((len(images), 3))
+        maps = self.augmentation.apply(buffer.features, images[part], crop_uniform, uniforms[part])
         return self._batch(buffer, images[part], maps)
 
     def _batch(self, buffer: _Buffer, images: npt.NDArray[np.int64], features: Features) -> CaptionBatch:
@@ -205,7 +208,7 @@ def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def make_batch(
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8], sentences: Sequence[list[list[int]]]
 ) -> CaptionBatch:
-    """Returns a batch from the features of images (or their pixels) and the token ids of the captions per image."""
+    """Returns a batch. `features` are features or pixels of images, and `sentences` the token ids of their captions."""
     image_of_sentence = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
     return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 
@@ -213,7 +216,7 @@ def make_batch(
 def make_caption_tokenizer(vocabulary: Vocabulary, max_words: int | None = None) -> EncodeCaption:
     """Returns a function that converts the first `max_words` words (or characters) of a caption to token ids.
 
-    If `max_words` is None, it is 30 words or 200 characters.
+    If `max_words` is None, the limit is 30 words, or 200 characters for a vocabulary of characters.
     """
     limit = max_words or _DEFAULT_LIMITS.get(vocabulary.level, _DEFAULT_LIMITS["words"])
     return lambda caption: vocabulary.encode_tokens(vocabulary.tokenize(caption)[:limit])
@@ -251,7 +254,7 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
     selected = add_split_aliases(splits)
     is_empty = True
     for shard in range(dataset.shards):
-        for split, captions in _read_splits(dataset, shard):
+        for split, captions in _read_splits_and_captions(dataset, shard):
             seen.add(split)
             if split in selected:
                 is_empty = is_empty and not captions
@@ -267,7 +270,8 @@ def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[
     """Yields a list of captions for each captioned image in `splits` without reading the features."""
     selected = add_split_aliases(splits)
     for shard in range(dataset.shards):
-        yield from (captions for split, captions in _read_splits(dataset, shard) if split in selected and captions)
+        images = _read_splits_and_captions(dataset, shard)
+        yield from (captions for split, captions in images if split in selected and captions)
 
 
 def describe_data(
@@ -281,7 +285,8 @@ def describe_data(
     return data
 
 
-def _read_splits(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:
+def _read_splits_and_captions(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:
+    """Yields the split and the captions of each image in a shard."""
     for rows in dataset.read_batches(shard, ["split", "captions"]):
         yield from zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True)
 
@@ -291,11 +296,11 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
     per_shard = -(-count // max(1, dataset.shards))
     samples: list[Features] = []
     for shard in range(dataset.shards):
-        left = per_shard
+        remaining = per_shard
         for rows, _ in read_features(dataset, shard, splits):
-            samples.append(rows[:left])
-            left -= len(samples[-1])
-            if not left:
+            samples.append(rows[:remaining])
+            remaining -= len(samples[-1])
+            if not remaining:
                 break
     return np.concatenate(samples).astype(np.float32)
 
@@ -322,11 +327,12 @@ def mean_and_std(
 def _group_shards(dataset: ShardedDataset, buffer_bytes: int, pooled: bool) -> list[tuple[int, ...]]:
     """Groups consecutive shards into buffers, assuming that all shards are as large as the largest.
 
-    The marker of a shard, the file that records that it is complete, contains the number of rows.
+    Pooled features are vectors of float32. Other features have the shape and dtype of the dataset.
     """
+    # A marker is the file that records that a shard is complete.
     largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
-    width = dataset.schema.field("features").type.value_type.bit_width // 8
-    row_bytes = 4 * feature_shape(dataset)[-1] if pooled else width * math.prod(feature_shape(dataset))
+    value_bytes = dataset.schema.field("features").type.value_type.bit_width // 8
+    row_bytes = 4 * feature_shape(dataset)[-1] if pooled else value_bytes * math.prod(feature_shape(dataset))
     per_group = max(1, buffer_bytes // max(1, largest * row_bytes))
     shards = range(dataset.shards)
     return [tuple(shards[first : first + per_group]) for first in shards[::per_group]]

@@ -68,13 +68,16 @@ class ImageBatches:
             yield self._batch([(row, image[:, ::-1] if is_flipped[index] else image) for index, row, image in loaded])
 
     def in_order(self) -> Iterator[CaptionBatch]:
-        """Yields all images once, in the order of the manifest."""
+        """Yields batches of all readable images with their captions, in the order of the manifest."""
         for loaded in self._load_in_order():
             if (batch := self._batch([(row, image) for _, row, image in loaded])) is not None:
                 yield batch
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], Pixels]]:
-        """Yields batches of readable images: indices in `rows`, and pixels `[images, crop_size, crop_size, 3]`."""
+        """Yields batches of readable images in the same order: indices in `rows`, and pixels.
+
+        The pixels are `[images, crop_size, crop_size, 3] uint8`.
+        """
         for loaded in self._load_in_order():
             if loaded:
                 yield [index for index, _, _ in loaded], np.stack([image for _, _, image in loaded])
@@ -101,12 +104,12 @@ class ImageBatches:
 
 
 def read_captioned_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Table:
-    """Returns the image_id, uri and captions of captioned images in `splits`. A row takes about half a kilobyte.
+    """Returns the image_id, uri and captions of captioned images in `splits`, about 500 bytes of memory per row.
 
     Raises:
         DatasetError: no image in `splits` has a caption.
     """
-    next(read_captions(dataset, splits))
+    next(read_captions(dataset, splits))  # raises an error if there is no caption
     tables = []
     for shard in range(dataset.shards):
         rows = dataset.read(shard, ["image_id", "uri", "split", "captions"])

@@ -23,10 +23,10 @@ class TextBatches(Protocol):
 
     @property
     def rows_are_sentences(self) -> bool:
-        """Whether the model should predict END after each row, which does not contain END. False for running text."""
+        """Whether rows are whole sentences, without END. The model then learns to predict END after each row."""
 
     def count(self) -> int:
-        """Returns the number of batches that `shuffled` yields."""
+        """Returns the number of batches that `shuffled` yields; `in_order` may yield more."""
 
     def shuffled(self, seed: int, epoch: int) -> Iterator[Ids]:
         """Yields the batches of an epoch in a random order that depends only on `seed` and `epoch`."""

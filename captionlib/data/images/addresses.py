@@ -6,10 +6,11 @@ protocol. It may select a part of the file:
     FILE#bytes=START-END        a range of bytes (END is exclusive), such as a member of an uncompressed tar
     FILE#row=N&column=NAME      the bytes in a cell of a Parquet file, with rows counted from 0 over the whole file
 
-If a local file has such a name, the address refers to this file: `/a#row=1&column=b` is a cell of `/a` only if there is
-no file of this name. The path of a `file://` URL is percent-decoded, unless a file exists at the undecoded path.
+If a local file is itself named `/a#row=1&column=b`, this address refers to that file, not to a cell of `/a`. The path
+of a `file://` URL is percent-decoded, unless a file exists at the undecoded path.
 
-Chains of file systems (`zip://a::https://b`) and protocols that interpret files (`reference`) are rejected unopened.
+Chains of file systems (`zip://a::https://b`) and protocols that interpret a file (`reference`) are rejected without
+opening the file.
 """
 
 import os
@@ -73,7 +74,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class ImageAddress:
-    """An image: a whole file, a range of its bytes (end excluded), or a cell (row and column) of a Parquet file."""
+    """An image: a whole file, a span of its bytes (start, end excluded), or a cell of a Parquet file (row, column)."""
 
     file: ImageFile
     span: tuple[int, int] | None = None
@@ -101,7 +102,7 @@ def names_part_of_file(uri: str) -> bool:
 
 
 def _names_local_file(uri: str) -> bool:
-    """Returns whether an address that looks like a part of a file is the name of a whole local file."""
+    """Returns whether an address has the form of a part of a file, but is the path of an existing local file."""
     return names_part_of_file(uri) and not split_protocol(uri)[0] and os.path.lexists(uri)
 
 
@@ -173,8 +174,8 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
     if not allow_private_hosts and file.protocol == "hdfs" and urlsplit(file.url).netloc:
         raise FetchError(
             "ForbiddenHost",
-            "expected an hdfs address without a host, which uses the configured cluster, got an address with a host; "
-            "allow private hosts to connect to it",
+            "expected an hdfs address without a host, which refers to the configured cluster, got an address with a "
+            "host; if you trust the source of the addresses, allow private hosts",
         )
     try:
         return open_file_system(file.url, **options)
@@ -188,7 +189,8 @@ def _create_client_options() -> dict[str, Any]:
     for protocol in ("http", "https"):
         configured |= fsspec.config.conf.get(protocol, {}).get("client_kwargs") or {}
     limits = dict.fromkeys(("max_line_size", "max_field_size"), MAX_HEADER_BYTES)
-    # Without compression, byte ranges and sizes refer to the file. Some hosts reject requests without a user agent.
+    # `identity` prevents compression, so byte ranges and sizes refer to the file itself. Some hosts reject requests
+    # without a user agent.
     headers = {"User-Agent": f"captionlib/{__version__}", "Accept-Encoding": "identity"}
     return {**limits, **configured, "headers": {**headers, **(configured.get("headers") or {})}}
 
@@ -203,7 +205,7 @@ def open_image_file(file: ImageFile, allow_private_hosts: bool = True) -> Binary
 
 def open_regular_file(path: str) -> BinaryIO:
     """Opens a local file. Raises FetchError if it is a directory, a pipe or any other special file."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # otherwise, opening a named pipe would block
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, a named pipe would block
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FetchError("NotAFile", f"expected a regular file, got something else at {path}")

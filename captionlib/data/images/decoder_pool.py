@@ -48,11 +48,11 @@ class DecoderConfig:
 
     Attributes:
         processes: maximum number of decoder processes, which start on demand. If None, it is the number of CPUs.
-        timeout_seconds: time limit for an image of `max_image_pixels`. The limit on CPU time is proportionally lower
-            for smaller images, but at least a tenth. A process that takes longer is killed.
+        timeout_seconds: limit on the time to decode an image. The limit on CPU time increases linearly with the number
+            of pixels, from a tenth of this to all of it for `max_image_pixels`. A process that takes longer is killed.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
-        max_memory_bytes: limit on the address space of a process. If None, it is enough for `max_image_pixels`.
+        max_memory_bytes: limit on the address space of a process. If None, it suffices for `max_image_pixels`.
     """
 
     processes: PositiveInt | None = None
@@ -133,9 +133,10 @@ class DecoderPool:
             decoder = acquire()
             try:
                 result = decoder.decode(content, self._preprocessing, self.config.timeout_seconds)
-            except BaseException as error:  # a late response must not be mistaken for that of the next image
+            except BaseException as error:  # a late response must not be taken for the response to the next request
                 self._discard(decoder)
-                if decoder.process.returncode == -signal.SIGPROF and isinstance(error, EOFError | ConnectionError):
+                exceeded_cpu_time = decoder.process.returncode == -signal.SIGPROF
+                if exceeded_cpu_time and isinstance(error, EOFError | ConnectionError):
                     raise TimeoutError from error
                 raise
         except TimeoutError:
@@ -173,7 +174,7 @@ class DecoderPool:
                 raise
             raise SubprocessError(
                 f"a decoder process did not start: {type(error).__name__}, exit status {status}; expected "
-                f"{sys.executable} to run {_WORKER}; see the output of the process above"
+                f"{sys.executable} to run {_WORKER}; see what the process printed above"
             ) from None
         return decoder
 
@@ -206,7 +207,7 @@ class _Decoder:
         self._writable, self._readable = select.poll(), select.poll()
         self._writable.register(self._requests, select.POLLOUT)
         self._readable.register(self._responses, select.POLLIN)
-        self._limit_waiting(_START_TIMEOUT_SECONDS)
+        self._start_timeout(_START_TIMEOUT_SECONDS)
 
     def initialize(self, settings: bytes) -> None:
         """Sends the settings and waits until the process is ready. Raises the same exceptions as `decode`."""
@@ -219,7 +220,7 @@ class _Decoder:
         self, content: bytes, preprocessing: Preprocessing | SizeLimit, timeout_seconds: float
     ) -> DecodedImage | DecodeError:
         """Decodes an image. Raises EOFError or ConnectionError if the process ends, TimeoutError if it is too slow."""
-        self._limit_waiting(timeout_seconds)
+        self._start_timeout(timeout_seconds)
         self._send(content)
         kind, size, width, height = RESPONSE_HEADER.unpack(self._receive(RESPONSE_HEADER.size))
         payload = self._receive(size)
@@ -235,8 +236,8 @@ class _Decoder:
         self._requests.close()
         self._responses.close()
 
-    def _limit_waiting(self, seconds: float) -> None:
-        """Starts a timeout of ten time slices. While this process is suspended, at most one slice elapses."""
+    def _start_timeout(self, seconds: float) -> None:
+        """Starts a timeout of ten time slices. If this process is suspended meanwhile, that uses up only one slice."""
         self._slice_milliseconds, self._slices = 100 * seconds, 10
 
     def _wait_for(self, pipe: select.poll) -> None:

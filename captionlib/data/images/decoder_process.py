@@ -31,7 +31,7 @@ _KEPT_BLOCKS = 4  # blocks of 16 MB that Pillow reuses; allocating new memory ta
 
 
 class DecoderSettings(NamedTuple):
-    """The payload of the first request. The following requests are image files."""
+    """The payload of the first request, pickled. The payloads of the following requests are image files."""
 
     preprocessing: Preprocessing | SizeLimit
     max_image_pixels: int
@@ -61,7 +61,7 @@ def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> N
         signal.setitimer(signal.ITIMER_PROF, fraction * settings.timeout_seconds)
 
     limit_cpu_time(0)
-    signal.setitimer(signal.ITIMER_REAL, 2 * settings.timeout_seconds)  # takes effect only if the parent has died
+    signal.setitimer(signal.ITIMER_REAL, 2 * settings.timeout_seconds)  # a living parent kills the process earlier
     try:
         image = decode_image(
             content, settings.preprocessing, settings.max_image_pixels, settings.max_jpeg_scans, limit_cpu_time

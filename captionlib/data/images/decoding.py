@@ -1,7 +1,7 @@
 """Decodes and orients images, and resizes and crops them as the encoder (a torchvision network) expects.
 
 The format is detected from the content, never from the file name. Embedded color profiles are ignored, because encoders
-are trained on the stored pixel values. Decoder processes import this module, so it needs only Pillow and NumPy.
+are trained on the stored pixel values. Decoder processes import this module, so it must not import large libraries.
 """
 
 import io
@@ -31,7 +31,7 @@ from PIL import (  # noqa: F401  (importing plugins registers them; otherwise th
 from captionlib.data.images.formats import FORMATS, ImageFormat, find_format, find_unsupported_format
 from captionlib.data.images.jpeg import append_end_marker, check_jpeg, decode_rgb_jpeg
 from captionlib.data.images.jxl import read_jxl_size
-from captionlib.data.images.png import find_transparent_color, remove_text
+from captionlib.data.images.png import find_transparent_pixels, remove_text
 from captionlib.errors import ConfigError, DecodeError
 
 with suppress(ImportError):
@@ -69,14 +69,14 @@ _RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST} | {
     name.lower(): method for name, method in Image.Resampling.__members__.items()
 }
 
-_FAST_SCALE = 2  # a fast decoder's output is at least this many times as large as the resized image
+_FAST_SCALE = 2  # with `fast`, the decoded image is at least this many times as large as the resized image
 
-# Files with 32-bit gray values do not define white. The lowest of these levels that no value exceeds is used.
+# Files with 32-bit gray values do not define white. The lowest of these levels that no value exceeds counts as white.
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
 _FLOAT_WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1)  # if a value exceeds all of them, white is 1, as in ImageMagick
 
-# For each EXIF orientation: the transposition that turns the stored image upright, whether it swaps rows and columns,
-# and whether it reverses the columns and the rows of the stored image.
+# For each EXIF orientation: the transposition that turns the stored image upright, and three flags, which say whether
+# it swaps rows and columns, reverses the columns, and reverses the rows of the stored image.
 _ORIENTATIONS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
     3: (Image.Transpose.ROTATE_180, False, True, True),
@@ -94,7 +94,8 @@ class Preprocessing:
 
     Attributes:
         resize_size: length of the shorter side after resizing, in pixels.
-        crop_size: side length of the square that is cropped from the center, in pixels. Black pads smaller images.
+        crop_size: side length of the square that is cropped from the center, in pixels. Smaller images are padded with
+            black.
         interpolation: torchvision's name of the interpolation mode, such as `bilinear`. Antialiasing is always on.
         mean: mean of each channel, for pixels in 0..1. The encoder normalizes its input with `mean` and `std`.
         std: standard deviation of each channel, for pixels in 0..1.
@@ -146,7 +147,7 @@ class DecodedImage:
     """The pixels of a decoded image, and its size before resizing.
 
     Attributes:
-        pixels: `[height, width, 3] uint8`, RGB, read-only, of the `output_size` of the preprocessing.
+        pixels: `[height, width, 3] uint8`, RGB, read-only. The size is the preprocessing's `output_size`.
         width: width of the image in its file, in pixels, after the rotation in its EXIF data.
         height: height of the image in its file.
     """
@@ -166,7 +167,7 @@ def decode_image(
     preprocessing: Preprocessing | SizeLimit,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
     max_jpeg_scans: int = MAX_JPEG_SCANS,
-    begin: Callable[[int], None] = lambda pixels: None,
+    before_decoding: Callable[[int], None] = lambda pixels: None,
 ) -> DecodedImage:
     """Decodes, orients, resizes and crops an image.
 
@@ -177,7 +178,7 @@ def decode_image(
         preprocessing: the sizes and the interpolation; `mean` and `std` are not applied.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
-        begin: called with the number of pixels before the image is decoded.
+        before_decoding: function that is called once the number of pixels is known, with this number.
 
     Raises:
         DecodeError: the image cannot be decoded. Its reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,
@@ -191,11 +192,11 @@ def decode_image(
             check_jpeg(content, max_jpeg_scans)
         if image_format.name == "JPEG XL" and (size := read_jxl_size(content)):  # opening the file decodes it
             _check_pixels(size, max_image_pixels, "the image has")
-            begin(size[0] * size[1])
+            before_decoding(size[0] * size[1])
         plugins = [name for name in image_format.plugins if name in Image.OPEN]
         with Image.open(io.BytesIO(content), formats=plugins) as image:
             _check_pixels(image.size, max_image_pixels, "the image has")
-            begin(image.width * image.height)
+            before_decoding(image.width * image.height)
             return _preprocess(content, image, preprocessing, max_image_pixels)
     except DecodeError:
         raise
@@ -206,14 +207,14 @@ def decode_image(
     except Exception as error:  # codecs may raise any exception on damaged files
         repair = {"JPEG": append_end_marker, "PNG": remove_text}.get(image_format.name, lambda _: None)
         if (repaired := repair(content)) is not None:
-            return decode_image(repaired, preprocessing, max_image_pixels, max_jpeg_scans, begin)
+            return decode_image(repaired, preprocessing, max_image_pixels, max_jpeg_scans, before_decoding)
         raise _explain(content, image_format, error) from error
 
 
-def _check_pixels(size: tuple[int, int], limit: int, what: str) -> None:
+def _check_pixels(size: tuple[int, int], limit: int, message_start: str) -> None:
     width, height = size
     if width * height > limit:
-        raise DecodeError("TooManyPixels", f"{what} {width} x {height} pixels, more than the limit of {limit}")
+        raise DecodeError("TooManyPixels", f"{message_start} {width} x {height} pixels, more than the limit of {limit}")
 
 
 def _preprocess(
@@ -284,10 +285,10 @@ def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[
 
 
 def _to_rgb(content: bytes, image: Image.Image) -> Image.Image:
-    """Converts an image to RGB or gray, and blends transparency with white. 16-bit and 32-bit values are scaled."""
+    """Converts an image to 8-bit RGB or gray, and blends transparency with white."""
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_to_8_bits(image))
-    transparent = find_transparent_color(content, image) if isinstance(image, PngImagePlugin.PngImageFile) else None
+    transparent = find_transparent_pixels(content, image) if isinstance(image, PngImagePlugin.PngImageFile) else None
     image.load()
     if transparent is not None:
         image.paste("white", mask=Image.fromarray(transparent))
@@ -310,7 +311,7 @@ def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     if image.mode.startswith("I;16"):
         bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
         gray: npt.NDArray[np.uint8] = (values >> (bits - 8)).astype(np.uint8)
-        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white, which Pillow handles up to 8 bits
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow inverts only up to 8 bits
             gray = 255 - gray
     else:
         if tags.get(TiffImagePlugin.BITSPERSAMPLE) == (32,) and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,):
@@ -367,7 +368,7 @@ def _explain(content: bytes, image_format: ImageFormat, error: Exception) -> Dec
 
 
 def _describe_tiff_samples(content: bytes) -> str | None:
-    """Describes the samples of a TIFF file, which may be of a kind that Pillow rejects; None if it is damaged."""
+    """Returns a phrase such as `3 channels of 64-bit signed integers` for a TIFF file, or None if it is damaged."""
     kinds = {1: "unsigned integers", 2: "signed integers", 3: "floating-point numbers"}
     try:
         directory = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if 43 in content[2:4] else 8])  # 43: BigTIFF

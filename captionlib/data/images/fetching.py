@@ -69,9 +69,10 @@ class FetchConfig:
         backoff_seconds: wait before the second attempt. It doubles for each further attempt, up to 30 s, plus jitter.
         max_retry_after_seconds: longest wait that a server can request with the header `Retry-After`. If it requests a
             longer wait, the image fails without another attempt.
-        max_row_group_bytes: size of the cache for column chunks of Parquet files. Larger chunks are rejected.
-        protocols: allowed protocols of image addresses. `file` also allows local paths. fsspec protocols that interpret
-            the files that they read (such as `reference`) or chain file systems are never allowed.
+        max_row_group_bytes: maximum size of a column chunk (a column of a row group) of a Parquet file, and also the
+            size of the cache for such chunks.
+        protocols: allowed protocols of image addresses. `file` also allows local paths. fsspec protocols that chain
+            file systems, or interpret the content of files (such as `reference`), are never allowed.
         allow_private_hosts: allow http and https connections to loopback, link-local and private networks. Set it to
             false if untrusted users can provide addresses and view the images.
     """
@@ -172,9 +173,9 @@ class ImageFetcher:
             if is_private_host_error(error):
                 raise FetchError(
                     "ForbiddenHost",
-                    "expected a public host, got an address on, or redirecting to, a private host; allow "
-                    "private hosts (loading.fetch.allow_private_hosts, serve --allow-private-hosts) if you trust the "
-                    "source of the addresses",
+                    "expected a public host, got an address of a private host or a redirect to one; if you trust the "
+                    "source of the addresses, allow private hosts (loading.fetch.allow_private_hosts, serve "
+                    "--allow-private-hosts)",
                 ) from error
             raise
 
@@ -288,10 +289,9 @@ def _get_requested_wait(state: RetryCallState) -> float:
 
 
 def to_fetch_error(error: BaseException) -> FetchError:
-    """Converts an exception of any file system to a FetchError, whose reason is the category of the failure.
+    """Converts an exception of any file system to a FetchError without the original message.
 
-    The original message is dropped, because it may quote the server's response, such as the target of a redirect or the
-    body of an error response.
+    The original message may quote the server's response, such as the target of a redirect or the body of an error.
     """
     status = get_http_status(error)
     if status is not None and not isinstance(error, FileNotFoundError | PermissionError):
@@ -330,7 +330,7 @@ _REASONS = (
 
 def _describe_status(status: int, retry_after: float | None) -> FetchError:
     """Describes an HTTP error status and the remedy."""
-    wait = "" if retry_after is None else f" and the request to retry after {retry_after:.0f} seconds"
+    wait = "" if retry_after is None else f" with a request to retry after {retry_after:.0f} seconds"
     reason, remedy = _STATUS_REASONS.get(status) or _STATUS_REASONS[400 if status < 500 else 500]
     return FetchError(reason, f"expected the image, got HTTP status {status}{wait}; {remedy}")
 

@@ -16,15 +16,17 @@ __all__ = ["append_end_marker", "check_jpeg", "decode_rgb_jpeg"]
 
 _END = b"\xff\xd9"
 _START_OF_SCAN = 0xDA
-_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+_MARKERS_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+
+# Codes of the marker that says how the pixels are coded.
 _DECODABLE = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # sequential and progressive, with Huffman or arithmetic coding
 _PROGRESSIVE = {0xC2, 0xCA}
-_OTHER_PROCESSES = dict.fromkeys((0xC3, 0xCB), "lossless JPEG") | dict.fromkeys(
+_UNSUPPORTED = dict.fromkeys((0xC3, 0xCB), "lossless JPEG") | dict.fromkeys(
     (0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical JPEG"
 )
-_OTHER_PROCESSES[0xF7] = "JPEG-LS"
+_UNSUPPORTED[0xF7] = "JPEG-LS"
 
-# In the data of a scan, 0xff is followed by zero or a restart marker; anything else is the next marker.
+# In the data of a scan, 0xff is followed by zero or belongs to a restart marker. Otherwise, it begins the next marker.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
@@ -34,9 +36,16 @@ _buffers = threading.local()
 
 
 class _Frame(NamedTuple):
-    """The header of a JPEG file. `process` is the code of the marker that says how the pixels are coded."""
+    """The header of a JPEG file.
 
-    process: int
+    Attributes:
+        coding: code of the marker that says how the pixels are coded.
+        bits: bits per channel.
+        components: number of channels.
+        first_scan: position of the marker of the first scan.
+    """
+
+    coding: int
     bits: int
     components: int
     first_scan: int
@@ -53,12 +62,12 @@ def check_jpeg(content: bytes, max_scans: int) -> None:
     frame = _read_frame(content)
     if frame is None:
         return
-    if name := _OTHER_PROCESSES.get(frame.process):
-        raise DecodeError("UnsupportedFormat", f"expected a JPEG of 8 bits per channel, got {name}; convert the image")
-    if frame.bits != 8 and frame.process in _DECODABLE:
+    if name := _UNSUPPORTED.get(frame.coding):
+        raise DecodeError("UnsupportedFormat", f"expected baseline or progressive JPEG, got {name}; convert the image")
+    if frame.bits != 8 and frame.coding in _DECODABLE:
         raise DecodeError(
             "UnsupportedFormat",
-            f"expected a JPEG of 8 bits per channel, got one of {frame.bits} bits; convert the image",
+            f"expected JPEG with 8 bits per channel, got {frame.bits} bits; convert the image",
         )
     scans = islice(_find_scans(content, frame), max_scans + 1)
     if content.count(b"\xff\xda", frame.first_scan) > max_scans and len(list(scans)) > max_scans:
@@ -70,17 +79,18 @@ def decode_rgb_jpeg(content: bytes, size: tuple[int, int], min_size: tuple[int, 
 
     Args:
         content: a JPEG file.
-        size: its width and height.
+        size: width and height of the image.
         min_size: if not None, the image is decoded at the smallest scale (1/2, 1/4 or 1/8) with at least this width and
             height.
 
     Returns:
-        An image whose pixels the thread's next call may overwrite; None if the file is damaged or needs Pillow.
+        The image, or None if the file is damaged or needs Pillow. The next call in the same thread may overwrite the
+        pixels.
     """
     width, height = min_size or (0, 0)
     needed = 4 * size[0] * size[1]
     if needed <= _BUFFER_BYTES and not hasattr(_buffers, "pixels"):
-        _buffers.pixels = np.empty(_BUFFER_BYTES, np.uint8)  # the system provides memory when it is first used
+        _buffers.pixels = np.empty(_BUFFER_BYTES, np.uint8)  # takes up memory only when it is first used
     buffer = _buffers.pixels if needed <= _BUFFER_BYTES else None
     try:
         pixels = simplejpeg.decode_jpeg(
@@ -93,12 +103,12 @@ def decode_rgb_jpeg(content: bytes, size: tuple[int, int], min_size: tuple[int, 
 
 
 def append_end_marker(content: bytes) -> bytes | None:
-    """Adds a missing end marker to a JPEG file. Returns None if it has one, or if anything else is missing."""
+    """Adds a missing end marker to a JPEG file. Returns None if the marker exists, or if anything else is missing."""
     frame = _read_frame(content)
     if content.endswith(_END) or frame is None:
         return None
     complete = content + _END
-    if frame.process in _PROGRESSIVE and not _has_all_bits(complete, frame):
+    if frame.coding in _PROGRESSIVE and not _has_all_bits(complete, frame):
         return None
     try:
         simplejpeg.decode_jpeg(complete, "GRAY")  # reports missing pixels, unlike Pillow
@@ -109,23 +119,23 @@ def append_end_marker(content: bytes) -> bytes | None:
 
 def _read_frame(content: bytes) -> _Frame | None:
     """Reads the header up to the first scan. Returns None if it is damaged."""
-    position, process, bits, components = 2, None, 0, 0
+    position, coding, bits, components = 2, None, 0, 0
     while match := _MARKER.search(content, position):
         marker, position = match[1][0], match.end()
         if marker == _START_OF_SCAN:
-            return _Frame(process, bits, components, match.start()) if process is not None else None
-        if marker in _WITHOUT_LENGTH:
+            return _Frame(coding, bits, components, match.start()) if coding is not None else None
+        if marker in _MARKERS_WITHOUT_LENGTH:
             continue
-        if marker in _DECODABLE or marker in _OTHER_PROCESSES:
+        if marker in _DECODABLE or marker in _UNSUPPORTED:
             if len(content) < position + 8:
                 return None
-            process, bits, components = marker, content[position + 2], content[position + 7]
+            coding, bits, components = marker, content[position + 2], content[position + 7]
         position += int.from_bytes(content[position : position + 2], "big")
     return None
 
 
 def _find_scans(content: bytes, frame: _Frame) -> Iterator[int]:
-    """Yields the position after the marker of each scan, up to the end marker. Other images may follow it."""
+    """Yields the position after the marker of each scan. Stops at the end marker, which other images may follow."""
     position = frame.first_scan
     while match := _NEXT_MARKER.search(content, position):
         marker, position = content[match.start() + 1], match.end()

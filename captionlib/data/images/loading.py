@@ -29,7 +29,7 @@ class LoadedImage(DecodedImage):
 
     Attributes:
         content_hash: XXH3 hash of the bytes of the file, an unsigned integer of 64 bits.
-        more_pixels: the pixels that each additional preprocessing of `open_loader` yields.
+        more_pixels: the pixels from each additional preprocessing; see `open_loader`.
     """
 
     content_hash: int
@@ -63,8 +63,8 @@ def open_loader(
 ) -> Iterator[LoadImages]:
     """Starts threads and decoder processes, and yields a function that loads images; see `load_images`.
 
-    Every image is fetched once, and decoded once for each preprocessing. On exit, all fetching and decoding in progress
-    is canceled.
+    Every image is fetched once, and decoded with `preprocessing` and with each preprocessing in `more`. On exit, all
+    fetching and decoding in progress is canceled.
     """
     with ExitStack() as stack:  # exits in reverse order, so threads are joined after their work is canceled
         threads = stack.enter_context(ThreadPoolExecutor(config.threads, thread_name_prefix="load-images"))

@@ -1,4 +1,4 @@
-"""Reads images that are stored in Parquet files. The column chunk of a row group is read once for all of its rows."""
+"""Reads images that are stored in Parquet files. The images of a row group are read at once and cached."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,18 +22,24 @@ _CACHED_FOOTERS = 64
 class ParquetCellReader:
     """Reads cells of Parquet files with caching. Thread-safe.
 
-    Error messages do not quote the files, not even their column names. Column chunks are cached. Chunks larger than
-    `max_bytes`, the size of the cache, are rejected.
+    A column chunk holds the values of one column in one row group. Column chunks larger than the cache are rejected.
+    Error messages do not quote the content of a file, not even column names.
+
+    Args:
+        open_file: function that opens a file.
+        cache_bytes: size of the cache of column chunks.
     """
 
-    def __init__(self, open_file: Callable[[ImageFile], BinaryIO], max_bytes: int) -> None:
+    def __init__(self, open_file: Callable[[ImageFile], BinaryIO], cache_bytes: int) -> None:
         self._open_file = open_file
-        self._max_bytes = max_bytes
-        # The condition makes other threads that need a value wait while one thread reads it.
+        self._cache_bytes = cache_bytes
+        # With the condition, one thread reads a value, and other threads that need it wait.
         footers: LRUCache[object, pq.FileMetaData] = LRUCache(_CACHED_FOOTERS)
         self._get_footer = cached(footers, condition=Condition())(self._read_footer)
-        # At least two chunks always fit, because concurrent reads alternate between chunks near a row group boundary.
-        chunks: LRUCache[object, pa.ChunkedArray] = LRUCache(max_bytes, lambda chunk: min(chunk.nbytes, max_bytes // 2))
+        # Concurrent reads alternate between two chunks at a row group boundary. A chunk counts as half the cache at
+        # most, so that both always fit.
+        half = cache_bytes // 2
+        chunks: LRUCache[object, pa.ChunkedArray] = LRUCache(cache_bytes, lambda chunk: min(chunk.nbytes, half))
         self._get_chunk = cached(chunks, condition=Condition())(self._read_chunk)
 
     def read_cell(self, file: ImageFile, row: int, column: str, max_bytes: int) -> bytes:
@@ -65,7 +71,7 @@ class ParquetCellReader:
         if column not in columns:
             raise FetchError("NoSuchColumn", f"expected column {column}, got a file with {len(columns)} other columns")
         size = metadata.column(columns[column]).total_uncompressed_size
-        if size > self._max_bytes:
+        if size > self._cache_bytes:
             raise FetchError("TooLarge", f"a column chunk has {size} bytes; write the file with smaller row groups")
         with _convert_arrow_errors(), self._open_file(file) as opened:
             table = pq.ParquetFile(opened, metadata=footer).read_row_group(group, [column], use_threads=False)

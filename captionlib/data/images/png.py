@@ -7,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import PngImagePlugin
 
-__all__ = ["find_transparent_color", "remove_text"]
+__all__ = ["find_transparent_pixels", "remove_text"]
 
 _SIGNATURE_BYTES = 8
 _TEXT = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 
 
 def remove_text(content: bytes) -> bytes | None:
-    """Returns a PNG file without its text and color profiles, or None if it has none.
+    """Returns a PNG file without its text and color profile, or None if it has neither.
 
     Pillow rejects files with more than 1 MB of text, or with a text chunk whose checksum is wrong.
     """
@@ -23,17 +23,17 @@ def remove_text(content: bytes) -> bytes | None:
     return b"".join([content[:_SIGNATURE_BYTES], *kept]) if len(kept) < len(chunks) else None
 
 
-def find_transparent_color(content: bytes, image: PngImagePlugin.PngImageFile) -> npt.NDArray[np.bool_] | None:
-    """Returns which pixels have the color that a PNG of 16 bits per channel declares transparent, `[height, width]`.
+def find_transparent_pixels(content: bytes, image: PngImagePlugin.PngImageFile) -> npt.NDArray[np.bool_] | None:
+    """Finds the pixels of a PNG of 16 bits per channel that have the color that the file declares transparent.
 
-    Pillow keeps the high byte of each channel, which does not identify the color.
+    Pillow loads only the high byte of each channel, but several colors may have the same high bytes.
 
     Args:
         content: the PNG file.
         image: the file as Pillow opened it, before its pixels are loaded.
 
     Returns:
-        The mask, or None if the file does not have 16 bits per channel or declares no such color.
+        `[height, width]`, or None if the file does not have 16 bits per channel or declares no such color.
     """
     if image.mode != "RGB" or "transparency" not in image.info or image.tile[0].args != "RGB;16B":
         return None

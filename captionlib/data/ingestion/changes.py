@@ -72,9 +72,9 @@ class Comparison:
     def verify_content(self, hashed: ShardedDataset, fetcher: ImageFetcher) -> None:
         """Reads the images whose version is unchanged, and marks an image as changed if its content has a new hash.
 
-        The column `content_hash` of `hashed` contains the expected hashes. If an earlier verification found that an
-        image had changed, it appended the new hash to the image's version, and that hash is expected. Images without an
-        expected hash, and images that cannot be read, count as unchanged.
+        The expected hashes are in the column `content_hash` of `hashed`, a dataset made from the manifest. A hash that
+        an earlier verification appended to an image's version takes precedence. Images without an expected hash, and
+        images that cannot be read, count as unchanged.
         """
         self._read_existing("CREATE TABLE existing AS SELECT image_id, shard, version FROM existing_rows")
         schema = pa.schema([("image_id", pa.string()), ("content_hash", pa.string())])
@@ -111,7 +111,7 @@ class Comparison:
         return pa.array([image_id for (image_id,) in ids], pa.string())
 
     def read_changed(self) -> Iterator[tuple[int, pa.Table]]:
-        """Yields the number of each shard with changed rows, in ascending order, and these rows."""
+        """Yields the changed rows by shard, as pairs of shard number and rows, in ascending order."""
         parts = (part for batch in self._read(_READ_CHANGED) for part in _split_by_shard(batch))
         for shard, group in groupby(parts, key=lambda part: part[0]):
             yield shard, pa.Table.from_batches([rows for _, rows in group])
@@ -121,7 +121,7 @@ class Comparison:
         yield from map(_to_manifest_rows, self._read(_READ_NEW))
 
     def _read_existing(self, sql: str, *parameters: str) -> None:
-        """Runs a statement that reads the rows of the manifest once, as `existing_rows`."""
+        """Runs a statement on `existing_rows`, the manifest with shard numbers, which it can read only once."""
         schema = pa.schema([*MANIFEST_SCHEMA, pa.field("shard", pa.int32())])
         batches = (
             rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
@@ -132,7 +132,7 @@ class Comparison:
 
     @contextmanager
     def _register(self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[None]:
-        """Registers rows that are read once. If they cannot be read, raises their error instead of DuckDB's."""
+        """Registers rows as a table that can be read once. An error in `batches` is raised instead of DuckDB's."""
         errors: list[Exception] = []
 
         def read() -> Iterator[pa.RecordBatch]:
@@ -172,7 +172,7 @@ def _to_manifest_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
 def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterator[Comparison]:
     """Yields the differences between the rows of a source and a manifest.
 
-    A database compares the ids and a hash of each row. It writes to disk what exceeds its memory limit.
+    A database compares the ids and the hashes of rows. It spills to disk if it needs more memory than its limit.
 
     Args:
         staged: the rows of the source, whose ids are unique.
@@ -201,19 +201,19 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     # A marker is the file that records that a shard is complete.
     rows = {shard: marker.rows for shard, marker in dataset.read_markers().items()}
     touched, gone = comparison.list_touched_shards(), comparison.count_gone()
-    left = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
-    kept = max((shard for shard, count in left.items() if count), default=0) + 1  # empty shards at the end are dropped
+    remaining = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
+    last = max((shard for shard, count in remaining.items() if count), default=0)  # empty shards after it are dropped
     new_rows = comparison.count().new
-    room = max(0, shard_size - left[kept - 1])
-    filling = new_rows > 0 and room > 0
+    room = max(0, shard_size - remaining[last])
+    fills_last = new_rows > 0 and room > 0
     added = -(-max(0, new_rows - room) // shard_size)
-    shards = kept + added
+    shards = last + 1 + added
     changed = comparison.read_changed()
     pending = next(changed, None)
     new = RowBuffer(comparison.read_new())
     with update_shards(dataset, shards) as staged:
-        for shard in sorted({*touched, *([kept - 1] if filling else [])}):
-            if shard >= kept:
+        for shard in sorted({*touched, *([last] if fills_last else [])}):
+            if shard > last:
                 continue
             table = dataset.read(shard)
             if pending is not None and pending[0] == shard:
@@ -221,16 +221,16 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
                 pending = next(changed, None)
             if shard in gone:
                 table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=comparison.read_gone(shard))))
-            if filling and shard == kept - 1:
+            if fills_last and shard == last:
                 table = pa.concat_tables([table, new.take_table(room, MANIFEST_SCHEMA)])
             _write(staged, shard, table)
-        for shard in range(kept, shards):
+        for shard in range(last + 1, shards):
             _write(staged, shard, new.take_table(shard_size, MANIFEST_SCHEMA))
     return shards
 
 
 def _replace_rows(table: pa.Table, changed: pa.Table) -> pa.Table:
-    """Returns `table` with each row of `changed` in the place of the row with the same id."""
+    """Replaces rows of `table` with the rows of `changed` that have the same ids."""
     positions = pc.index_in(table["image_id"], value_set=changed["image_id"].combine_chunks())
     indices = pc.if_else(
         pc.is_valid(positions),
@@ -248,7 +248,7 @@ def _write(staged: ShardedDataset, shard: int, table: pa.Table) -> None:
 # `verify_content` appends a hash of the content to a version. Comparisons with the source ignore it.
 _VERSION_WITHOUT_HASH = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
 _DIGEST = f"hash(uri, {_VERSION_WITHOUT_HASH.format('version')}, split, captions)"
-# The position of a row that is gone is null, and so is the shard of a new row.
+# `position` is the number of the row in the staged file. It is null if the row is gone. `shard` is null for new rows.
 _CREATE_DIFFERENCES = f"""
     CREATE TABLE differences AS
     SELECT image_id, position, shard, staged.version, existing.version AS existing_version
@@ -259,7 +259,7 @@ _CREATE_DIFFERENCES = f"""
     FULL JOIN (SELECT image_id, shard, version, {_DIGEST} AS digest FROM existing_rows) AS existing USING (image_id)
     WHERE position IS NULL OR shard IS NULL OR staged.digest != existing.digest
 """
-# If only the captions of a row change, its version keeps the hash.
+# If only the captions of a row change, its version keeps the appended hash.
 _CREATE_CHANGES = f"""
     CREATE TABLE changes AS
     SELECT position, shard, CASE WHEN {_VERSION_WITHOUT_HASH.format("existing_version")} = version

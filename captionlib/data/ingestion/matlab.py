@@ -1,4 +1,4 @@
-"""Reads columns of matrices in MATLAB files, with SciPy up to version 7 and with h5py for version 7.3 (HDF5)."""
+"""Reads matrices in MATLAB files. SciPy reads files of version 7 and earlier, and h5py those of version 7.3 (HDF5)."""
 
 import json
 import math
@@ -86,7 +86,7 @@ def _choose_limits(path: Path, address: str) -> ProcessLimits:
 
 
 def _copy_matrix(path: Path, address: str, name: str, copy: Path, sink: BinaryIO) -> None:
-    """Writes the values of a matrix by column to a file, and its shape and dtype as JSON to `sink`."""
+    """Writes a matrix column by column to the file `copy`, and [columns, rows, dtype] as JSON to `sink`."""
     with path.open("rb") as file:
         start = file.read(_HDF5_OFFSET + len(_HDF5_SIGNATURE))
     is_hdf5 = start.startswith(_HDF5_SIGNATURE) or start[_HDF5_OFFSET:] == _HDF5_SIGNATURE
@@ -102,7 +102,7 @@ def _copy_matrix(path: Path, address: str, name: str, copy: Path, sink: BinaryIO
 
 @contextmanager
 def _open_scipy(path: Path, address: str, name: str) -> Iterator[npt.NDArray[Any]]:
-    """Reads the transpose of a matrix as a whole."""
+    """Reads a whole matrix and yields its transpose."""
     with _raise_dataset_errors(address):
         variables = {variable: (shape, kind) for variable, shape, kind in scipy.io.whosmat(path)}
         if name not in variables:
@@ -118,7 +118,7 @@ def _open_scipy(path: Path, address: str, name: str) -> Iterator[npt.NDArray[Any
 
 @contextmanager
 def _open_hdf5(path: Path, address: str, name: str) -> Iterator[Any]:
-    """Opens the transpose of a matrix, since MATLAB stores matrices by column."""
+    """Opens a matrix without reading it, and yields its transpose, which is how MATLAB stores it."""
     with _raise_dataset_errors(address):
         file = h5py.File(path, "r")
     with file:
@@ -157,8 +157,8 @@ def _check_size(shape: Sequence[int], item_bytes: int, path: Path, address: str)
     declared, size = math.prod(map(int, shape)) * item_bytes, path.stat().st_size
     if declared > _MAX_COMPRESSION * size:
         raise DatasetError(
-            f"{address}: expected a matrix of at most {_MAX_COMPRESSION} times the {size:,} bytes of the file, got "
-            f"shape {list(shape)}, {declared:,} bytes; save it again without compression"
+            f"{address}: expected a matrix of at most {_MAX_COMPRESSION * size:,} bytes ({_MAX_COMPRESSION} times the "
+            f"size of the file), got shape {list(shape)}, {declared:,} bytes; save it again without compression"
         )
 
 

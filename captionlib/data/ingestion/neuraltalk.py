@@ -180,7 +180,7 @@ def _find_columns(
 
 
 def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[str, Any]:
-    """Describes the features. A captioner rejects features whose description differs from its training data."""
+    """Describes the features. A captioner rejects features whose description differs from that of its training data."""
     return {
         "model": config.model,
         "node": config.node,
@@ -201,11 +201,12 @@ def _read_vectors(
     if len(invalid := columns[~np.isfinite(vectors).all(1)]):
         raise DatasetError(
             f"{address}: expected finite numbers within the range of {dtype}, but column {invalid[0]} contains a value "
-            "that is not finite or out of range; set stored_dtype=float32, or check the file"
+            "that is not finite or is out of range; set stored_dtype=float32, or check the file"
         )
     return vectors
 
 
 def _to_batch(rows: Sequence[ManifestRow], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
+    # A ManifestRow has no sizes or hashes, so these columns are null. The last column contains the vectors.
     columns = [pa.array([getattr(row, each.name, None) for row in rows], each.type) for each in schema][:-1]
     return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)

@@ -34,7 +34,7 @@ __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
 _COMMAND = "captionlib prepare"
 _IMAGES_TO_CHECK = 20
-_MAX_REMOVED_RATIO = 0.1
+_MAX_GONE_RATIO = 0.1
 
 
 @configclass
@@ -46,15 +46,15 @@ class PrepareConfig:
         options: how to read the source.
         splits: splits to include. If empty, all splits are included.
         limit: maximum number of images, from the start of the source.
-        shard_size: rows per shard. Later jobs process and resume by shard. If None, the shard size of an existing
-            manifest is used or, for a new one, `captionlib.data.shards.compaction.choose_shard_size`.
+        shard_size: rows per shard. After an interruption, later jobs repeat only unfinished shards. If None, an
+            existing manifest keeps its shard size, and `captionlib.data.shards.compaction.choose_shard_size` chooses
+            the size for a new one.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: keep images of an existing manifest that are not in the source. The source can then list only new ones.
-        verify_content: path or URL of features, captions or embeddings made from the manifest. Their column
-            `content_hash` contains a hash of each image. If set, an update reads all images that seem unchanged and
-            compares their hashes.
+        append: keep images of an existing manifest that are not in the source, which then only needs to list new ones.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
+        verify_content: path or URL of features, captions or embeddings made from the manifest. If set, an update reads
+            each image whose file seems unchanged, and compares a hash of its content with the column `content_hash`.
     """
 
     source_format: str = "auto"
@@ -77,14 +77,14 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """Counts of the images in a manifest and of the skipped items of its sources.
+    """Counts of the images read from the sources, and of the skipped items.
 
     Attributes:
         source_format: specified or detected format of the sources.
-        images: number of images in the sources.
+        images: number of images, without skipped ones.
         shards: number of shards of the manifest.
-        captions: number of captions in the sources.
-        splits: number of images in the sources by split.
+        captions: number of captions of these images.
+        splits: number of these images by split.
         skipped: number of skipped items by reason.
         examples: file and line of the first skipped item by reason, for invalid images and captions only.
         changes: numbers of new, changed, gone and unchanged images compared with the previous manifest.
@@ -160,10 +160,10 @@ def _prepare(
     report: Callable[[Changes], None],
     progress: bool,
 ) -> PrepareSummary:
-    """Writes or updates a manifest. Locks the folder of a new manifest only after the source has been checked."""
+    """Writes or updates a manifest. Invalid sources create no folder: a new one is locked after they are checked."""
     is_new = not Folder(output).exists(DESCRIPTION_FILE)
     existing = _open_output(output, config, overwrite)
-    complete = existing if existing is not None and existing.is_complete() else None
+    to_update = existing if existing is not None and existing.is_complete() else None
     source_format = _select_format(addresses, config)
     skips = SkipCounter(config.strict)
     with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
@@ -174,12 +174,12 @@ def _prepare(
             rows = _drop_removed(rows, removed, skips)
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
-            to_compare = None if config.verify_content is not None else complete
+            to_compare = None if config.verify_content is not None else to_update
             staged = stage_rows(rows, Path(scratch) / "rows.parquet", to_compare, bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
-        if complete is not None:
-            changes, shards = _update(complete, staged, config, dry_run, report)
+        if to_update is not None:
+            changes, shards = _update(to_update, staged, config, dry_run, report)
         else:
             changes = Changes(staged.rows, 0, 0, 0)
             shard_size = config.shard_size or choose_shard_size(staged.rows)
@@ -197,12 +197,14 @@ def _prepare(
         skipped=dict(skips.counts.most_common()),
         examples=skips.examples,
         changes=changes,
-        updated=complete is not None,
+        updated=to_update is not None,
     )
 
 
 def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrite: bool) -> ShardedDataset | None:
-    """Returns the existing manifest, if any. Checks the folder first, because reading the sources can take long.
+    """Returns the manifest in the output folder, or None if there is none or it is to be overwritten.
+
+    Called before the sources are read, because reading can take long.
 
     Raises:
         ConfigError: the manifest has a different shard size.
@@ -225,7 +227,7 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
     return None
 
 
-def _open_hashes(address: str) -> ShardedDataset:
+def _open_hashed_dataset(address: str) -> ShardedDataset:
     dataset = open_dataset(address)
     if "content_hash" not in dataset.schema.names:
         raise ConfigError(
@@ -243,7 +245,16 @@ def _create(
     existing: ShardedDataset | None,
     is_new: bool,
 ) -> None:
-    """Writes a new manifest. `existing` is a manifest whose first run was interrupted, if any."""
+    """Writes a new manifest.
+
+    Args:
+        output: folder to write the manifest to.
+        staged: checked rows.
+        shard_size: rows per shard.
+        shards: number of shards.
+        existing: the incomplete manifest that an interrupted run left in the folder, if any.
+        is_new: whether the folder contained no manifest when this run started.
+    """
     if is_new and Folder(output).exists(DESCRIPTION_FILE):
         raise DatasetError(
             f"{Folder(output).uri}: another command wrote a manifest at the same time; run this command again to "
@@ -282,15 +293,15 @@ def _update(
     with compare(staged, dataset, append=config.append) as comparison:
         if config.verify_content is not None:
             with ImageFetcher() as fetcher:
-                comparison.verify_content(_open_hashes(config.verify_content), fetcher)
+                comparison.verify_content(_open_hashed_dataset(config.verify_content), fetcher)
         changes = comparison.count()
         report(changes)
         existing = changes.changed + changes.gone + changes.unchanged
-        if changes.gone > _MAX_REMOVED_RATIO * existing and not (config.allow_removal or dry_run):
+        if changes.gone > _MAX_GONE_RATIO * existing and not (config.allow_removal or dry_run):
             raise DatasetError(
                 f"{dataset.folder.uri}: {changes.gone} of {existing} images are not in the source; expected at most a "
-                "tenth, because an unmounted disk or a wrong path looks like this; check the source, or use --append "
-                "if it contains only new images, or --allow-removal to remove them"
+                "tenth, because an unmounted disk or a wrong path often causes this; check the source, or use --append "
+                "if it contains only new images, or --allow-removal to remove the missing ones"
             )
         if not dry_run and not changes.any:
             drop_uncommitted_updates(dataset.folder)
@@ -317,16 +328,16 @@ def _read(
 
 
 def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
-    """Raises DatasetError if no image exists, because the image folder must then be wrong."""
-    refused: FetchError | None = None
+    """Raises DatasetError if none of the images exists, which means that the image folder is wrong."""
+    first_error: FetchError | None = None
     for row in rows:
         try:
             if image_exists(row.uri):
                 return
         except FetchError as error:
-            refused = refused or error
+            first_error = first_error or error
     if rows:
-        reason = "" if refused is None else f"; {refused.reason}: {refused}"
+        reason = "" if first_error is None else f"; {first_error.reason}: {first_error}"
         raise DatasetError(
             f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the "
             "folder that image paths are relative to with --images, or use --no-check-images if only the workers of "

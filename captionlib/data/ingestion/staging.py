@@ -1,4 +1,4 @@
-"""Writes manifest rows (one per image) to a local Parquet file to count, hash and check them before output."""
+"""Stages manifest rows (one per image) in a local Parquet file, to count, hash and check them before the output."""
 
 import hashlib
 import itertools
@@ -37,7 +37,7 @@ class StagedRows:
         rows: number of rows.
         captions: number of captions in all rows.
         splits: number of rows by split.
-        digest: hash of all ids in order.
+        digest: hash of all ids in order. It is the lineage of a new manifest.
         unchanged: whether the rows equal those of the existing manifest, in the same order. If so, the file is empty.
     """
 
@@ -74,8 +74,8 @@ def stage_rows(
     expected = None if existing is None else RowBuffer(part for _, part in read_manifest(existing))
     with _open_writer(path) as writer:
         while batch := list(itertools.islice(rows, _BATCH_ROWS)):
-            staged = _to_batch(batch)
-            table = pa.Table.from_batches([staged])
+            record_batch = _to_batch(batch)
+            table = pa.Table.from_batches([record_batch])
             if (
                 existing is not None
                 and expected is not None
@@ -84,15 +84,15 @@ def stage_rows(
                 _copy_rows(existing, splits.total(), writer)
                 expected = None
             if expected is None:
-                _write(writer, staged, [row.origin for row in batch])
+                _write(writer, record_batch, [row.origin for row in batch])
             splits.update(map(attrgetter("split"), batch))
             if len(splits) > _MAX_SPLITS:
                 raise DatasetError(
                     f"{batch[-1].origin}: expected at most {_MAX_SPLITS} different splits up to this row, got "
                     f"{len(splits)}; check the split column"
                 )
-            captions += len(staged["captions"].values)
-            for buffer in staged["image_id"].buffers()[1:]:  # offsets and text
+            captions += len(record_batch["captions"].values)
+            for buffer in record_batch["image_id"].buffers()[1:]:  # offsets and text
                 digest.update(buffer)
             count(len(batch))
         unchanged = expected is not None and not expected.take_table(1, MANIFEST_SCHEMA).num_rows
@@ -110,7 +110,7 @@ def _write(writer: pq.ParquetWriter, rows: pa.RecordBatch, origins: list[str]) -
 
 
 def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -> None:
-    """Writes the first `count` rows of a manifest, which equal those of the source."""
+    """Writes the first `count` rows of a manifest, which are equal to the first rows of the source."""
     for rows in RowBuffer(batch for _, batch in read_manifest(manifest)).take(count):
         _write(writer, rows, [""] * rows.num_rows)
 
@@ -128,7 +128,7 @@ def read_manifest(dataset: ShardedDataset) -> Iterator[tuple[int, pa.RecordBatch
 
 
 def open_database(scratch: Path) -> duckdb.DuckDBPyConnection:
-    """Opens a database with a memory limit. It writes what exceeds the limit to a local folder."""
+    """Opens an in-memory database. Data beyond its memory limit goes to temporary files in the folder `scratch`."""
     temporary = str(scratch / "duckdb")
     return duckdb.connect(config={"memory_limit": "256MB", "threads": 2, "temp_directory": temporary})
 
@@ -142,7 +142,7 @@ def check_unique_ids(staged: StagedRows) -> None:
     passes = -(-staged.rows // _IDS_PER_PASS)
     with open_database(staged.path.parent) as connection:
         [(hashes,)] = connection.execute(_COUNT_HASHES, [str(staged.path)]).fetchall()
-        if hashes == staged.rows:  # different hashes prove that the ids differ
+        if hashes == staged.rows:  # no two rows have the same hash, so no two have the same id
             return
         for remainder in range(passes):
             duplicate = connection.execute(_FIND_DUPLICATE, [str(staged.path), passes, remainder]).fetchone()

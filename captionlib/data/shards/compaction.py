@@ -1,9 +1,9 @@
 """Merges small shards and splits large ones, without computing any row again.
 
-The manifest is divided into new shards first, in one step. The datasets that were made from it follow: each row and
-failure moves to the shard that has its image now. Each compaction has an id, which the compacted dataset records as its
-`layout`. A dataset whose `layout` differs from that of its source still has the old shards, so running the same command
-again moves its rows.
+First, the manifest is atomically divided into new shards. Then, in each dataset that was made from it, each row and
+failure moves to the shard that now contains its image. Each compaction has an id, which the compacted datasets store as
+their `layout`. A dataset whose `layout` differs from that of its source still has the old shards. If compaction is
+interrupted, running the same command again moves the rows of these datasets.
 """
 
 import math
@@ -35,11 +35,11 @@ Count = Callable[[int], None]
 
 
 def choose_shard_size(images: int) -> int:
-    """Returns the default number of images per shard: the square root of ten times `images`, rounded up to thousands.
+    """Returns the default number of images per shard: the square root of `10 * images`, rounded up to thousands.
 
-    Up to 100,000 images, a shard has 1,000. Then the size and the number of shards grow alike: 1 million images have
-    250 shards of 4,000, and 10 million have 1,000 shards of 10,000. So there are enough shards to process in parallel,
-    and few enough files for queries.
+    Up to 100,000 images, a shard has 1,000. Above that, both the size and the number of shards grow: 1 million images
+    have 250 shards of 4,000, and 10 million have 1,000 shards of 10,000. So there are enough shards to process in
+    parallel, and few enough files for queries.
     """
     return max(1, math.ceil(math.sqrt(10 * images) / _MIN_SHARD_SIZE)) * _MIN_SHARD_SIZE
 
@@ -49,7 +49,7 @@ class Compaction:
     """The compaction of a dataset; created by `plan_compaction`.
 
     Attributes:
-        dataset: the dataset. Only its folder is used once another compaction has run.
+        dataset: the dataset, as it was when the compaction was planned.
         shard_size: images per shard of a dataset that was not made from another one; otherwise None.
         images: number of rows and failures of the dataset.
     """
@@ -59,17 +59,20 @@ class Compaction:
     images: int
 
     def run(self, count: Count = lambda rows: None) -> ShardedDataset:
-        """Divides the dataset into its new shards, all at once.
+        """Atomically replaces the shards of the dataset.
+
+        Args:
+            count: called with numbers of moved rows and failures.
 
         Returns:
-            The dataset afterwards. It is equal to `dataset` if there was nothing to do.
+            The new dataset. It is equal to `dataset` if there was nothing to do.
         """
         if self.shard_size is not None:
             _divide(self.dataset, self.shard_size, self.images, count)
         else:
             source = open_dataset(self.dataset.source).require_complete()
             if source.layout != self.dataset.layout:
-                _follow(self.dataset, source, count)
+                _match_shards(self.dataset, source, count)
         return open_dataset(self.dataset.folder.uri)
 
 
@@ -81,9 +84,9 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
         shard_size: images per shard. If None, see `choose_shard_size`.
 
     Raises:
-        ConfigError: a dataset has no shards that could be compacted.
-        DamagedShardError: a marker of a dataset without a source is missing or damaged.
-        DatasetError: a dataset without a source, or the source of a dataset, is not complete.
+        ConfigError: a dataset has a kind that always has a single shard.
+        DamagedShardError: a marker of the manifest or of imported features is missing or damaged.
+        DatasetError: the manifest, the imported features or the source of another dataset is not complete.
     """
     for dataset in datasets:
         if dataset.kind not in _KINDS:
@@ -105,7 +108,7 @@ def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
 
 
 def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> None:
-    """Divides all rows into shards of `size` rows, unless there are as few shards as possible already."""
+    """Divides all rows into shards of `size` rows, unless the dataset has these shards already."""
     shards = -(-images // size)
     largest = max(marker.rows for marker in dataset.require_markers().values())
     if dataset.config.get("shard_size") == size and dataset.shards == shards and largest <= size:
@@ -126,13 +129,13 @@ def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> No
                     count(batch.num_rows)
 
 
-def _follow(dataset: ShardedDataset, source: ShardedDataset, count: Count) -> None:
-    """Moves all rows and failures to the shards that have their images in `source`."""
-    located = _ImageLocations.read(dataset)
-    sources = source.read_markers()
+def _match_shards(dataset: ShardedDataset, source: ShardedDataset, count: Count) -> None:
+    """Moves each row and failure to the shard that contains its image in `source`."""
+    locations = _ImageLocations.read(dataset)
+    input_markers = source.read_markers()
     with update_shards(dataset, source.shards, layout=source.layout) as staged:
-        for shard, marker in sorted(sources.items()):
-            count(_move(dataset, located, source, marker, staged, shard))
+        for shard, input_marker in sorted(input_markers.items()):
+            count(_write_moved_rows(dataset, locations, source, input_marker, staged, shard))
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class _ImageLocations:
 
     Attributes:
         hashes: `[images] uint64`, hashes of the image ids, ascending.
-        shards: `[images] int32`, the shard of each.
+        shards: `[images] int32`, the shard of each image, in the same order.
     """
 
     hashes: npt.NDArray[np.uint64]
@@ -157,7 +160,7 @@ class _ImageLocations:
         return cls(all_hashes[order], np.concatenate(shards)[order])
 
     def find_shards(self, images: pa.Table) -> list[int]:
-        """Returns the sorted numbers of the shards that contain these images."""
+        """Returns the sorted numbers of the shards that contain any of these images."""
         wanted = _hash_ids(images)
         positions = np.searchsorted(self.hashes, wanted)
         inside = positions < len(self.hashes)
@@ -177,67 +180,68 @@ def _read_failures(dataset: ShardedDataset, shard: int) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Matches:
-    """The images of an old shard that belong to a new shard.
+    """For each image of an old shard, its position in the input of a new shard; -1 if it does not belong there.
 
     Attributes:
-        rows: `[rows] int64`, the position of each row in the new shard's input; -1 if it is not in there.
-        failures: `[failures] int64`, the same for each failure.
+        rows: `[rows] int64`, positions of the rows.
+        failures: `[failures] int64`, positions of the failures.
     """
 
     rows: npt.NDArray[np.int64]
     failures: npt.NDArray[np.int64]
 
     @classmethod
-    def find(cls, dataset: ShardedDataset, shard: int, wanted: pa.Table) -> "_Matches":
+    def find(cls, dataset: ShardedDataset, shard: int, input_rows: pa.Table) -> "_Matches":
         rows = dataset.read(shard, ["image_id", "uri", "version"])
-        return cls(match_images(rows, wanted), match_images(_read_failures(dataset, shard), wanted))
+        return cls(match_images(rows, input_rows), match_images(_read_failures(dataset, shard), input_rows))
 
 
-def _move(
+def _write_moved_rows(
     dataset: ShardedDataset,
-    located: _ImageLocations,
+    locations: _ImageLocations,
     source: ShardedDataset,
-    marker: Marker,
+    input_marker: Marker,
     staged: ShardedDataset,
     shard: int,
 ) -> int:
-    """Writes a shard with the rows and failures of the images that `source` has in this shard.
+    """Writes a shard of `staged` with the rows and failures that `dataset` has for the images of the input shard.
 
-    If an image is missing, the marker (the file that records that the shard is complete) does not contain the checksum
-    of the input shard. The next run of the stage then processes the missing images.
+    The marker (the file that records that the shard is complete) usually contains the checksum of the input shard. If
+    an image is missing or out of order, it contains `stale`, so that the next run of the stage corrects the shard.
 
     Returns:
         The number of moved rows and failures.
     """
-    wanted = source.read(shard, [name for name in source.schema.names if name in dataset.schema.names], marker)
-    matches = {old: _Matches.find(dataset, old, wanted) for old in located.find_shards(wanted)}
-    rows = _join([match.rows for match in matches.values()])
-    images = len(rows) + len(_join([match.failures for match in matches.values()]))
-    is_current = images == wanted.num_rows and bool((np.diff(rows) > 0).all())
-    with write_shard(staged, shard, images, marker.checksum if is_current else "stale") as writer:
+    shared_columns = [name for name in source.schema.names if name in dataset.schema.names]
+    input_rows = source.read(shard, shared_columns, input_marker)
+    matches = {old: _Matches.find(dataset, old, input_rows) for old in locations.find_shards(input_rows)}
+    rows = _concatenate_found([match.rows for match in matches.values()])
+    images = len(rows) + len(_concatenate_found([match.failures for match in matches.values()]))
+    is_current = images == input_rows.num_rows and bool((np.diff(rows) > 0).all())
+    with write_shard(staged, shard, images, input_marker.checksum if is_current else "stale") as writer:
         failures: list[tuple[int, dict[str, str | None]]] = []
         for old, match in matches.items():
             start = 0
             for batch in dataset.read_batches(old):
                 kept = _select(
-                    pa.Table.from_batches([batch]), match.rows[start : start + batch.num_rows], wanted
+                    pa.Table.from_batches([batch]), match.rows[start : start + batch.num_rows], input_rows
                 ).combine_chunks()
                 for each in kept.to_batches():
                     writer.write(each)
                 start += batch.num_rows
-            kept = _select(_read_failures(dataset, old), match.failures, wanted)
-            failures += zip(_join([match.failures]).tolist(), kept.to_pylist(), strict=True)
+            kept = _select(_read_failures(dataset, old), match.failures, input_rows)
+            failures += zip(_concatenate_found([match.failures]).tolist(), kept.to_pylist(), strict=True)
         writer.failures += [row for _, row in sorted(failures, key=lambda each: each[0])]
     return images
 
 
-def _join(positions: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """Returns the positions that were found."""
+def _concatenate_found(positions: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Concatenates arrays of positions, without those that are -1."""
     joined = np.concatenate([np.empty(0, np.int64), *positions])
     return joined[joined >= 0]
 
 
-def _select(table: pa.Table, positions: npt.NDArray[np.int64], wanted: pa.Table) -> pa.Table:
-    """Returns the rows that have a position in `wanted`. The columns that `wanted` has come from there."""
+def _select(table: pa.Table, positions: npt.NDArray[np.int64], input_rows: pa.Table) -> pa.Table:
+    """Returns the rows whose position is not -1. Columns that `input_rows` also has are copied from there."""
     found = positions >= 0
-    return replace_columns(table.filter(pa.array(found)), wanted.take(positions[found]))
+    return replace_columns(table.filter(pa.array(found)), input_rows.take(positions[found]))

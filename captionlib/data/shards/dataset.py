@@ -6,7 +6,7 @@
       __shards/part-00000.json ...    markers: JSON files, each of which records that a shard is complete
       __failures/part-00000.parquet   images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
-      __sample/                       rows that a run on a sample reads; removed at its end
+      __sample/                       sample of the input, while a stage with --limit runs
       __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
 
 Hugging Face's `datasets` ignores folders that begin with `__`, and pandas, PyArrow and Spark ignore names that begin
@@ -111,7 +111,10 @@ class ShardedDataset:
         return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
 
     def read_progress(self, shards: Iterable[int]) -> dict[int, int]:
-        """Returns the numbers of processed images of unfinished shards that take long; see `ShardWriter`."""
+        """Returns the number of images processed so far by shard, for unfinished shards that report it.
+
+        See `ShardWriter`.
+        """
         listed = sorted(self._list_parts(MARKERS_FOLDER, PROGRESS_EXTENSION) & set(shards))
         counts = {}
         for shard in listed:
@@ -142,12 +145,12 @@ class ShardedDataset:
         return marker if finished and self.folder.exists(f"{part_name(shard)}.parquet") else None
 
     def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
-        """Returns the markers of the finished shards among `shards`, by shard. If None, of all shards."""
+        """Returns the markers of the finished shards among `shards`, by shard. If None, all shards are considered."""
         done = self.done_shards()
         return {marker.shard: marker for marker in self.iter_markers(done if shards is None else done & set(shards))}
 
     def require_markers(self) -> dict[int, Marker]:
-        """Returns the markers of the finished shards, by shard. A command that replaces shards must not miss any.
+        """Returns the markers of the finished shards, by shard. Commands that must not overlook a shard call this.
 
         Raises:
             DamagedShardError: the dataset is complete, but a marker is missing or damaged.
@@ -161,8 +164,8 @@ class ShardedDataset:
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
         """Yields the markers of the finished shards among `shards`, in any order. All `shards` must have data files.
 
-        Reads the markers concurrently and in bounded memory. A marker that is damaged or has a different fingerprint
-        counts as missing.
+        Reads the markers concurrently and in bounded memory. A shard counts as unfinished if its marker is damaged or
+        has a different fingerprint.
         """
         wanted = set(shards)
         for content in self.folder.read_many(map(marker_file, sorted(wanted))):
@@ -171,7 +174,10 @@ class ShardedDataset:
                 yield marker
 
     def read_marker_even_if_unfinished(self, shard: int) -> Marker | None:
-        """Returns the marker of a shard, or None if it has none. While its files are replaced, `previous` is set."""
+        """Returns the marker of a shard, or None if it has none.
+
+        While the files of the shard are replaced, the attribute `previous` of its marker is set.
+        """
         for content in self.folder.read_many([marker_file(shard)]):
             marker = self._decode_marker(content)
             return marker if marker is not None and marker.shard == shard else None
@@ -217,7 +223,7 @@ class ShardedDataset:
 
     def explain_incompleteness(self, totals: Totals) -> str:
         """Returns why a dataset with these totals has no `_SUCCESS`, and what to do."""
-        again = "run the command that writes this dataset again"
+        again = "rerun the command that writes this dataset"
         if totals.shards < self.shards:
             return f"expected {self.shards} finished shards, got {totals.shards}; {again}"
         if not totals.failures:
@@ -254,7 +260,7 @@ class ShardedDataset:
             marker: marker of the version to read. If None, the current version is read.
 
         Raises:
-            DamagedShardError: the data file or its marker is missing or damaged, or the file has a different version.
+            DamagedShardError: the data file or its marker is missing or damaged, or the file does not match the marker.
             DatasetError: the shard was replaced after the first batch.
         """
         name, schema = f"{part_name(shard)}.parquet", self._select(columns)
@@ -287,7 +293,7 @@ class ShardedDataset:
         can_verify = self.source and self.kind != "duplicates"
         remedy = "--verify, which writes damaged shards again" if can_verify else "--overwrite"
         return DamagedShardError(
-            f"{self.folder.address(name)} is damaged ({reason}); run the command that writes {self.folder.uri} again "
+            f"{self.folder.address(name)} is damaged ({reason}); rerun the command that writes {self.folder.uri} "
             f"with {remedy}"
         )
 
@@ -354,7 +360,7 @@ class ShardedDataset:
             )
         if self.read_totals() != totals:
             self.folder.write(SUCCESS_FILE, encode_record({**asdict(totals), "fingerprint": self.fingerprint}))
-            with suppress(StorageError):  # the files in it do no harm
+            with suppress(StorageError):  # these files are harmless if they remain
                 self.folder.remove_temporary_files()
                 self.remove_progress()
         if not self.folder.exists(DESCRIPTION_FILE):
@@ -391,7 +397,9 @@ class ShardedDataset:
         return problems
 
 
-def open_dataset(uri: str | os.PathLike[str], kind: str | None = None, *, complete: bool = True) -> ShardedDataset:
+def open_dataset(
+    uri: str | os.PathLike[str], kind: str | None = None, *, complete_update: bool = True
+) -> ShardedDataset:
     """Opens a dataset, which may be incomplete.
 
     Example:
@@ -402,13 +410,14 @@ def open_dataset(uri: str | os.PathLike[str], kind: str | None = None, *, comple
     Args:
         uri: path or URL of the folder.
         kind: expected kind (manifest, features, captions, embeddings or duplicates). If None, any kind is accepted.
-        complete: first complete an update that was interrupted after its commit; see `captionlib.data.shards.update`.
+        complete_update: first complete an update that was interrupted after its commit; see
+            `captionlib.data.shards.update`.
 
     Raises:
         DatasetError: the folder is not a dataset, or the dataset has a different kind or schema version.
     """
     folder = Folder(uri)
-    description = _read_updated_description(folder) if complete else _read_description(folder)
+    description = _read_updated_description(folder) if complete_update else _read_description(folder)
     if description is None:
         got = "other files" if folder.list() else "a missing or empty folder"
         raise DatasetError(
@@ -461,8 +470,8 @@ def create_dataset(
         ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
             set.
-        DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
-            had before it was compacted.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset that was not compacted when
+            `source` was.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
@@ -476,7 +485,7 @@ def create_dataset(
     if source is not None and source_address == resolve_address(folder.uri):
         raise ConfigError(f"{folder.uri} is the input of this command; use another folder for the output")
     delete_existing = overwrite and folder.exists(DESCRIPTION_FILE)
-    description = None if delete_existing else _read_updated_description(folder) or _claim_folder(folder)
+    description = None if delete_existing else _read_updated_description(folder) or _prepare_folder(folder)
     if description is not None:
         source_checksum = description.get("source_checksum", "")
     else:
@@ -523,13 +532,13 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
 
 
 def list_other_files(folder: Folder) -> list[str]:
-    """Returns the names of the files in a folder without a dataset that captionlib did not write."""
+    """Returns the names of the files that captionlib did not write. The folder must not contain a dataset."""
     return _select_other_files(folder.list())
 
 
 def _select_other_files(names: Collection[str]) -> list[str]:
     own = {TEMPORARY_FOLDER, SAMPLE_FOLDER, LOCK_FILE, REMOVED_FILE}
-    own.add(DESCRIPTION_FILE)  # another process may just have described the dataset
+    own.add(DESCRIPTION_FILE)  # another process may have just created a dataset
     if MARKERS_FOLDER in names:
         own |= set(_list_dataset_files(names))
     return [name for name in names if name not in own]
@@ -541,11 +550,11 @@ def _list_dataset_files(names: Iterable[str]) -> list[str]:
     return [SUCCESS_FILE, JOURNAL_FILE, UPDATE_FOLDER, FAILURES_FOLDER, *parts, MARKERS_FOLDER]
 
 
-def _claim_folder(folder: Folder) -> dict[str, Any] | None:
-    """Prepares a folder without a description for a new dataset.
+def _prepare_folder(folder: Folder) -> dict[str, Any] | None:
+    """Prepares a folder without a description for a new dataset, and returns None.
 
-    If a different run created a dataset in the folder meanwhile, its description is returned instead. If the folder was
-    removed while a command was writing to it, the files that the command wrote afterwards are removed too.
+    If another process has just created a dataset in the folder, its description is returned instead. If the folder
+    contains the remains of a dataset, because a user deleted it while a command was writing to it, they are removed.
 
     Raises:
         DatasetError: the folder holds files that captionlib did not write.
@@ -584,17 +593,20 @@ def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
 
 
 def _require_same_layout(existing: ShardedDataset, dataset: ShardedDataset) -> None:
-    """Raises DatasetError if the source was compacted, but the dataset in the folder was not."""
+    """Raises DatasetError if the source was compacted but the existing dataset was not."""
     if existing.layout != dataset.layout:
         raise DatasetError(
             f"{dataset.folder.uri} has the shards that {dataset.source} had before it was compacted; run `captionlib "
-            f"compact {dataset.source} {dataset.folder.uri}`, which moves its rows to the new shards, and then this "
-            "command again"
+            f"compact {dataset.source} {dataset.folder.uri}` to move the rows to the new shards, then run this command "
+            "again"
         )
 
 
 def _clear(folder: Folder) -> None:
-    """Deletes all but the description, `_SUCCESS` and the markers first. If interrupted, the dataset is incomplete."""
+    """Deletes all files except for the description.
+
+    `_SUCCESS` and the markers are deleted first, so that an interruption leaves an incomplete dataset.
+    """
     folder.remove(SUCCESS_FILE)
     folder.remove(MARKERS_FOLDER)
     folder.remove_temporary_files()

@@ -15,9 +15,9 @@ __all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The failures with the same reason: their number, and one of them as an example.
+    """The number of failures with the same reason, and one of these failures as an example.
 
-    The fields of the example are empty if the failures file is missing.
+    All fields but `count` are empty if the failures file is missing.
     """
 
     count: int
@@ -39,11 +39,12 @@ class DatasetReport:
         size: size of the data files in bytes.
         seconds: time spent on the shards, summed over workers.
         source: path or URL of the dataset that this dataset was made from; empty if there is none.
-        stale: number of shards of the source that have changed or been added since. None if the source cannot be read.
+        stale: number of shards of the source that have changed, or been added, since this dataset was written. None if
+            the source cannot be read.
         failed: number of images that could not be read.
-        failures: failures by reason (the kind of error), the most frequent first.
+        failures: failures by reason (the category of the error), the most frequent first.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
-        problems: inconsistencies found. Checksums are compared only if `verify` is set.
+        problems: inconsistencies, including wrong checksums if `inspect_dataset` was called with `verify`.
     """
 
     folder: str

@@ -54,7 +54,7 @@ REMOVED_FILE = "_removed.json"
 SAMPLE_FOLDER = "__sample"
 
 BLOCK_BYTES = 256 << 10
-"""Each block of this size in a data file has a checksum. Readers of one column verify only the blocks they read."""
+"""Size of a block of a data file. Each block has a checksum, so a reader of one column verifies only what it reads."""
 
 _MAX_JSON_DEPTH = 100
 _RECORD_CHECKSUM = "crc32"  # key of the checksum in a JSON file
@@ -65,14 +65,16 @@ class Marker:
     """Describes a finished shard.
 
     Attributes:
+        shard: number of the shard.
+        rows: number of rows.
         failures: number of images that could not be read.
         bytes: size of the data file.
         checksum: checksum of the data file; see `compute_checksum`.
-        blocks: checksums of the blocks of the data file, joined; see `compute_block_checksum`.
-        failures_checksum: checksum of the failures file; empty if there is none.
         seconds: time taken to write the shard.
         fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
-        source: checksum of the data file of the input shard. Empty if the shard was not made from a different dataset.
+        source: checksum of the data file of the input shard. Empty if the shard was not made from another dataset.
+        blocks: concatenated checksums of the blocks of the data file; see `compute_block_checksum`.
+        failures_checksum: checksum of the failures file; empty if there is none.
         reasons: number of failures by reason.
         previous: marker of the version that is being replaced, or None. If set, the shard is not finished, and its data
             file may belong to either version.
@@ -125,7 +127,7 @@ class Totals:
         return self.rows + self.failures
 
     def exceeds(self, max_failure_ratio: float | None) -> bool:
-        """Returns whether more images failed than allowed. If `max_failure_ratio` is None, all but one may fail."""
+        """Returns whether more images failed than allowed. If the ratio is None, at least one must not fail."""
         if max_failure_ratio is None:
             return self.rows == 0 and self.failures > 0
         return self.failures > max_failure_ratio * self.images
@@ -172,7 +174,7 @@ def decode_totals(content: bytes) -> tuple[Totals, str]:
     """Reads the content of `_SUCCESS`. Returns the totals and the fingerprint of the dataset.
 
     Raises:
-        ValueError: the content is damaged or has a different kind.
+        ValueError: the content is damaged or does not contain totals.
     """
     record = decode_record(content)
     return _TOTALS.validate_python(record), str(record.get("fingerprint"))
@@ -196,9 +198,9 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 
 
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
-    """Returns a hash of the kind of a dataset, the schema version of that kind, and the configuration.
+    """Returns a hash of the kind of a dataset, its schema version and its configuration.
 
-    Together with the input, they determine the rows.
+    These and the input determine the rows.
     """
     identity = {"kind": kind, "schema_version": SCHEMA_VERSIONS.get(kind, 1), "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -211,7 +213,7 @@ def compute_checksum(file: BinaryIO) -> str:
 
 
 def compute_checksums(file: BinaryIO) -> tuple[str, str]:
-    """Returns the SHA-256 of a file as `sha256:HEX`, and the joined checksums of its blocks."""
+    """Returns the SHA-256 of a file as `sha256:HEX`, and the concatenated checksums of its blocks."""
     digest, blocks = hashlib.sha256(), []
     while block := file.read(BLOCK_BYTES):
         digest.update(block)

@@ -1,4 +1,4 @@
-"""Shows the progress of writing a dataset. It counts the images of finished shards and of shards in progress."""
+"""Shows the progress of writing a dataset. The images of finished shards and of shards in progress are counted."""
 
 import threading
 import time
@@ -14,38 +14,49 @@ __all__ = ["show_progress"]
 
 @contextmanager
 def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: bool = True) -> Iterator[None]:
-    """Shows images, images/s, the time left, shards and failures while the block processes the pending shards."""
+    """Shows a progress bar while the `with` block runs a job: images, images/s, the time left, shards and failures.
+
+    Args:
+        job: the job. Progress is read from the folder of its first output, where workers write it.
+        pending: numbers of the shards that the job processes. Ignored if the job verifies all shards.
+        label: text before the bar.
+        enabled: whether to show the bar.
+    """
     if not enabled:
         yield
         return
     output = job.outputs[0]
     unfinished = set(job.unfinished_shards() if job.verify else pending)
-    stale = output.read_markers(unfinished)  # such a shard is counted as soon as its marker changes
-    stale_progress = output.read_progress(unfinished)  # an earlier run was killed
+    # Shards to process again have markers, and an earlier run that was killed has left progress. Only changes count.
+    old_markers = output.read_markers(unfinished)
+    old_progress = output.read_progress(unfinished)
     images = failures = shown = 0
     counted = set[int]()
 
-    def count(add: Callable[[int, str], None], shards: Set[int]) -> None:
-        """Adds the images of new markers and of shards in progress to the bar. The count never decreases."""
+    def advance(add: Callable[[int, str], None], shards: Set[int]) -> None:
+        """Calls `add` with the number of images processed since the last call, and with a status.
+
+        The total never decreases.
+        """
         nonlocal images, failures, shown
         with suppress(StorageError):  # if the storage cannot be reached, the pipeline reports the error
             for marker in output.iter_markers((output.done_shards() & shards) - counted):
-                if marker != stale.get(marker.shard):
+                if marker != old_markers.get(marker.shard):
                     counted.add(marker.shard)
                     failures += marker.failures
                     images += marker.images
             progress = output.read_progress(shards - counted)
-            in_progress = sum(count for shard, count in progress.items() if count != stale_progress.get(shard))
+            in_progress = sum(count for shard, count in progress.items() if count != old_progress.get(shard))
             added = max(0, images + in_progress - shown)
             shown += added
             add(added, f"{len(counted)}/{output.shards} shards, {failures} failed")
 
     def watch() -> None:
-        count(bar.skip, set(range(output.shards)) - unfinished)  # shards of earlier runs do not count towards the rate
+        advance(bar.skip, set(range(output.shards)) - unfinished)  # do not count towards the rate
         pause = 1.0
         while not stop.wait(pause):
             started = time.monotonic()
-            count(bar.update, unfinished)
+            advance(bar.update, unfinished)
             pause = max(1.0, 20 * (time.monotonic() - started))  # listing takes at most 5% of the time
 
     totals = job.source.read_totals() or job.source.compute_totals()
@@ -58,4 +69,4 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
         finally:
             stop.set()
             thread.join()
-            count(bar.update, unfinished)
+            advance(bar.update, unfinished)

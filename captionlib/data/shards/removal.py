@@ -1,8 +1,8 @@
-"""Removes images from datasets, and lists them in the manifest so that later updates do not add them again.
+"""Removes images from datasets, and lists them in a file of the manifest so that later updates do not add them again.
 
-A manifest is the dataset of image paths and reference captions that all other datasets are made from. The list contains
-hashes of the image ids, so the files no longer contain the ids of removed images. A marker is the JSON file that
-records that a shard is complete; it contains the checksum of the input shard.
+The list contains hashes of the image ids, so no file contains the ids of removed images. A manifest is the dataset of
+image paths and reference captions that all other datasets are made from. A marker is the JSON file that records that a
+shard is complete; it contains the checksum of the input shard.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ from captionlib.storage.folders import Folder
 
 __all__ = ["Removal", "RemovedImages", "list_removed", "plan_removal"]
 
-_STALE = "stale"  # instead of the checksum of the input shard, so the next run processes the shard again
+# Stored in a marker instead of the checksum of the input shard, so that the next run processes the shard again.
+_STALE = "stale"
 
 
 @dataclass(frozen=True)
@@ -68,37 +69,37 @@ class Removal:
     Attributes:
         dataset: the dataset.
         image_ids: ids of the images to remove.
-        current: by shard, whether the shard was made from the current version of its input shard.
-        found: ids of the images to remove that the dataset contains, as rows or as failures.
-        uris: paths and URLs of these images.
-        reason: why the images are removed. The list in a manifest contains it.
+        is_current: for each shard with images to remove, whether it was made from the current version of its input.
+        found: those of `image_ids` that the dataset contains, as rows or as failures.
+        uris: paths and URLs of the images in `found`.
+        reason: why the images are removed. It is stored in the list of a manifest.
     """
 
     dataset: ShardedDataset
     image_ids: pa.StringArray
-    current: Mapping[int, bool]
+    is_current: Mapping[int, bool]
     found: frozenset[str]
     uris: frozenset[str]
     reason: str
 
     def run(self) -> None:
-        """Replaces all shards with these images at once. Run this for a manifest before the datasets made from it."""
+        """Removes the images from all shards atomically. Run this for a manifest before the datasets made from it."""
         dataset = self.dataset
         if dataset.kind == "manifest":
             self._add_to_list()
         if dataset.kind == "duplicates":
-            for shard in self.current:
+            for shard in self.is_current:
                 dataset.remove_shard(shard)  # the groups may change; `captionlib deduplicate` writes the shard again
-        elif self.current:
+        elif self.is_current:
             source = open_dataset(dataset.source) if dataset.source else None
             with update_shards(dataset, dataset.shards) as staged:
-                for shard in self.current:
+                for shard in self.is_current:
                     self._rewrite(staged, shard, "" if source is None else self._find_input_checksum(source, shard))
 
     def _find_input_checksum(self, source: ShardedDataset, shard: int) -> str:
-        """Returns the checksum of the input shard for the marker of a shard."""
+        """Returns the checksum of the input shard, which the marker of the rewritten shard contains."""
         marker = source.read_marker(shard)
-        return marker.checksum if self.current[shard] and marker is not None else _STALE
+        return marker.checksum if self.is_current[shard] and marker is not None else _STALE
 
     def _rewrite(self, staged: ShardedDataset, shard: int, input_checksum: str) -> None:
         rows = self.dataset.read(shard)
@@ -119,22 +120,22 @@ class Removal:
 
 
 def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: str = "") -> Removal:
-    """Finds the shards that contain images to remove. Plan the removal from all datasets before you run any of them.
+    """Finds the shards that contain images to remove. Call this for all datasets before running any of the removals.
 
     Args:
         dataset: a dataset of any kind.
         image_ids: ids of the images.
-        reason: why the images are removed. The list in a manifest contains it.
+        reason: why the images are removed. It is stored in the list of a manifest.
 
     Raises:
-        DamagedShardError: a marker of a complete dataset is missing or damaged, so images might be overlooked.
+        DamagedShardError: the dataset is complete, but a marker is missing or damaged, so images might be overlooked.
     """
     wanted = pa.array(sorted(image_ids), pa.string())
     markers = dataset.require_markers()
     source = None
     if dataset.source and dataset.kind != "duplicates":
         source = open_dataset(dataset.source).read_markers()
-    current: dict[int, bool] = {}
+    is_current: dict[int, bool] = {}
     found: set[str] = set()
     uris: set[str] = set()
     for shard, marker in sorted(markers.items()):
@@ -142,8 +143,8 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
         if matches:
             found.update(image_id for image_id, _ in matches)
             uris.update(uri for _, uri in matches)
-            current[shard] = source is None or (shard in source and source[shard].checksum == marker.source)
-    return Removal(dataset, wanted, current, frozenset(found), frozenset(uris), reason)
+            is_current[shard] = source is None or (shard in source and source[shard].checksum == marker.source)
+    return Removal(dataset, wanted, is_current, frozenset(found), frozenset(uris), reason)
 
 
 def _find(dataset: ShardedDataset, shard: int, wanted: pa.StringArray) -> list[tuple[str, str]]:

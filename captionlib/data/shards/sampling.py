@@ -1,4 +1,4 @@
-"""Writes a sample of a dataset for a stage, and estimates the time and size of the rest from the result."""
+"""Samples the input of a stage. From the output, estimates the time and size for the rest of the input."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -27,26 +27,26 @@ class Sample:
     """The input of a stage: a dataset, or a sample of its rows.
 
     Attributes:
-        rows: the dataset that the stage reads.
-        limit: number of rows of the sample. If None, `rows` is the whole dataset.
+        dataset: the dataset that the stage reads.
+        limit: maximum number of rows of the sample. If None, `dataset` is the whole input and not a sample.
     """
 
-    rows: ShardedDataset
+    dataset: ShardedDataset
     limit: int | None = None
 
     @property
-    def origin(self) -> dict[str, Any]:
-        """The arguments of `create_dataset` that describe the input of an output dataset.
+    def input_arguments(self) -> dict[str, Any]:
+        """The arguments of `create_dataset` that describe the input of the stage's output.
 
         The output of a sample has no source, because the sample is removed.
         """
         if self.limit is None:
-            return {"source": self.rows}
-        return {"shards": self.rows.shards, "lineage": self.rows.lineage}
+            return {"source": self.dataset}
+        return {"shards": self.dataset.shards, "lineage": self.dataset.lineage}
 
     @property
     def config(self) -> dict[str, int]:
-        """Part of the configuration of an output dataset, so that other runs do not continue the output of a sample."""
+        """Part of the configuration of the output, so that a run on the whole dataset does not resume it."""
         return {} if self.limit is None else {"sample": self.limit}
 
 
@@ -56,8 +56,8 @@ def open_sample(
 ) -> Iterator[Sample]:
     """Yields the whole dataset if `limit` is None, and otherwise a sample of up to `limit` evenly spaced rows.
 
-    Until the block ends, the sample is in a subfolder of the output, so that all workers can read it. It has a
-    shard for each worker, or more if it is large.
+    The sample is in a subfolder of the output, so that all workers can read it, and is removed when the `with` block
+    ends. It has one shard per worker, or more if it is large.
 
     Raises:
         ConfigError: the output is the dataset itself.
@@ -102,7 +102,7 @@ def _write_sample(source: ShardedDataset, address: str, limit: int, workers: int
 def _read_rows(
     source: ShardedDataset, starts: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows at ascending positions in the dataset. `starts` has the position of each shard's first row."""
+    """Yields the rows at ascending positions in the dataset. `starts` are the positions of the shards' first rows."""
     shards = np.searchsorted(starts, positions, side="right") - 1
     for shard in np.unique(shards):
         start, wanted = int(starts[shard]), positions[shards == shard]
@@ -115,14 +115,14 @@ def _read_rows(
 
 @dataclass(frozen=True)
 class Estimate:
-    """The estimated cost of processing the images that are not in a sample.
+    """The estimated cost of processing the images that are not in the sample.
 
     Attributes:
         images: number of these images.
         images_per_second: total speed of all workers.
-        seconds: time at this speed.
-        bytes: size of the output.
-        failures: number of images that cannot be read.
+        seconds: time that these images take at this speed.
+        bytes: size of their output.
+        failures: number of them that cannot be read.
     """
 
     images: int

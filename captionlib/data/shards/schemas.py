@@ -35,7 +35,11 @@ def _schema(*text: str, **columns: pa.DataType) -> pa.Schema:
 
 
 _VERSION = pa.field("version", pa.string())
-_READ_FROM_FILE = [pa.field("width", pa.int32()), pa.field("height", pa.int32()), pa.field("content_hash", pa.string())]
+_IMAGE_FILE_FIELDS = [
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("content_hash", pa.string()),
+]
 
 MANIFEST_SCHEMA = pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("split", captions=pa.list_(pa.string()))])
 FAILURES_SCHEMA = pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("stage", "error", "message")])
@@ -54,7 +58,7 @@ COLUMN_DESCRIPTIONS = {
     "caption": "Best caption.",
     "log_prob": "Natural logarithm of the probability of the caption, summed over its tokens.",
     "tokens": "Number of tokens in the caption, including the end token.",
-    "image_text_score": "Cosine similarity of the caption and the image, computed by a ranker; null if there is none.",
+    "image_text_score": "Cosine similarity of caption and image, from an image-text model; null if there is none.",
     "candidates": "Candidate captions for the image, best first.",
     "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
     "embedding": "Embedding of the image: a unit vector in the joint space of images and captions.",
@@ -68,7 +72,7 @@ COLUMN_DESCRIPTIONS = {
 
 
 def add_missing_columns(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Returns rows with exactly the columns of a schema. Nullable columns that the rows lack are null.
+    """Returns rows with exactly the columns of a schema. Missing nullable columns are filled with nulls.
 
     Raises:
         KeyError: the rows lack a column that is not nullable.
@@ -85,7 +89,7 @@ def add_missing_columns(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBat
 
 
 def upgrade_schema(kind: str, stored: pa.Schema) -> pa.Schema:
-    """Returns the schema of a stored dataset, plus the nullable columns that its kind has gained since then."""
+    """Returns the schema of a stored dataset, plus the nullable columns that were added to its kind since then."""
     current = {
         "manifest": MANIFEST_SCHEMA,
         "features": features_schema(1, "float16"),
@@ -102,7 +106,7 @@ def upgrade_schema(kind: str, stored: pa.Schema) -> pa.Schema:
 
 
 def failure_row(row: Mapping[str, Any], error: ImageError) -> dict[str, str | None]:
-    """Returns the row of the failures table for an image that could not be read; `row` is its row in the input."""
+    """Returns a row of the failures table. `row` is the input row of the image that could not be read."""
     return {
         "image_id": row["image_id"],
         "uri": row["uri"],
@@ -119,7 +123,7 @@ def features_schema(size: int, dtype: str) -> pa.Schema:
     `features` is a vector of `size` float16 or float32 values.
     """
     vector = pa.list_({"float16": pa.float16(), "float32": pa.float32()}[dtype], size)
-    return pa.schema([*MANIFEST_SCHEMA, *_READ_FROM_FILE, pa.field("features", vector, nullable=False)])
+    return pa.schema([*MANIFEST_SCHEMA, *_IMAGE_FILE_FIELDS, pa.field("features", vector, nullable=False)])
 
 
 def captions_schema(positions: int | None = None, has_scores: bool = False) -> pa.Schema:
@@ -140,10 +144,12 @@ def captions_schema(positions: int | None = None, has_scores: bool = False) -> p
         candidates=pa.list_(candidate),
         **attention,
     )
-    return pa.schema([*_schema("image_id", "uri"), _VERSION, *_schema("split"), *_READ_FROM_FILE, *captions, *scores])
+    return pa.schema(
+        [*_schema("image_id", "uri"), _VERSION, *_schema("split"), *_IMAGE_FILE_FIELDS, *captions, *scores]
+    )
 
 
 def embeddings_schema(size: int) -> pa.Schema:
     """Returns the schema of an embeddings dataset: unit vectors in the joint space of images and captions."""
     vector = _schema(embedding=pa.list_(pa.float16(), size))
-    return pa.schema([*_schema("image_id", "uri"), _VERSION, *_READ_FROM_FILE, *vector])
+    return pa.schema([*_schema("image_id", "uri"), _VERSION, *_IMAGE_FILE_FIELDS, *vector])

@@ -1,4 +1,4 @@
-"""Runs a stage (a step such as feature extraction) on one shard of a dataset. Running it again gives the same rows.
+"""Runs a stage (a step such as feature extraction) on one shard of a dataset. A repeated run gives the same rows.
 
 A finished shard has a marker, the JSON file that records that the shard is complete.
 """
@@ -22,7 +22,7 @@ from captionlib.errors import DamagedShardError, DatasetError, ImageError
 __all__ = ["ProcessRows", "ReportFailure", "ShardJob", "Stage", "match_images", "replace_columns"]
 
 ReportFailure = Callable[[Mapping[str, Any], ImageError], None]
-"""Records an image that could not be read. Takes its row in the input, and the error."""
+"""Records an image that could not be read. Takes the input row of the image, and the error."""
 
 ProcessRows = Callable[[Iterator[pa.RecordBatch], ReportFailure], Iterator[tuple[pa.RecordBatch, ...]]]
 """Converts the rows of a shard to output rows in the same order. Yields tuples with a batch for each output dataset."""
@@ -43,11 +43,11 @@ class Stage(Protocol):
 class ShardJob:
     """A stage, its complete input dataset, and its output datasets, which have the same number of shards.
 
-    A finished shard is stale if its input shard has changed since. When a shard is processed again, rows and failures
-    (unreadable images) are copied from the old output if the image has not changed.
+    A finished shard is stale if its input shard has changed since. When a shard is processed again, the rows and
+    failures (unreadable images) of unchanged images are copied from the old output.
 
     Attributes:
-        retry_failures: retry the images that could not be read, also those of finished shards.
+        retry_failures: retry the images that could not be read, including those of finished shards.
         verify: verify the checksums of finished shards, and process damaged ones again.
     """
 
@@ -58,10 +58,11 @@ class ShardJob:
     verify: bool = False
 
     def plan(self) -> Iterator[list[int]]:
-        """Yields up to two lists of shards to process. The first is processed before the second is requested.
+        """Yields up to two lists of shards to process. The caller processes the first before it requests the second.
 
-        Reading the markers of many finished shards takes long. Therefore, if the input has not changed since the
-        outputs were created, the first list contains the shards without a marker or data file: a listing finds them.
+        Reading the markers of many finished shards takes long, while a listing shows at once which files are missing.
+        Therefore, if the input has not changed since the outputs were created, the first list contains only the shards
+        that lack a marker or a data file.
         """
         missing = self._find_missing()
         if missing:
@@ -76,9 +77,9 @@ class ShardJob:
         return self.unfinished_shards(processed)
 
     def unfinished_shards(self, processed: Collection[int] = ()) -> list[int]:
-        """Returns the sorted numbers of the shards that are unfinished or stale, or whose failures are retried.
+        """Returns the sorted numbers of the shards that are unfinished, are stale, or have failures to retry.
 
-        Reads the markers of all shards except for those in `processed`.
+        Reads the markers of all shards except for those in `processed`, which are not returned.
         """
         shards = sorted(set(range(self.source.shards)) - set(processed))
         if not shards:
@@ -92,9 +93,10 @@ class ShardJob:
         ]
 
     def _find_missing(self) -> list[int]:
-        """Returns the shards that lack a marker or data file, or an empty list if finished shards may be pending too.
+        """Returns the shards that lack a marker or a data file, for the first list of `plan`.
 
-        In that case, one pipeline processes all shards, so a cluster is started only once.
+        Returns an empty list if finished shards may be pending too. Then `plan` yields a single list of all pending
+        shards, so that a cluster is started only once.
         """
         checksum = self.source.compute_content_checksum()
         if self.verify or self.retry_failures or any(output.source_checksum != checksum for output in self.outputs):
@@ -104,6 +106,10 @@ class ShardJob:
 
     def run(self, shard: int, process: ProcessRows) -> Marker:
         """Processes a shard, unless it is finished.
+
+        Args:
+            shard: number of the shard.
+            process: the function that `Stage.open` yields.
 
         Returns:
             The marker of the first output.
@@ -115,8 +121,8 @@ class ShardJob:
             input_marker = self.source.read_marker(shard)
             if input_marker is None:
                 raise DatasetError(
-                    f"{self.source.folder.uri}: {part_name(shard)} is not finished; run the command that writes this "
-                    "dataset again"
+                    f"{self.source.folder.uri}: {part_name(shard)} is not finished; rerun the command that writes this "
+                    "dataset"
                 )
             markers = [output.read_marker(shard) for output in self.outputs]
             intact = not (self.verify and any(output.verify_shard(shard) for output in self.outputs))
@@ -147,31 +153,31 @@ class ShardJob:
 
     def _process(self, shard: int, input_marker: Marker, process: ProcessRows) -> Marker:
         """Processes the new and changed images, and merges their rows with the unchanged rows of the old output."""
-        old = self._find_unchanged(shard, input_marker)
+        unchanged = self._find_unchanged(shard, input_marker)
         with ExitStack() as stack:  # exits in reverse order and publishes the first output last
             writers = [
                 stack.enter_context(write_shard(output, shard, input_marker.rows, input_marker.checksum))
                 for output in self.outputs
             ]
 
-            def fail(row: Mapping[str, Any], error: ImageError) -> None:
+            def record_failure(row: Mapping[str, Any], error: ImageError) -> None:
                 for writer in writers:
                     writer.write_failure(row, error)
 
-            if old is None:
-                results = process(self.source.read_batches(shard, self.stage.columns, marker=input_marker), fail)
+            if unchanged is None:
+                rows = self.source.read_batches(shard, self.stage.columns, marker=input_marker)
+                results = process(rows, record_failure)
             else:
-                results = old.merge(
-                    process(self._read_rows(shard, input_marker, old.missing), fail) if any(old.missing) else iter(())
-                )
+                rows = self._read_rows(shard, input_marker, unchanged.is_pending)
+                results = unchanged.merge(process(rows, record_failure) if any(unchanged.is_pending) else iter(()))
                 for writer in writers:
-                    writer.failures += old.failures.to_pylist()
+                    writer.failures += unchanged.failures.to_pylist()
             for batches in results:
                 for writer, batch in zip(writers, batches, strict=True):
                     writer.write(batch)
-            if old is not None:
+            if unchanged is not None:
                 for writer in writers:
-                    writer.failures.sort(key=lambda row: old.positions[str(row["image_id"])])
+                    writer.failures.sort(key=lambda row: unchanged.positions[str(row["image_id"])])
         return writers[0].marker
 
     def _read_rows(self, shard: int, input_marker: Marker, selected: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
@@ -203,17 +209,17 @@ class _UnchangedRows:
 
     Attributes:
         positions: position of each image id in the input.
-        kept: positions of the unchanged rows, in ascending order.
+        kept: positions in the input of the unchanged rows, ascending.
         tables: the unchanged rows of each output. Columns that the input also has are copied from the input.
         failures: the unchanged failures.
-        missing: for each row of the input, whether it must be processed.
+        is_pending: for each row of the input, whether it must be processed.
     """
 
     positions: Mapping[str, int]
     kept: npt.NDArray[np.int64]
     tables: Sequence[pa.Table]
     failures: pa.Table
-    missing: npt.NDArray[np.bool_]
+    is_pending: npt.NDArray[np.bool_]
 
     @classmethod
     def find(cls, rows: pa.Table, outputs: Sequence[pa.Table], failures: pa.Table) -> "_UnchangedRows":

@@ -57,27 +57,27 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
         DatasetError: a different update of the dataset was committed at the same time.
     """
     folder = dataset.folder
-    before = dataset.compute_content_checksum()
+    checksum_before = dataset.compute_content_checksum()
     drop_uncommitted_updates(folder)
-    name = uuid.uuid4().hex
-    staging = Folder(folder.address(f"{UPDATE_FOLDER}/{name}"))
+    update_id = uuid.uuid4().hex
+    staging = Folder(folder.address(f"{UPDATE_FOLDER}/{update_id}"))
     staged = replace(dataset, folder=staging, shards=max(shards, dataset.shards), **changes)
-    complete = dataset.is_complete()
+    was_complete = dataset.is_complete()
     try:
         yield staged
         written = {part_name(shard): _join_checksums(marker) for shard, marker in sorted(staged.read_markers().items())}
-        if folder.exists(JOURNAL_FILE) or open_dataset(folder.uri).compute_content_checksum() != before:
+        if folder.exists(JOURNAL_FILE) or open_dataset(folder.uri).compute_content_checksum() != checksum_before:
             raise DatasetError(
                 f"{folder.uri}: another command updated this dataset at the same time; run this one again"
             )
     except BaseException:
-        folder.remove(f"{UPDATE_FOLDER}/{name}")
+        folder.remove(f"{UPDATE_FOLDER}/{update_id}")
         raise
     journal = {
-        "id": name,
+        "id": update_id,
         "written": written,
         "previous_shards": dataset.shards,
-        "complete": complete,
+        "complete": was_complete,
         "description": {"shards": shards, **changes},
     }
     folder.write(JOURNAL_FILE, encode_record(journal))
@@ -102,11 +102,11 @@ def complete_update(folder: Folder) -> None:
     staging = f"{UPDATE_FOLDER}/{journal['id']}"
     _require_staged(folder, staging, journal["written"])
     for name in journal["written"]:
-        _move_shard(folder, staging, name)  # part-00000, for example
+        _move_shard(folder, staging, name)
     old = decode_record(folder.read(DESCRIPTION_FILE))
     if (new := {**old, **journal["description"]}) != old:
         folder.write(DESCRIPTION_FILE, encode_record(new))
-    dataset = open_dataset(folder.uri, complete=False)
+    dataset = open_dataset(folder.uri, complete_update=False)
     for shard in range(dataset.shards, journal["previous_shards"]):
         dataset.remove_shard(shard)
     if journal["complete"]:
@@ -130,9 +130,14 @@ def _read_journal(folder: Folder) -> dict[str, Any] | None:
 
 
 def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> None:
-    """Raises DatasetError if a shard is neither staged nor in place.
+    """Raises DatasetError if a shard of the update is neither staged nor in place.
 
-    In that case, also drops the update if none of its shards has been moved yet.
+    If no other shard has been moved into place either, drops the update before it raises the error.
+
+    Args:
+        folder: folder of the dataset.
+        staging: path of the folder with the staged shards, relative to `folder`.
+        written: for each shard, its part name (such as `part-00000`) and the checksums of its new files.
     """
     moved, missing = [], []
     for name, checksums in written.items():
@@ -151,11 +156,11 @@ def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> No
 
 
 def _move_shard(folder: Folder, staging: str, name: str) -> None:
-    """Moves a staged shard into place. Until all its files are moved, the marker describes the old version too."""
+    """Moves the staged shard with this part name. Until it is moved, the marker describes both versions of it."""
     new = _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")
     current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
     if new is None or current == new:
-        return  # this shard was moved before
+        return  # the shard has been moved already
     if current is not None and _join_checksums(current) != _join_checksums(new):
         write_marker(folder, replace(new, previous=replace(current, previous=None)))
     folder.move(f"{staging}/{name}.parquet", f"{name}.parquet")
@@ -168,7 +173,7 @@ def _move_shard(folder: Folder, staging: str, name: str) -> None:
 
 
 def _join_checksums(marker: Marker) -> str:
-    """Returns the checksums of the files of a shard."""
+    """Returns the checksums of the data file and the failures file of a shard."""
     return f"{marker.checksum} {marker.failures_checksum}"
 
 

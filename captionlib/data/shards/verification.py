@@ -13,20 +13,20 @@ from captionlib.storage.retries import RangedFile
 
 __all__ = ["VerifiedFile"]
 
-_LATEST_BYTES = 4 * BLOCK_BYTES  # larger reads are not kept
-_DIGITS = len(compute_block_checksum(b""))  # of the checksum of a block
+_MAX_CACHED_BYTES = 4 * BLOCK_BYTES
+_CHECKSUM_DIGITS = len(compute_block_checksum(b""))
 
 
 class VerifiedFile(RangedFile):
-    """A data file that never returns bytes that differ from those written.
+    """A data file whose bytes are verified before they are returned.
 
     Args:
-        fs: the file system.
-        path: the path of the file.
+        fs: fsspec file system.
+        path: path of the file within `fs`.
         versions: markers of the versions of the shard. The file must match one of them.
 
     Raises:
-        DamagedShardError: the file matches none of the versions. Opening or reading the file may raise it.
+        DamagedShardError: the file matches none of the versions. This is raised when the file is opened or read.
     """
 
     def __init__(self, fs: Any, path: str, versions: Iterable[Marker]) -> None:
@@ -34,20 +34,20 @@ class VerifiedFile(RangedFile):
         versions = list(versions)
         self._candidates = [version for version in versions if version.bytes == self._size]
         self._lock = threading.Lock()
-        self._latest = (0, b"")  # offset and bytes of the last read, because readers often continue in the same block
+        self._cached = (0, b"")  # offset and bytes of the last read, because readers often continue in the same block
         if not self._candidates:
             expected = " or ".join(str(version.bytes) for version in versions)
             raise DamagedShardError(f"expected {expected} bytes, got {self._size}")
 
     def _read_range(self, start: int, end: int) -> bytes:
         first = start - start % BLOCK_BYTES
-        begin, content = self._latest
+        begin, content = self._cached
         if not begin <= start <= end <= begin + len(content):
             begin = first
             content = self._read_blocks(first, min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, self._size))
             self._verify(first, content)
-            if len(content) <= _LATEST_BYTES:
-                self._latest = begin, content
+            if len(content) <= _MAX_CACHED_BYTES:
+                self._cached = begin, content
         return content[start - begin : end - begin]
 
     def _read_blocks(self, start: int, end: int) -> bytes:
@@ -63,7 +63,7 @@ class VerifiedFile(RangedFile):
         actual = "".join(
             compute_block_checksum(view[offset : offset + BLOCK_BYTES]) for offset in range(0, len(view), BLOCK_BYTES)
         )
-        position = start // BLOCK_BYTES * _DIGITS
+        position = start // BLOCK_BYTES * _CHECKSUM_DIGITS
         with self._lock:
             self._candidates = [
                 version

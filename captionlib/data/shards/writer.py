@@ -40,11 +40,11 @@ PROGRESS_SECONDS = 5.0  # interval between updates of the number of images of an
 class ShardWriter:
     """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`.
 
-    If writing takes long, a file contains the number of images so far, so that progress is shown on any runner.
+    If writing takes long, the number of images so far is written to a file, so that all Beam runners can show progress.
     """
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, folder: Folder, shard: int) -> None:
-        self.marker: Marker  # describes the shard; set when the block of `write_shard` ends
+        self.marker: Marker  # describes the shard; set when the `with` block of `write_shard` ends
         self.rows = 0
         self.failures: list[dict[str, str | None]] = []
         self._writer = writer
@@ -56,7 +56,7 @@ class ShardWriter:
         self._is_reported = False
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
-        """Adds rows. A row group is written as soon as it is full. Nullable columns that the rows lack are null."""
+        """Adds rows. A row group is written as soon as it is full. Missing nullable columns are filled with nulls."""
         if isinstance(rows, pa.Table):
             for batch in rows.to_batches():
                 self.write(batch)
@@ -72,7 +72,7 @@ class ShardWriter:
             self._report_progress()
 
     def write_failure(self, row: Mapping[str, Any], error: ImageError) -> None:
-        """Records an image that could not be read; `row` is its row in the input."""
+        """Records an image that could not be read. `row` is its input row."""
         self.failures.append(failure_row(row, error))
 
     def flush(self) -> None:
@@ -81,7 +81,7 @@ class ShardWriter:
         self._buffer, self._buffered_rows, self._buffered_bytes = [], 0, 0
 
     def remove_progress(self) -> None:
-        """Removes the file with the number of images."""
+        """Removes the file with the number of images so far."""
         if self._is_reported:
             self._folder.remove_file(self._progress_file)
 
@@ -91,15 +91,15 @@ class ShardWriter:
             self._is_reported = True
             self._folder.write(self._progress_file, str(self.rows + len(self.failures)).encode())
         seconds = time.monotonic() - started
-        self._report_at = started + max(PROGRESS_SECONDS, 100 * seconds)  # takes at most 1% of the time
+        self._report_at = started + max(PROGRESS_SECONDS, 100 * seconds)  # reports take at most 1% of the time
 
 
 @contextmanager
 def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checksum: str = "") -> Iterator[ShardWriter]:
-    """Yields a writer for a shard. The shard is published when the block ends, unless the block raises.
+    """Yields a writer for a shard. The shard is published when the `with` block ends, unless the block raises.
 
-    If the shard already exists, a marker that describes both the old and the new version is written first. Readers then
-    accept files of either version until all files are replaced.
+    If the shard already exists, a marker that describes both the old and the new version is written before its files
+    are replaced. Meanwhile, readers accept files of either version.
 
     Args:
         dataset: the dataset, which must be marked as incomplete.
@@ -108,7 +108,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
         input_checksum: checksum of the data file of the input shard, if there is one.
 
     Raises:
-        DatasetError: rows and failures do not add up to `expected`, the number of rows of the input shard.
+        DatasetError: rows and failures do not add up to `expected`.
     """
     started = time.monotonic()
     name = part_name(shard)
@@ -123,7 +123,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
                 f"got {writer.rows} rows and {len(writer.failures)} failures; the shard was not published"
             )
         with path.open("rb") as file:
-            checksum, block_checksums = compute_checksums(file)
+            checksum, block_checksums = compute_checksums(file)  # of the whole file, and of each `BLOCK_BYTES` of it
         failures = _encode_failures(writer.failures)
         writer.marker = Marker(
             shard=shard,
@@ -142,6 +142,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
         previous = dataset.read_marker_even_if_unfinished(shard)
         if previous is not None and not _has_same_files(previous, writer.marker):
             write_marker(dataset.folder, replace(writer.marker, previous=previous))
+    # The end of the block above has moved the data file into place.
     failures_name = f"{FAILURES_FOLDER}/{name}.parquet"
     if failures:
         dataset.folder.write(failures_name, failures)
@@ -167,15 +168,15 @@ def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetW
 def _has_same_files(previous: Marker, marker: Marker) -> bool:
     """Returns whether `previous` describes a finished shard with the same files as `marker`.
 
-    If so, no marker with two versions is written, which would say that the shard is unfinished. This keeps two
-    identical runs at the same time from marking each other's finished shards as unfinished.
+    If so, the shard need not be marked as unfinished, and two identical runs at the same time do not mark each other's
+    finished shards as unfinished.
     """
     same = previous.checksum == marker.checksum and previous.failures_checksum == marker.failures_checksum
     return same and previous.previous is None
 
 
 def _encode_failures(failures: list[dict[str, str | None]]) -> bytes:
-    """Returns failures as the content of a Parquet file, which is empty if there are none."""
+    """Encodes failures as a Parquet file. Returns no bytes if there are none."""
     content = io.BytesIO()
     if failures:
         pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), content, compression="zstd")

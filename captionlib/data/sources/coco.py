@@ -20,9 +20,10 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
     """Yields the images of COCO caption files in file order. One file at a time is held in memory.
 
     The split is `options.default_split` or, if that is empty, the split in the file name: `train` for
-    `captions_train2014.json`. Image paths are relative to the subfolder of the image root that the file name mentions
-    (here `train2014/`) or, if it does not exist, to the root itself. The default root is the folder of the JSON file,
-    or its parent folder if only the parent has the subfolder. See `RowReader` for the arguments.
+    `captions_train2014.json`. Image paths are relative to the subfolder that the file name mentions: here,
+    `train2014/`. It is looked for in the image root or, if none is given, in the folder of the JSON file and then in
+    the parent of that folder. If it is not found, image paths are relative to the first folder that was searched.
+    See `captionlib.data.sources.rows.RowReader` for the arguments.
 
     Raises:
         DatasetError: a file is not in COCO's format, or none of its captions belongs to one of its images.
@@ -47,7 +48,7 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
             listed.add(image_id)
             captions = [text for annotation in annotations.get(image_id, ()) for text in annotation["captions"]]
             yield ManifestRow(image_id, uri, split, tuple(captions), origin)
-        _count_unmatched(annotations, listed, location, skips)
+        _reject_unmatched(annotations, listed, location, skips)
 
 
 def _index_annotations(
@@ -84,10 +85,14 @@ def _index_annotations(
     return by_image
 
 
-def _count_unmatched(
+def _reject_unmatched(
     annotations: dict[str, list[dict[str, Any]]], listed: set[str], location: Location, skips: SkipCounter
 ) -> None:
-    """Counts the captions of images that the file does not list."""
+    """Rejects the captions of images that the file does not list.
+
+    Raises:
+        DatasetError: the file has captions, but lists none of their images.
+    """
     unmatched = [image_id for image_id in annotations if image_id not in listed]
     if listed and unmatched and len(unmatched) == len(annotations):
         raise DatasetError(

@@ -58,7 +58,7 @@ def select_columns(available: Sequence[str], options: SourceOptions, table: str)
         table: path or URL of the table, for error messages.
 
     Raises:
-        ConfigError: a specified column or the uri column is missing, or two columns have the same name.
+        ConfigError: a specified column or the uri column is missing, or two columns match the same name.
     """
     uri = select_column(available, options.uri_column, URI_NAMES, table)
     if uri is None:
@@ -99,7 +99,7 @@ def select_column(available: Sequence[str], name: str | None, conventional: Sequ
 
 
 def select_caption_columns(available: Sequence[str], names: Sequence[str], table: str) -> tuple[str, ...]:
-    """Returns the caption columns: `names`, if any; otherwise a conventional name, or caption_0, caption_1, etc.
+    """Returns the caption columns: `names` or, if empty, a column with a conventional name, or caption_0, caption_1...
 
     Raises:
         ConfigError: a column is missing or ambiguous.

@@ -21,7 +21,7 @@ from captionlib.errors import DatasetError, EntryError
 
 __all__ = ["CAPTION_LINE", "read_flickr"]
 
-# Flickr8k has captions for `2258277193_586949ec62.jpg.1`, but the image file has no such number in its name.
+# Flickr8k has captions for `2258277193_586949ec62.jpg.1`, but the name of the image file ends with `.jpg`.
 CAPTION_LINE = re.compile(r"(?P<name>[^\t#]+?\.\w+?)(?:\.\d+)?#\w+\t(?P<caption>.*)", re.DOTALL)
 _OFFICIAL_SPLIT_FILE = re.compile(r"(?i)flickr_?(?:8|30)k\.(?P<split>train|dev|val|test)images\.txt")
 
@@ -30,8 +30,8 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
     """Yields the images of caption files in file order. The id is the image's file name.
 
     Splits come from `options.split_files` or, by default, from the official split files in the folder of the captions,
-    such as `Flickr_8k.trainImages.txt`. If there are split files, images that are in none of them are skipped.
-    See `RowReader` for the arguments.
+    such as `Flickr_8k.trainImages.txt`. If split files are used, images that none of them lists are skipped.
+    See `captionlib.data.sources.rows.RowReader` for the arguments.
 
     Raises:
         DatasetError: an image is in two splits.
@@ -88,7 +88,11 @@ def _find_official_split_files(folder: Location) -> dict[str, Location]:
 
 
 def _read_splits(files: Mapping[str, Location]) -> dict[str, str]:
-    """Returns the split by image name without its extension, since only some split files include the extension."""
+    """Maps image names without extension to splits. Only some split files include the extension.
+
+    Raises:
+        DatasetError: an image is in two splits.
+    """
     splits: dict[str, str] = {}
     for split, location in files.items():
         for line in read_lines(location):

@@ -17,7 +17,7 @@ from captionlib.data.sources.locations import (
     split_glob,
 )
 from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
-from captionlib.data.sources.versions import version_from_file, version_from_listing, version_from_status
+from captionlib.data.sources.versions import version_from_file, version_from_listing, version_from_stat
 from captionlib.errors import DatasetError
 from captionlib.storage.file_systems import split_protocol
 
@@ -31,7 +31,8 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
     Files with an image extension or without an extension become rows; they are not opened. Other extensions, hidden
     files and folders, and special files are skipped. Symbolic links are followed unless they point to a parent folder.
-    For a glob, ids are relative to the last folder before the first wildcard. See `RowReader` for the arguments.
+    For a glob, ids are relative to the last folder before the first wildcard.
+    See `captionlib.data.sources.rows.RowReader` for the arguments.
 
     Raises:
         DatasetError: a folder does not exist or cannot be read.
@@ -49,13 +50,13 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
             if _is_image_name(name, skips):
                 uri = f"{root.address}/{name}"
                 if names_part_of_file(uri) and not root.is_local:
-                    skips.reject_image("name in the form of an address of a part of a file", uri)
+                    skips.reject_image("name that looks like the address of a part of a file", uri)
                     continue
                 yield ManifestRow(name, uri, options.default_split, (), uri, version)
 
 
 def find_images(address: str) -> list[str]:
-    """Returns the addresses of the images in a folder or matching a glob, or the address itself if it is neither.
+    """Returns the addresses of the images that a folder or glob contains. Any other address is returned as it is.
 
     Raises:
         DatasetError: a folder cannot be read, or a folder or glob has no images.
@@ -74,9 +75,10 @@ def find_images(address: str) -> list[str]:
 def _is_image_name(name: str, skips: SkipCounter) -> bool:
     extension = get_extension(name)
     if extension and extension not in IMAGE_EXTENSIONS:
-        # Extensions with digits, such as those of a.001 and a.002, would otherwise each add a reason.
-        named = re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", extension)
-        skips.count_ignored(f"not an image: extension {extension}" if named else "not an image: other extension")
+        # Only common forms of extensions are reasons of their own: .001, .002 etc. would be too many.
+        is_common_form = re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", extension)
+        reason = f"not an image: extension {extension}" if is_common_form else "not an image: other extension"
+        skips.count_ignored(reason)
         return False
     return True
 
@@ -84,9 +86,9 @@ def _is_image_name(name: str, skips: SkipCounter) -> bool:
 def _walk(
     root: Location, include_file: PathFilter, enter_folder: PathFilter, skips: SkipCounter
 ) -> Iterator[tuple[str, str]]:
-    """Yields file paths relative to `root`, with their versions.
+    """Yields file paths relative to `root`, with the versions of the files.
 
-    The files of a directory come first, in order, and then the files in its subdirectories.
+    The files of a directory come first, sorted by name, and then the files in its subdirectories.
     """
     pending: list[tuple[str, tuple[object, ...]]] = [("", ())]
     while pending:
@@ -107,7 +109,7 @@ def _walk(
 
 
 def _identify(folder: Location) -> object | None:
-    """Returns the device and inode of a local directory, which are the same if it is reached through a link."""
+    """Returns the device and inode of a local directory, after following links, or None for a remote directory."""
     if not folder.is_local:
         return None
     status = os.stat(folder.path or "/")  # noqa: PTH116  # faster than Path, for trees with many directories
@@ -115,7 +117,7 @@ def _identify(folder: Location) -> object | None:
 
 
 def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[tuple[str, str]], list[str]]:
-    """Returns the sorted names of the files, with their versions, and of the subdirectories in a directory."""
+    """Returns the sorted files of a directory, as names and versions, and its sorted subdirectories."""
     files: list[tuple[str, str]] = []
     folders: list[str] = []
     for name, kind, details in scan_folder(folder):
@@ -126,7 +128,7 @@ def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[tuple[str, s
         elif kind == "directory":
             folders.append(name)
         else:
-            version = version_from_status(details.stat()) if folder.is_local else version_from_listing(details)
+            version = version_from_stat(details.stat()) if folder.is_local else version_from_listing(details)
             files.append((name, version))
     return sorted(files), sorted(folders)
 

@@ -39,8 +39,8 @@ class SourceFormat:
 
     Attributes:
         read: function that yields the rows.
-        row_description: the part of the source that each row is read from, for an error message.
-        references_images: whether the source lists image paths, which may be wrong, instead of containing the images.
+        row_description: the parts of the source that rows are read from, for an error message.
+        references_images: whether the source contains image paths, which may be wrong, instead of images.
     """
 
     read: RowReader
@@ -49,7 +49,9 @@ class SourceFormat:
 
 
 SOURCE_FORMATS: Mapping[str, SourceFormat] = {
-    "folder": SourceFormat(read_folder, "visible files with an image extension or none", references_images=False),
+    "folder": SourceFormat(
+        read_folder, "visible files with an image extension or no extension", references_images=False
+    ),
     "coco": SourceFormat(read_coco, "entries of `images`", references_images=True),
     "karpathy": SourceFormat(read_karpathy, "entries of `images`", references_images=True),
     "flickr": SourceFormat(read_flickr, "lines of NAME.jpg#K, a tab and a caption, in a split", references_images=True),
@@ -114,15 +116,15 @@ def detect_common_format(addresses: Sequence[str]) -> str:
     """
     if not addresses:
         raise ConfigError("expected at least one source (path, URL or glob), got none")
-    examples: dict[str, str] = {}
+    first_addresses: dict[str, str] = {}  # by format
     for address in addresses:
-        examples.setdefault(detect_format(address), address)
-    if len(examples) > 1:
-        formats = ", ".join(f"{address} is {source_format}" for source_format, address in examples.items())
+        first_addresses.setdefault(detect_format(address), address)
+    if len(first_addresses) > 1:
+        formats = ", ".join(f"{address} is {source_format}" for source_format, address in first_addresses.items())
         raise ConfigError(
             f"expected sources of one format, got several: {formats}; prepare each separately, or set --format"
         )
-    return next(iter(examples))
+    return next(iter(first_addresses))
 
 
 def detect_format(address: str | os.PathLike[str]) -> str:
@@ -150,7 +152,7 @@ def _detect_glob(location: Location) -> str:
 
 
 def _detect_folder(folder: Location) -> str:
-    """Returns `folder` if a folder contains images or subfolders, or else the format of its tars or Parquet files."""
+    """Detects the format of a folder by its images, subfolders, tars and Parquet files. The default is `folder`."""
     parquet: Location | None = None
     has_tars = False
     for name, kind, _ in scan_folder(folder):
@@ -191,7 +193,7 @@ def _detect_parquet(location: Location) -> str:
 
 
 def _detect_json(location: Location) -> str:
-    """Detects a JSON format by the keys in the first megabyte, because reading a large file twice is slow."""
+    """Detects a JSON format by the keys in the first megabyte. Parsing the whole file here would be slow."""
     with open_file(location, decompress=True) as file:
         start = file.read(_PEEK_BYTES).decode("utf-8-sig", errors="replace")
     if start.lstrip().startswith("["):

@@ -27,14 +27,19 @@ from captionlib.errors import ConfigError, DatasetError, EntryError
 
 __all__ = ["find_image_columns", "read_hf_parquet"]
 
-_BYTES_NAMES = frozenset({"image", "image_bytes", "img", "jpg", "jpeg", "png", "webp", "bytes"})
+_IMAGE_NAMES = frozenset({"image", "image_bytes", "img", "jpg", "jpeg", "png", "webp", "bytes"})
 
 
 def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields one image per row of Parquet files. Each uri refers to a file, row and column; image bytes are not read.
 
     The id is the value of the id column. Without one, it is the image's path if paths are unique in the file, and
-    otherwise the file name and the 0-based row number. See `RowReader` for the arguments.
+    otherwise the file name and the 0-based row number.
+
+    Args:
+        addresses: paths, URLs or globs of the files.
+        options: how to read the files.
+        skips: counter of skipped rows and captions.
 
     Raises:
         ConfigError: a column is missing or ambiguous.
@@ -46,11 +51,11 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
 
 
 def find_image_columns(schema: pa.Schema) -> list[str]:
-    """Returns the columns of encoded images: structs with a field `bytes`, and binary columns with a usual name."""
+    """Returns the image columns: structs with a binary field `bytes`, and binary columns with a conventional name."""
     return [
         field.name
         for field in schema
-        if _is_image_struct(field.type) or (_is_binary(field.type) and field.name.strip().lower() in _BYTES_NAMES)
+        if _is_image_struct(field.type) or (_is_binary(field.type) and field.name.strip().lower() in _IMAGE_NAMES)
     ]
 
 
@@ -71,37 +76,39 @@ def _read_rows(
     parquet: pq.ParquetFile, location: Location, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[ManifestRow]:
     schema = parquet.schema_arrow
-    image = _select_image_column(schema, options.image_column, location.address)
-    image_type = schema.field(image).type
-    bytes_column = f"{image}.bytes" if _is_image_struct(image_type) else image
+    image_column = _select_image_column(schema, options.image_column, location.address)
+    image_type = schema.field(image_column).type
+    bytes_column = f"{image_column}.bytes" if _is_image_struct(image_type) else image_column
     has_path = _is_image_struct(image_type) and image_type.get_field_index("path") >= 0
-    image_id = select_column(schema.names, options.id_column, ID_NAMES, location.address)
-    split = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
-    captions = select_caption_columns(schema.names, options.caption_columns, location.address)
-    path = f"{image}.path" if has_path and image_id is None and _is_unique(parquet, f"{image}.path", location) else None
-    version = select_column(schema.names, options.version_column, (), location.address)
-    file_version = version_from_file(location)
-    columns = [name for name in (image_id, split, version, *captions, path) if name is not None]
+    id_column = select_column(schema.names, options.id_column, ID_NAMES, location.address)
+    split_column = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
+    caption_columns = select_caption_columns(schema.names, options.caption_columns, location.address)
+    path_column = f"{image_column}.path"
+    uses_path = has_path and id_column is None and _is_unique(parquet, path_column, location)
+    version_column = select_column(schema.names, options.version_column, (), location.address)
+    file_version = version_from_file(location)  # short string that changes when the file does
+    names = (id_column, split_column, version_column, *caption_columns, path_column if uses_path else None)
+    columns = [name for name in names if name is not None]
     for number, record in enumerate(read_parquet_columns(parquet, columns, location, options)):
         origin = f"{location.address}, row {number + 1}"
         try:
-            if image_id is not None:
-                row_id = parse_id(record[image_id], origin, image_id)
+            if id_column is not None:
+                image_id = parse_id(record[id_column], origin, id_column)
             else:
-                name = (record.get(image) or {}).get("path") if path else None
-                row_id = parse_optional(parse_text, name, origin, f"{image}.path", f"{location.name}#{number}")
-            row_split = parse_split_column(record, split, origin, options.default_split)
-            row_version = parse_version_column(record, version, origin) or f"{file_version}-{number:x}"
+                path = (record.get(image_column) or {}).get("path") if uses_path else None
+                image_id = parse_optional(parse_text, path, origin, path_column, f"{location.name}#{number}")
+            split = parse_split_column(record, split_column, origin, options.default_split)
+            version = parse_version_column(record, version_column, origin) or f"{file_version}-{number:x}"
         except EntryError as error:
             skips.reject_image(error.reason, error.problem)
             continue
         yield ManifestRow(
-            image_id=row_id,
+            image_id=image_id,
             uri=f"{location.address}#row={number}&column={bytes_column}",
-            split=row_split,
-            captions=parse_caption_columns(record, captions, origin, options, skips),
+            split=split,
+            captions=parse_caption_columns(record, caption_columns, origin, options, skips),
             origin=origin,
-            version=row_version,
+            version=version,
         )
 
 
@@ -110,8 +117,8 @@ def _is_unique(parquet: pq.ParquetFile, column: str, location: Location) -> bool
         values = parquet.read([column]).flatten().column(0)
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{location.address} is damaged: {error}") from error
-    paths = values.drop_null()
-    return len(paths.unique()) == len(paths)
+    values = values.drop_null()
+    return len(values.unique()) == len(values)
 
 
 def _select_image_column(schema: pa.Schema, name: str | None, table: str) -> str:

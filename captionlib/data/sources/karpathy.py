@@ -21,7 +21,8 @@ __all__ = ["read_karpathy", "read_numbered_rows"]
 def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
     """Yields the images of `dataset.json` files in file order. One file at a time is held in memory.
 
-    The id is `cocoid` or, if missing, `imgid`. The splits are train, restval, val and test. See `RowReader`.
+    The id is `cocoid` or, if missing, `imgid`. The splits are train, restval, val and test. See
+    `captionlib.data.sources.rows.RowReader` for the arguments.
 
     Raises:
         DatasetError: a file is not in Karpathy's format.
@@ -34,7 +35,7 @@ def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipC
 def read_numbered_rows(
     location: Location, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[object, ManifestRow]]:
-    """Yields the images of one `dataset.json`, each with its `imgid`: its column in NeuralTalk's `vgg_feats.mat`.
+    """Yields the images of one `dataset.json`, each with its `imgid`: the column number in NeuralTalk's features file.
 
     Invalid images and captions are skipped.
 

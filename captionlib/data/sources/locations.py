@@ -71,7 +71,7 @@ class Location:
 
 
 def locate(address: str | os.PathLike[str]) -> Location:
-    """Resolves a path or a URL to a location. The file need not exist.
+    """Resolves a path or a URL to a location, whether or not it exists.
 
     Raises:
         ConfigError: the address chains file systems, or its protocol is unknown, not allowed or needs a package that is
@@ -86,7 +86,7 @@ def locate(address: str | os.PathLike[str]) -> Location:
 
 
 def locate_all(address: str | os.PathLike[str]) -> list[Location]:
-    """Resolves an address to locations. Braces are expanded unless a file with exactly that name exists.
+    """Resolves an address to locations. Braces are expanded unless a file exists whose name contains them.
 
     Raises:
         ConfigError: an address is not supported; see `locate`.
@@ -122,7 +122,7 @@ def get_uncompressed_extension(name: str) -> str:
 
 
 def is_glob(location: Location) -> bool:
-    """Returns whether a path is a glob. HTTP URLs with a query and existing files with brackets are not globs."""
+    """Returns whether a path contains wildcards. HTTP URLs (`?` starts a query) and existing files are not globs."""
     protocols = (location.fs.protocol,) if isinstance(location.fs.protocol, str) else location.fs.protocol
     return bool(_WILDCARD.search(location.path)) and "http" not in protocols and not location.fs.exists(location.path)
 
@@ -152,7 +152,7 @@ def _expand_braces(address: str) -> list[str]:
 
 
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """Yields the files at `addresses`: all matches of a glob, and the files with one of `extensions` in a folder.
+    """Yields the files at `addresses`: files, all matches of globs, and files with one of `extensions` in folders.
 
     Raises:
         DatasetError: an address does not exist, or no file is found at it.
@@ -170,9 +170,10 @@ def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator
 
 
 def scan_folder(folder: Location) -> Iterator[tuple[str, str | None, Any]]:
-    """Yields the name, kind (`file`, `directory` or None for others) and details of each entry, in arbitrary order.
+    """Yields the name, kind and details of each entry of a folder, in arbitrary order.
 
-    Details are an `os.DirEntry` for local folders, and a dictionary of fsspec for others.
+    The kind is `file`, `directory` or None. The details are an `os.DirEntry` if the folder is local, and otherwise a
+    dictionary from fsspec.
     """
     if folder.is_local:
         # A listing by fsspec would take about a kilobyte of memory per file.

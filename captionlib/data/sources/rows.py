@@ -23,9 +23,9 @@ class ManifestRow:
         uri: absolute path or URL of the image.
         split: name of the split, such as `train`; empty if unknown.
         captions: reference captions.
-        version: short string that changes when the image does, but not when only its captions change. If empty, it is
-            determined from the uri.
         origin: file and line (or row, or entry) that the row was read from, for error messages.
+        version: short string that changes when the image does, but not when only its captions change. If empty,
+            `version_from_uri` computes it.
     """
 
     image_id: str
@@ -39,14 +39,14 @@ class ManifestRow:
 class SkipCounter:
     """Counts the skipped items of a source by reason.
 
-    Items that are skipped by design, such as hidden files, are ignored. Invalid images and captions are rejected.
+    An ignored item is skipped by design, such as a hidden file. A rejected item is an image or a caption with an error.
 
     Args:
         strict: raise an error for a rejected image or caption instead of counting it.
 
     Attributes:
-        counts: number of items by reason.
-        examples: origin of the first rejected item by reason.
+        counts: number of skipped items by reason.
+        examples: first rejected item by reason, as passed to `reject_image` or `reject_captions`.
         caption_reasons: reasons for which captions were rejected.
     """
 
@@ -60,25 +60,29 @@ class SkipCounter:
         """Counts an item that is skipped by design, such as a hidden file."""
         self.counts[reason] += 1
 
-    def reject_image(self, reason: str, origin: str) -> None:
+    def reject_image(self, reason: str, example: str) -> None:
         """Counts an image whose entry in the source is invalid.
 
+        Args:
+            reason: short category under which the image is counted.
+            example: where the entry is and, optionally, what is wrong with it.
+
         Raises:
             DatasetError: the counter is strict.
         """
-        origin = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in origin)
+        example = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in example)
         if self._strict:
-            raise DatasetError(f"{origin}: {reason}; correct it, or omit --strict to skip it")
+            raise DatasetError(f"{example}: {reason}; correct it, or omit --strict to skip it")
         self.counts[reason] += 1
-        self.examples.setdefault(reason, origin)
+        self.examples.setdefault(reason, example)
 
-    def reject_captions(self, reason: str, origin: str) -> None:
-        """Counts captions that are invalid or do not belong to an image.
+    def reject_captions(self, reason: str, example: str) -> None:
+        """Counts an entry whose captions are invalid or belong to no image. See `reject_image` for the arguments.
 
         Raises:
             DatasetError: the counter is strict.
         """
-        self.reject_image(reason, origin)
+        self.reject_image(reason, example)
         self.caption_reasons.add(reason)
 
     def describe(self) -> str:
@@ -96,8 +100,8 @@ class SourceOptions:
 
     Attributes:
         image_root: folder that image paths are relative to. If None, the folder of the source is used.
-        default_split: split of images for which the source specifies none. It also overrides the split in COCO file
-            names.
+        default_split: split of images for which the source specifies none. For COCO, it takes precedence over the split
+            that the file name contains.
         split_files: for Flickr8k and Flickr30k, the file of image names for each split. If empty, the official split
             files in the folder of the captions are used, if they exist.
         id_column: table column (or key in the JSON of a WebDataset sample) with the image id.
@@ -108,7 +112,7 @@ class SourceOptions:
             If None, all captions in a map are included.
         split_column: table column with the split.
         version_column: table column with a version of the image, such as a hash or a date. If None, the version is
-            determined from the file of the image or, if it is remote, from its address.
+            determined from the file of the image or, if it is remote, from its uri.
         captions: whether to include captions.
         columns: names of all columns, for a CSV or TSV table without a header.
         tsv_quotes: whether cells of TSV tables may be quoted, as in CSV.

@@ -63,8 +63,9 @@ class _Record(NamedTuple):
 
 
 def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Yields the images of tables in file order. Consecutive rows with captions of the same image become one row.
+    """Yields the images of tables in file order.
 
+    Consecutive rows of the same image are merged into one row with all their captions, unless they have caption lists.
     Without an id column, the id is the uri exactly as it is in the table. Uris may be relative to `options.image_root`
     or, by default, to the table's folder. Invalid rows are skipped. See `RowReader` for the arguments.
 
@@ -83,7 +84,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 def _parse_records(
     records: Iterable[_Record], root: str, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[ManifestRow, bool]]:
-    """Yields rows and whether to merge each with adjacent rows of its image. Rows with caption lists are not merged."""
+    """Yields each row, and whether `_merge_captions` may merge it: it has captions, but no list of captions."""
     for origin, columns, values in records:
         try:
             uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()
@@ -107,7 +108,7 @@ def parse_split_column(values: Mapping[str, Any], column: str | None, origin: st
 
 
 def parse_version_column(values: Mapping[str, Any], column: str | None, origin: str) -> str:
-    """Returns the version in `column` of a row; empty if the column or its value is missing."""
+    """Returns the version in `column` of a row, or an empty string if the column or its value is missing."""
     return "" if column is None else parse_optional(parse_id, values.get(column), origin, column)
 
 
@@ -128,7 +129,7 @@ def parse_caption_columns(
 
 
 def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]], skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Merges adjacent mergeable rows of the same image. Other rows stay separate, so duplicate ids are detected."""
+    """Merges adjacent mergeable rows of the same image. Other rows with equal ids are later reported as duplicates."""
     previous: ManifestRow | None = None
     previous_mergeable = False
     for row, mergeable in rows:
@@ -141,8 +142,8 @@ def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]], skips: SkipCounter
             previous.captions += row.captions
         else:
             skips.reject_captions(
-                "captions of an image in a second split",
-                f"{row.origin}: expected image {row.image_id} in split {previous.split!r} as at {previous.origin}, "
+                "second split for the same image",
+                f"{row.origin}: expected split {previous.split!r} for image {row.image_id}, as in {previous.origin}, "
                 f"got {row.split!r}",
             )
     if previous is not None:
@@ -190,9 +191,12 @@ def _detect_delimiter(first: str, location: Location, options: SourceOptions) ->
     return max("\t,;|", key=first.count)
 
 
-def _split_lines(lines: Iterable[str], delimiter: str, start: int) -> Iterator[tuple[int, list[str]]]:
-    """Yields the line number and two cells of each line: the text before and after the first delimiter."""
-    for number, line in enumerate(lines, start):
+def _split_lines(lines: Iterable[str], delimiter: str, first_number: int) -> Iterator[tuple[int, list[str]]]:
+    """Yields the line number and two cells of each line: the text before and after the first delimiter.
+
+    `first_number` is the number of the first of `lines`.
+    """
+    for number, line in enumerate(lines, first_number):
         if line.strip():
             cells = line.rstrip("\r\n").split(delimiter, 1)
             quoted = [_QUOTED_CELL.fullmatch(cell) for cell in cells]
@@ -247,12 +251,12 @@ def _read_json(location: Location, options: SourceOptions, skips: SkipCounter) -
         if first.columns.id is not None and record.columns.id is None:
             skips.reject_image(
                 "object without an image id",
-                f"{origin}: expected an image id {first.columns.id} as in {first.origin}, got none",
+                f"{origin}: expected an image id at key {first.columns.id!r} as in {first.origin}, got none",
             )
         elif first.columns.id is None and record.columns.id is not None:
             raise DatasetError(
-                f"{first.origin}: expected an image id {record.columns.id} as in {origin}, got none; add it, or "
-                "specify the column with --id-column"
+                f"{first.origin}: expected an image id at key {record.columns.id!r} as in {origin}, got none; add it, "
+                "or specify another key with --id-column"
             )
         else:
             yield record
@@ -263,7 +267,7 @@ def _read_json(location: Location, options: SourceOptions, skips: SkipCounter) -
 
 
 def _read_objects(location: Location, skips: SkipCounter) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the objects of a JSON Lines file or a JSON array, each preceded by its origin for error messages."""
+    """Yields the origin (for error messages) and the values of each object in a JSON Lines file or a JSON array."""
 
     def parse_entry(
         parse: Callable[[Any, str], dict[str, Any]], value: object, origin: str
@@ -318,8 +322,8 @@ def read_parquet_columns(
 ) -> Iterator[dict[str, Any]]:
     """Yields each row as a dictionary of Python values by column. A dotted name selects a field of a struct.
 
-    A map becomes the list of its values, or the value of `options.caption_language` if that is set. Bytes that are not
-    UTF-8 become lone surrogates (`surrogateescape`).
+    A map becomes the list of its values, or the value of `options.caption_language` if that is set. Bytes of text
+    that are not UTF-8 become lone surrogates (`surrogateescape`).
 
     Raises:
         DatasetError: the file is damaged.

@@ -37,7 +37,7 @@ _MAX_CAPTION_DEPTH = 4
 _PRINTED_FLOAT = re.compile(r"[+-]?\d+\.\d+(?:[eE][+-]?\d+)?|[+-]?\d+[eE][+-]\d+")
 _PRINTED_NULLS = frozenset({"nan", "NaN", "None", "null", "NULL", "<NA>"})
 
-# Text that a program printed as a list, rather than a sentence in brackets such as `[a dog barks]`.
+# A list that a program printed as text. A caption in brackets, such as `[a dog barks]`, does not match.
 _PRINTED_LIST = re.compile(r"""\[\s*(?:['"\[{].*|)\]""", re.DOTALL)
 _PYTHON_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PYTHON_LIST = re.compile(rf"\[\s*{_PYTHON_STRING}(?:\s*,\s*{_PYTHON_STRING})*\s*,?\s*\]", re.DOTALL)
@@ -74,7 +74,9 @@ def parse_json(text: str, origin: str) -> Any:
     except RecursionError:
         raise DatasetError(f"{origin}: expected a few levels of nesting, got hundreds; flatten the value") from None
     except ValueError:  # Python limits the number of digits of integers
-        raise DatasetError(f"{origin}: expected numbers, got one with thousands of digits; write it as text") from None
+        raise DatasetError(
+            f"{origin}: expected shorter numbers, got one with thousands of digits; write it as text"
+        ) from None
 
 
 def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def parse_text(value: object, origin: str, field: str) -> str:
 
 
 def parse_id(value: object, origin: str, field: str) -> str:
-    """Returns an id or another name as text. Numbers, including floats and decimals, must have an integer value.
+    """Returns an id (or a similar value, such as a split) as text. Numbers of any type must have an integer value.
 
     Raises:
         EntryError: the value is missing, a fraction, a float too large to be exact, or of a different type.
@@ -202,7 +204,7 @@ def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tu
         caption = value.strip()
         if not caption.startswith("[") or not _PRINTED_LIST.fullmatch(caption):
             return (caption,)
-        value = _decode_list(caption, origin, field)
+        value = _parse_printed_list(caption, origin, field)
     if depth <= _MAX_CAPTION_DEPTH:
         if isinstance(value, list):
             return tuple(caption for item in value for caption in parse_captions(item, origin, field, depth + 1))
@@ -221,7 +223,7 @@ def _join_tokens(tokens: object, origin: str, field: str) -> tuple[str, ...]:
     return (caption,) if caption else ()
 
 
-def _decode_list(text: str, origin: str, field: str) -> object:
+def _parse_printed_list(text: str, origin: str, field: str) -> object:
     try:
         return parse_json(text, origin)
     except DatasetError as error:

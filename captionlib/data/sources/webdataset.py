@@ -18,7 +18,7 @@ from captionlib.errors import ConfigError, DatasetError
 __all__ = ["read_webdataset"]
 
 # As in WebDataset, a sample's key ends at the first dot of the file name.
-_MEMBER = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)", re.DOTALL)
+_MEMBER_NAME = re.compile(r"(?P<key>(?:.*/)?[^./][^./]*)\.(?P<extension>[^/]+)", re.DOTALL)
 _TEXT_EXTENSIONS = ("txt", "text", "caption", "captions")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _MAX_TEXT_BYTES = 1 << 20
@@ -27,7 +27,14 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass
 class _Sample:
-    """One sample: its key, its origin (for messages), and the byte ranges of images and the texts by extension."""
+    """One sample.
+
+    Attributes:
+        key: name that its files share, without extension.
+        origin: tar and key, for error messages.
+        images: byte range of each image in the tar, by extension.
+        texts: content of each caption or JSON file, by extension.
+    """
 
     key: str
     origin: str
@@ -39,8 +46,9 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
     """Yields the samples that contain an image, in file order. Each uri refers to the image's byte range in the tar.
 
     Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, `.text`, `.caption` or
-    `.captions` file or, without one, the captions in its `.json`. The id is the sample's key, or the JSON value of
-    `options.id_column`. A sample with invalid captions is kept without captions. See `RowReader` for the arguments.
+    `.captions` file or, without one, the captions in its `.json`. If `options.caption_columns` is set, the captions in
+    the `.json` take precedence. The id is the sample's key, or the value of `options.id_column` in the `.json`.
+    A sample with invalid captions is kept without captions. See `RowReader` for the arguments.
 
     Raises:
         DatasetError: a tar is compressed or damaged.
@@ -68,51 +76,53 @@ def _to_rows(
     for _ in range(len(sample.images) - 1):
         skips.count_ignored("additional image in a sample")
     try:
-        record = _load_record(sample)
+        json_values = _parse_json_file(sample)
     except DatasetError as error:
-        record = {}
+        json_values = {}
         skips.reject_captions("sample with invalid JSON", str(error))
     image_id = sample.key
     if options.id_column is not None:
         try:
-            image_id = parse_id(record.get(options.id_column), sample.origin, options.id_column)
+            image_id = parse_id(json_values.get(options.id_column), sample.origin, options.id_column)
         except DatasetError as error:
             skips.reject_image("sample without a valid id in its JSON", str(error))
             return
     start, end = sample.images[_select_extension(sample.images)]
     uri = f"{location.address}#bytes={start}-{end}"
-    captions = _parse_captions(sample, record, options, skips)
+    captions = _parse_captions(sample, json_values, options, skips)
     version = f"{tar_version}-{start:x}-{end - start:x}"
     yield ManifestRow(image_id, uri, options.default_split, captions, sample.origin, version)
 
 
 def _select_extension(files: Mapping[str, object]) -> str:
-    """Returns the first extension without a dot inside (`jpg`, not `mask.png`), or the first one if there is none."""
+    """Returns the first extension that contains no dot (`jpg`, not `mask.png`), or the first of all if all do."""
     return next((extension for extension in files if "." not in extension), next(iter(files)))
 
 
-def _load_record(sample: _Sample) -> dict[str, Any]:
+def _parse_json_file(sample: _Sample) -> dict[str, Any]:
     files = {name: text for name, text in sample.texts.items() if _get_suffix(name) == "json" and text.strip()}
-    record = parse_json(files[_select_extension(files)], f"{sample.origin}.json") if files else {}
-    return record if isinstance(record, dict) else {CAPTION_NAMES[0]: record}  # a caption or a list of captions
+    json_values = parse_json(files[_select_extension(files)], f"{sample.origin}.json") if files else {}
+    if isinstance(json_values, dict):
+        return json_values
+    return {CAPTION_NAMES[0]: json_values}  # a caption or a list of captions
 
 
 def _parse_captions(
-    sample: _Sample, record: dict[str, Any], options: SourceOptions, skips: SkipCounter
+    sample: _Sample, json_values: dict[str, Any], options: SourceOptions, skips: SkipCounter
 ) -> tuple[str, ...]:
     texts = {name: text for name, text in sample.texts.items() if _get_suffix(name) != "json"}
     for _ in range(len(texts) - 1):
         skips.reject_captions("additional captions file in a sample", sample.origin)
     lines = [parse_cell(line) for line in texts[_select_extension(texts)].splitlines()] if texts else []
     for name in options.caption_columns:
-        if name not in record:
+        if name not in json_values:
             skips.reject_captions(f"sample without {name} in its JSON", sample.origin)
     try:
         captions = parse_captions(lines, sample.origin, "captions")
         if captions and not options.caption_columns:
             return captions
-        names = options.caption_columns or select_caption_columns(list(record), (), sample.origin)
-        return parse_caption_columns(record, names, sample.origin, options, skips) or captions
+        names = options.caption_columns or select_caption_columns(list(json_values), (), sample.origin)
+        return parse_caption_columns(json_values, names, sample.origin, options, skips) or captions
     except (ConfigError, DatasetError) as error:
         skips.reject_captions("sample with invalid captions", str(error))
         return ()
@@ -122,7 +132,7 @@ def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Ite
     """Yields the samples of a tar. A sample consists of consecutive members with the same key."""
     sample: _Sample | None = None
     for tar, member in _read_members(file, location):
-        match = _MEMBER.fullmatch(member.name)
+        match = _MEMBER_NAME.fullmatch(member.name)
         if match is None or not member.isreg() or member.issparse():
             if not member.isdir():
                 skips.count_ignored("tar member that is not a regular NAME.EXTENSION file")
@@ -130,30 +140,30 @@ def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Ite
         key, extension = match["key"], match["extension"].lower()
         if sample is None or sample.key != key:
             if sample is not None:
-                yield from _split_dotted_names(sample, location)
+                yield from _split_dotted_keys(sample, location)
             sample = _Sample(key, f"{location.address}, {key}")
         _add_member(sample, extension, member, tar, skips)
     if sample is not None:
-        yield from _split_dotted_names(sample, location)
+        yield from _split_dotted_keys(sample, location)
 
 
-def _split_dotted_names(sample: _Sample, location: Location) -> list[_Sample]:
-    """Splits `22.05.jpg`, `22.05.txt`, `22.06.jpg`, where names contain a dot, into the samples `22.05` and `22.06`.
+def _split_dotted_keys(sample: _Sample, location: Location) -> list[_Sample]:
+    """Splits a sample if the keys of its files contain a dot: `22.05.jpg` and `22.06.jpg` are two samples.
 
-    The text between the first and the last dot belongs to the name if all such texts are numbers, or if one of them has
-    both an image and a text. Otherwise it belongs to the extension: `22.rgb.jpg` and `22.mask.png` are one sample.
+    The part between the first and the last dot belongs to the key if all such parts are numbers, or if an image and a
+    text file have the same part. Otherwise it belongs to the extension: `22.rgb.jpg` and `22.mask.png` are one sample.
     """
-    parts: dict[str, _Sample] = {}
+    samples: dict[str, _Sample] = {}  # by the part between the dots
     for name in (*sample.images, *sample.texts):
-        prefix, _, extension = name.rpartition(".")
-        key = f"{sample.key}.{prefix}"
-        part = parts.setdefault(prefix, _Sample(key, f"{location.address}, {key}"))
+        part, _, extension = name.rpartition(".")
+        key = f"{sample.key}.{part}"
+        part_sample = samples.setdefault(part, _Sample(key, f"{location.address}, {key}"))
         if name in sample.images:
-            part.images[extension] = sample.images[name]
+            part_sample.images[extension] = sample.images[name]
         else:
-            part.texts[extension] = sample.texts[name]
-    belongs_to_name = any(part.images and part.texts for part in parts.values()) or all(map(_is_number, parts))
-    return list(parts.values()) if "" not in parts and belongs_to_name else [sample]
+            part_sample.texts[extension] = sample.texts[name]
+    have_pair = any(part_sample.images and part_sample.texts for part_sample in samples.values())
+    return list(samples.values()) if "" not in samples and (have_pair or all(map(_is_number, samples))) else [sample]
 
 
 def _is_number(text: str) -> bool:
@@ -214,10 +224,10 @@ def _read_next_member(tar: tarfile.TarFile, location: Location) -> tarfile.TarIn
 
 
 def _find_next_tar(file: BinaryIO, offset: int, location: Location) -> int | None:
-    """Returns the offset of the next concatenated tar, after the zeros that end this one, or None if there is none.
+    """Returns the offset of the next concatenated tar, or None if only zeros follow `offset`, where tarfile stopped.
 
     Raises:
-        DatasetError: there is no block of zeros at `offset`, because tarfile has silently stopped at damaged data.
+        DatasetError: no block of zeros follows, so tarfile has stopped (silently) at damaged data.
     """
     file.seek(offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

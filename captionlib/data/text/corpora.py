@@ -17,7 +17,7 @@ from captionlib.storage.folders import Folder
 __all__ = ["Corpus", "TextLayout", "open_corpus"]
 
 TextLayout = Literal["sentences", "continuous"]
-"""Layout of a text file: one sentence per line, or one continuous text in which line breaks are characters."""
+"""Layout of a text file: one sentence per line, or one continuous text, of which line breaks are a part."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_corpus(
         validation_fraction: fraction of a text file to use for validation.
 
     Raises:
-        DatasetError: the dataset is incomplete or of a different kind, or the file cannot be read or is too short.
+        DatasetError: the dataset is incomplete or of another kind, or the text file is unreadable or too short.
         ConfigError: the source is a dataset and `layout` is `continuous`.
     """
     if Folder(source).exists(DESCRIPTION_FILE):

@@ -23,9 +23,9 @@ SubwordLevel = Literal["bpe", "unigram"]
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
-# The library keeps the characters that the training of `unigram` drops. Their scores rise from the lowest score in
-# steps, in a random order. Here, all of them get the lowest score, so that training is reproducible. The library also
-# adds floating-point numbers in a random order, so scores are rounded.
+# The training of `unigram` drops some single characters. The library then adds them again in a random order. The first
+# one gets the lowest score of all subwords, and each of the next ones a slightly higher score. To make training
+# reproducible, all of them get the lowest score here, and scores are rounded, because the order of sums is random too.
 _SCORE_STEP = 1e-4
 _SCORE_DECIMALS = 6
 
@@ -47,7 +47,8 @@ class Subwords(NamedTuple):
 def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min_count: int) -> Subwords:
     """Trains at most `size` subwords on words and their frequencies. The order of the words has no effect.
 
-    Characters with fewer occurrences than `min_count` are excluded. `bpe` merges no pair with fewer occurrences.
+    Words that contain a character with fewer occurrences than `min_count` are excluded. `bpe` does not merge pairs with
+    fewer occurrences.
 
     Raises:
         ConfigError: `tokenizers` is not installed, or the words have more than `size` different characters.
@@ -56,9 +57,9 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     characters = _count_characters(words)
-    frequent = {word: count for word, count in words.items() if all(characters[c] >= min_count for c in word)}
-    alphabet = {character for word in frequent for character in word}
-    if len(alphabet) >= size:  # the start of a word counts as a character
+    kept = {word: count for word, count in words.items() if all(characters[c] >= min_count for c in word)}
+    alphabet = {character for word in kept for character in word}
+    if len(alphabet) >= size:  # the mark of word starts is one more character
         raise ConfigError(
             f"vocabulary_size: expected more than {len(alphabet)}, the number of different characters in the captions, "
             f"got {size}; raise it, or raise min_count"
@@ -71,7 +72,7 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
         tokenizer = Tokenizer(models.Unigram())
         trainer = trainers.UnigramTrainer(unk_token=_UNKNOWN, **options)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    marked = (repeat(_WORD_START + word, count) for word, count in sorted(frequent.items()))
+    marked = (repeat(_WORD_START + word, count) for word, count in sorted(kept.items()))
     tokenizer.train_from_iterator(chain.from_iterable(marked), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     if level == "bpe":
@@ -79,18 +80,18 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
     scores = {subword: score for subword, score in model["vocab"] if subword != _UNKNOWN}
     subwords = tuple(sorted(scores))
     lowest = min(scores.values(), default=0.0)
-    reserved = lowest + _SCORE_STEP * (len(alphabet) + 1)
+    added_limit = lowest + _SCORE_STEP * (len(alphabet) + 1)
     return Subwords(
         subwords,
         scores=tuple(
-            round(lowest if len(subword) == 1 and scores[subword] < reserved else scores[subword], _SCORE_DECIMALS)
+            round(lowest if len(subword) == 1 and scores[subword] < added_limit else scores[subword], _SCORE_DECIMALS)
             for subword in subwords
         ),
     )
 
 
 def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
-    """Returns a tokenizer for the output of `mark_word_starts`. The id of `trained.subwords[i]` is i + 1; 0 is unknown.
+    """Returns a tokenizer for the output of `mark_word_starts`. The id of `trained.subwords[i]` is i + 1; 0 is <unk>.
 
     Raises:
         ConfigError: `tokenizers` is not installed.
@@ -114,7 +115,7 @@ def mark_word_starts(words: Iterable[str]) -> str:
 
 
 def join_subwords(subwords: Sequence[str]) -> str:
-    """Joins subwords to words, separated by spaces."""
+    """Joins subwords into words, separated by spaces."""
     return "".join(subwords).replace(_WORD_START, " ").strip()
 
 

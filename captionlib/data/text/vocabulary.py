@@ -59,7 +59,7 @@ def tokenize(sentence: str, level: Level = "words") -> list[str]:
     """Splits a sentence into words in the style of the Penn Treebank, or into characters at the level `characters`.
 
     Words are lowercased, and punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`.
-    Hyphenated words and numbers are kept (`t-shirt`, `1,000`). Tokenizing the joined words returns the same words.
+    Hyphenated words and numbers are kept (`t-shirt`, `1,000`). Tokenizing the words joined by spaces changes nothing.
     """
     if level == "characters":
         return list(sentence)
@@ -90,7 +90,7 @@ class Vocabulary:
         counts: number of occurrences of each token in the training sentences.
         unknown_count: number of occurrences of tokens that are not in `words`.
         sentence_count: number of training sentences, which is also the number of occurrences of END.
-        level: what a token is.
+        level: kind of the tokens.
         merges: at the level `bpe`, the pairs of subwords to merge, in this order.
         scores: at the level `unigram`, ln p of each subword.
     """
@@ -117,7 +117,7 @@ class Vocabulary:
         known = set(self.words)
         if self.merges and (self.level != "bpe" or not all({*pair, "".join(pair)} <= known for pair in self.merges)):
             raise ConfigError(
-                "vocabulary: expected merges only at level bpe, and only of words of the vocabulary, got "
+                "vocabulary: expected merges only at level bpe, and only between tokens of the vocabulary, got "
                 f"{len(self.merges)} merges at level {self.level}"
             )
 
@@ -128,8 +128,8 @@ class Vocabulary:
         """Builds a vocabulary from training captions.
 
         At the levels `words` and `characters`, tokens that occur fewer than `min_count` times are excluded. At the
-        other levels, at most `size` subwords are trained, on the words whose characters all occur at least `min_count`
-        times.
+        other levels, at most `size` subwords are trained on the words. Words that contain a character that occurs fewer
+        than `min_count` times are excluded from training.
 
         Raises:
             ConfigError: there are no captions, no token is frequent enough, `size` is too small, or the package that
@@ -191,7 +191,7 @@ class Vocabulary:
         return to_dict(self)
 
     def __len__(self) -> int:
-        """Returns the number of softmax classes: END, UNKNOWN and the other tokens."""
+        """Returns the number of softmax classes: END, UNKNOWN and `words`."""
         return _FIRST_ID + len(self.words)
 
     @cached_property
@@ -211,11 +211,11 @@ class Vocabulary:
         return self.level if self.level in ("words", "characters") else "subwords"
 
     def encode(self, sentence: str) -> list[int]:
-        """Returns the token ids of a sentence without END at its start and end."""
+        """Returns the token ids of a sentence. END is not added."""
         return self.encode_tokens(self.tokenize(sentence))
 
     def tokenize(self, sentence: str) -> list[str]:
-        """Splits a sentence into words, which `encode_tokens` splits into subwords, or into characters."""
+        """Splits a sentence into the input of `encode_tokens`: characters at the level `characters`, else words."""
         return tokenize(sentence, self.level)
 
     def encode_tokens(self, tokens: Iterable[str]) -> list[int]:
@@ -250,5 +250,5 @@ class Vocabulary:
         `sentences` contains token ids, including END if END counts as a token.
         """
         counts = Counter(chain.from_iterable(sentences))
-        ids, times = np.array(list(counts.items()), np.int64).T
-        return float(np.exp(-np.average(self.log_frequencies()[ids], weights=times)))
+        ids, occurrences = np.array(list(counts.items()), np.int64).T
+        return float(np.exp(-np.average(self.log_frequencies()[ids], weights=occurrences)))

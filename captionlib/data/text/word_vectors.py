@@ -30,7 +30,12 @@ _Entry = tuple[str, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class WordVectors:
-    """The vectors `[size] float32` of the requested words, and the words that have no vector, in the given order."""
+    """Word vectors that were read from a file.
+
+    Attributes:
+        vectors: vector of each word, `[size] float32`.
+        missing: requested words without a vector, in the requested order.
+    """
 
     vectors: Mapping[str, npt.NDArray[np.float32]]
     missing: tuple[str, ...]
@@ -39,11 +44,11 @@ class WordVectors:
 def read_word_vectors(uri: str, words: Sequence[str], size: int) -> WordVectors:
     """Reads the vectors of `words` (in lower case) from a path or URL, which may be compressed (.gz, .bz2, .xz).
 
-    If a word is not in the file in lower case, the vector of its first spelling in the file is used, which is the most
-    frequent one. For example, the Google News vectors contain `A` but not `a`.
+    If a word is not in the file in lower case, the first entry that differs only in case is used. Files are sorted by
+    frequency, so this is the most frequent spelling. For example, the Google News vectors contain `A` but not `a`.
 
     Raises:
-        ConfigError: the file cannot be read, or has vectors of a different size.
+        ConfigError: the file cannot be read, or its vectors do not have `size` values.
         DatasetError: the file is damaged, has a different format, or contains none of the words.
     """
     requested = frozenset(words)
@@ -76,8 +81,8 @@ def _read_entries(file: BinaryIO, uri: str, requested: frozenset[str], size: int
         actual_size = len(header) - 1
         if actual_size < 1 or not _are_finite_numbers(header[1:]):
             raise DatasetError(
-                f"word vectors {uri}: expected two counts, or a word and its vector, in the first line, "
-                f"got {first[:80]!r}; use a file in the format of word2vec, GloVe or fastText"
+                f"word vectors {uri}: expected the number and size of vectors, or a word and its vector, in the "
+                f"first line, got {first[:80]!r}; use a file in the format of word2vec, GloVe or fastText"
             )
         _check_size(uri, actual_size, size)
         yield from _read_text(chain([first], file), uri, requested, size, 1)
@@ -85,7 +90,9 @@ def _read_entries(file: BinaryIO, uri: str, requested: frozenset[str], size: int
     try:
         count, actual_size = map(int, header)
     except ValueError as error:
-        raise DatasetError(f"word vectors {uri}: expected two counts in the first line, got {first[:80]!r}") from error
+        raise DatasetError(
+            f"word vectors {uri}: expected the number and size of vectors in the first line, got {first[:80]!r}"
+        ) from error
     _check_size(uri, actual_size, size)
     second = file.readline(_MAX_LINE_BYTES)
     fields = second.split()
@@ -129,7 +136,7 @@ def _read_text(
 def _read_binary(
     file: BinaryIO, start: bytes, uri: str, requested: frozenset[str], size: int, count: int
 ) -> Iterator[_Entry]:
-    """Yields the requested entries. `start` is the part of the entries that was already read from `file`."""
+    """Yields the requested entries. `start` contains the bytes after the first line that were already read."""
     buffer, position = start, 0
     for number in range(count):
         space = buffer.find(b" ", position)

@@ -19,7 +19,7 @@ __all__ = ["Attention", "ImageGroups", "group_by_image"]
 
 
 class ImageGroups(NamedTuple):
-    """Assigns rows (sentences) to the cells of an `[images, width]` matrix with one matrix row per image.
+    """Places rows (sentences) in the cells of an `[images, width]` grid, in which each line holds one image's rows.
 
     Attributes:
         slot: `[rows] int64`, the cell of each row: image * width + the index of the row within its image.
@@ -35,7 +35,7 @@ class ImageGroups(NamedTuple):
 
 
 def group_by_image(image_of_row: Tensor, images: int) -> ImageGroups:
-    """Groups rows by image; `image_of_row` is `[rows] int64`, in any order."""
+    """Groups rows by image; `image_of_row` is `[rows] int64`, in any order, and `images` is the number of images."""
     counts = torch.bincount(image_of_row, minlength=images)
     order = image_of_row.argsort(stable=True)
     index = torch.empty_like(image_of_row)
@@ -61,6 +61,7 @@ class Attention(nn.Module):
         self.standardization = Standardization(channels)
         self.annotation = nn.Linear(channels, size)
         self.query = nn.Linear(hidden_size, size)
+        # The captioner adds the projected context vector to the gates, and to the hidden state that predicts the word.
         self.to_gates = nn.Linear(size, gates, bias=False)
         self.to_output = nn.Linear(size, hidden_size, bias=False)
         self.dropout = nn.Dropout(dropout)

@@ -304,7 +304,7 @@ class CaptionerNetwork(nn.Module):
         """
         return self._encode_features(features if self.encoder_top is None else self.encoder_top(features))
 
-    def encode_average_image(self) -> ImageState:
+    def encode_mean_features(self) -> ImageState:
         """Encodes an image that has the training images' mean features at every position.
 
         Raises:
@@ -312,7 +312,7 @@ class CaptionerNetwork(nn.Module):
         """
         if not (self.config.standardize_features or self.config.principal_components):
             raise ConfigError(
-                "captioner: the average image needs the mean of the training images' features, got a captioner with "
+                "captioner: expected one that stores the mean of the training images' features, got one with "
                 "standardize_features false"
             )
         mean = self.standardization.mean  # of power-normalized features, so the power is inverted here

@@ -30,7 +30,7 @@ class Decoder:
         model: the captioner; decoding runs on its device.
         config: how to decode captions. If None, `DecodingConfig()` is used.
         dtype: dtype of the captioner's computation, float32 or bfloat16; log-probabilities are summed in float32.
-        vocabulary: the captioner's vocabulary; required for `forbidden_words`, and for characters or subwords.
+        vocabulary: the captioner's vocabulary; required if `forbidden_words` is set, or if tokens are not words.
         datastore: features and references of the captioner's training images; required only for `rerank.neighbors`.
 
     Raises:

@@ -127,9 +127,9 @@ class IncrementalCaptioner:
         return self._model.encode_images(features.to(self.device, torch.float32))
 
     @torch.inference_mode()
-    def encode_average_image(self) -> ImageState:
-        """Encodes the mean features of the training images; see `CaptionerNetwork.encode_average_image`."""
-        return self._model.encode_average_image()
+    def encode_mean_features(self) -> ImageState:
+        """Encodes the mean features of the training images; see `CaptionerNetwork.encode_mean_features`."""
+        return self._model.encode_mean_features()
 
     @torch.inference_mode()
     def initial_state(self, image_state: ImageState) -> DecoderState:

@@ -9,9 +9,9 @@ With neighbors (the training images most similar to the image), the score is mul
 against the neighbors' references, after Devlin et al. 2015 (arXiv 1505.04467). The references are in the captioner's
 datastore (datastore.py).
 
-With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | average image)) ** w, which
-penalizes captions that fit any image, after Li et al. 2016 (arXiv 1510.03055). The average image has the mean features
-of the training images.
+With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | mean features)) ** w, which
+penalizes captions that fit any image, after Li et al. 2016 (arXiv 1510.03055). The mean features are those of the
+training images.
 """
 
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ class RerankConfig:
         temperature: candidates are weighted by p ** (1 / temperature); a low value favors the most probable ones.
             3 works well with a beam of 30. With neighbors, use 4 to 8 and a wider beam.
         pool_size: number of the beam's best candidates to rerank. If None, the whole beam is reranked.
-        neighbors: number of similar training images whose references are also compared; 60 works well. Requires the
-            captioner's datastore (`captionlib build-datastore`).
+        neighbors: number of similar training images with whose references the candidates are compared; 60 works well.
+            Requires the captioner's datastore (`captionlib build-datastore`).
         mutual_information_weight: exponent w of p(caption | image) / p(caption | mean features of the training images).
             A higher value favors captions that are specific to the image; 0.02 works well.
     """
@@ -72,7 +72,7 @@ class Reranker:
 
     Args:
         config: how to rerank the candidates.
-        captioner: the captioner, wrapped for step-by-step decoding; also scores candidates for the average image.
+        captioner: the captioner, wrapped for step-by-step decoding; also scores candidates for the mean features.
         datastore: the captioner's datastore; required only for neighbors.
 
     Raises:
@@ -90,7 +90,7 @@ class Reranker:
         self._captioner = captioner
         self._datastore = datastore if config.neighbors else None
         self._cider = CiderD() if self._datastore is None else self._datastore.cider
-        self._average_image = captioner.encode_average_image() if config.mutual_information_weight else None
+        self._mean_features = captioner.encode_mean_features() if config.mutual_information_weight else None
 
     def rerank(
         self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, image_ids: Sequence[str] | None
@@ -104,19 +104,19 @@ class Reranker:
             vectors = image_state.features.cpu().numpy()
             neighbors = self._datastore.find_neighbors(vectors, self._config.neighbors, image_ids)
         factors: list[Weights] | list[None] = [None] * len(pools)
-        if self._average_image is not None:
-            factors = self._compute_factors(pools, self._average_image)
+        if self._mean_features is not None:
+            factors = self._compute_factors(pools, self._mean_features)
         return [
             rerank_candidates(pool, self._config.temperature, self._cider, image_neighbors, image_factors)
             for pool, image_neighbors, image_factors in zip(pools, neighbors, factors, strict=True)
         ]
 
-    def _compute_factors(self, pools: Sequence[Sequence[Candidate]], average_image: ImageState) -> list[Weights]:
-        """Computes (p(a | image) / p(a | average image)) ** weight, relative to the largest of each pool."""
+    def _compute_factors(self, pools: Sequence[Sequence[Candidate]], mean_features: ImageState) -> list[Weights]:
+        """Computes (p(a | image) / p(a | mean features)) ** weight, relative to the largest of each pool."""
         candidates = [candidate for pool in pools for candidate in pool]
         log_probs = np.array([candidate.log_prob for candidate in candidates])
-        average_log_probs = score_sentences(self._captioner, average_image, candidates).cpu().numpy()
-        gains = self._config.mutual_information_weight * (log_probs - average_log_probs)
+        mean_log_probs = score_sentences(self._captioner, mean_features, candidates).cpu().numpy()
+        gains = self._config.mutual_information_weight * (log_probs - mean_log_probs)
         ends = np.cumsum([len(pool) for pool in pools])
         per_image = [gains[end - len(pool) : end] for pool, end in zip(pools, ends, strict=True)]
         return [np.exp(image_gains - image_gains.max()) for image_gains in per_image]

@@ -274,7 +274,7 @@ def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dic
     if missing:
         weights = {**sample_weights(network, config.missing_weights), **weights}
     else:
-        config = replace(config, missing_weights="error")  # the setting had no effect
+        config = replace(config, missing_weights="error")  # it had no effect
     _check_shapes(weights, needed, config)
     return weights, config
 

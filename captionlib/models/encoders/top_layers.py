@@ -1,6 +1,6 @@
 """The top layers of an encoder, which are fine-tuned as part of a captioner.
 
-The layers below are frozen, so their output is computed once and stored in a features dataset. A training step then
+The lower layers are frozen, so their output is computed once and stored in a features dataset. A training step then
 computes only a few layers instead of a whole network.
 """
 
@@ -35,7 +35,7 @@ class EncoderTop(EvalModeNetwork):
     """
 
     def __init__(self, encoder: Mapping[str, Any], node: str) -> None:
-        if encoder["weights"] == "imported" or len(encoder["shape"]) == 1:  # by import-features, or vectors
+        if encoder["weights"] == "imported" or len(encoder["shape"]) == 1:  # imported features or vectors
             raise ConfigError(
                 "captioner.encoder_top: expected feature maps of a torchvision network, got features of shape "
                 f"{encoder['shape']} from {encoder['model']} at {encoder['node']}; extract with pooling none at a node "
@@ -54,12 +54,12 @@ class EncoderTop(EvalModeNetwork):
             )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Computes the node's output, `[images, positions, channels] float32`, from square maps of this form."""
+        """Computes the node's output from square feature maps, both `[images, positions, channels] float32`."""
         side = math.isqrt(maps.shape[1])
         return flatten_positions(self.run_network(maps.view(len(maps), side, side, -1).permute(0, 3, 1, 2)))
 
     def load_weights(self, weights: str | None) -> None:
-        """Loads the encoder's weights for these layers; `weights` is required if they were loaded from a file.
+        """Loads the encoder's weights for these layers; `weights` is required if the encoder used a weights file.
 
         Raises:
             CheckpointError: `weights` are not the encoder's weights.
@@ -81,8 +81,9 @@ class EncoderTop(EvalModeNetwork):
                 f"weights {source} lack tensors that captioner.encoder_top {self._node} needs: {', '.join(missing)}"
             )
         with torch.device("meta"):  # only the names matter
-            before = truncate_network(encoder["model"], encoder["node"]).state_dict()
-        if hash_weights({name: tensors[name] for name in before if name in tensors}) != encoder["weights_sha256"]:
+            names = truncate_network(encoder["model"], encoder["node"]).state_dict()
+        used = {name: tensors[name] for name in names if name in tensors}
+        if hash_weights(used) != encoder["weights_sha256"]:
             raise CheckpointError(
                 f"weights {source} differ from the weights of the encoder that computed these features; specify "
                 "the file that extract-features used"

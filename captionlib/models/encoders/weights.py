@@ -37,7 +37,7 @@ _PREPROCESSING = "captionlib.preprocessing"  # key in the header of a safetensor
 
 
 def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tensor]:
-    """Loads the tensors that `network` needs; any that `weights` does not contain are omitted.
+    """Loads those tensors of `weights` that `network` has. The result may lack tensors of `network`.
 
     Args:
         model: a torchvision model name.
@@ -128,7 +128,7 @@ def resolve_preprocessing(
 
 
 def find_class_names(model: str, count: int) -> list[str]:
-    """Returns the class names of the model's default weights if there are `count` names, and otherwise numbers."""
+    """Returns the class names of the default weights if there are `count`; otherwise `class 0`, `class 1`, ..."""
     names: list[str] = torchvision.models.get_model_weights(model).DEFAULT.meta.get("categories", [])
     return names if len(names) == count else [f"class {number}" for number in range(count)]
 
@@ -202,7 +202,7 @@ def _open_local(address: str) -> Iterator[str]:
     except CaptionlibError:
         raise
     except Exception as error:  # PyTorch raises various exceptions on damaged files
-        # An untrusted checkpoint may set the address, so the message must omit `error`, which may quote the file.
+        # The message omits `error`, which may quote the file: the address may come from an untrusted checkpoint.
         reason = getattr(error, "strerror", None) or f"damaged or in an unknown format ({type(error).__name__})"
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error
 

@@ -57,7 +57,7 @@ class CaptionModel(ImageModel, Protocol):
         """Metrics of each epoch of training; empty if they are unknown."""
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
-        """Returns the settings that determine the captions. A dataset of captions depends on them and on the model.
+        """Returns the settings that, together with the model, determine the captions.
 
         Raises:
             CheckpointError: the captioner lacks a part that `config` needs.
@@ -73,9 +73,9 @@ class SentenceScorer(Protocol):
     """A captioner that can compute the perplexity of references. Not all families implement this protocol."""
 
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
-        """Returns ln p(sentence | image) and the number of tokens, including the end token, for each image's sentences.
+        """Returns ln p(sentence | image) and the number of tokens, including the end token, of each image's sentences.
 
-        For a sentence without words, both numbers are 0.
+        Both are 0 for a sentence without words.
         """
 
 

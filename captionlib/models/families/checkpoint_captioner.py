@@ -82,16 +82,18 @@ class CheckpointCaptioner:
 
     @torch.inference_mode()
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
-        """Computes the probability of references; see `SentenceScorer`. Words outside the vocabulary are UNKNOWN."""
+        """Computes the probability of references; see `SentenceScorer`. Unknown words count as UNKNOWN."""
         model, encode = self._loaded.model, self._loaded.vocabulary.encode
         ids = [[encode(text) for text in texts] for texts in sentences]
-        packed = [each for per_image in ids for each in per_image if each]
-        log_probs = np.zeros(len(packed))
-        if packed:
+        nonempty = [each for per_image in ids for each in per_image if each]
+        log_probs = np.zeros(len(nonempty))
+        if nonempty:
             device = next(model.parameters()).device
             features = torch.from_numpy(np.array(images, np.float32)).to(device)  # a copy, which is writable
-            rows = torch.tensor([row for row, per_image in enumerate(ids) for each in per_image if each], device=device)
-            scores = model(features, pad_sentences(packed).to(device), rows)
+            image_indices = torch.tensor(
+                [index for index, per_image in enumerate(ids) for each in per_image if each], device=device
+            )
+            scores = model(features, pad_sentences(nonempty).to(device), image_indices)
             np.add.at(log_probs, scores.sentences.cpu().numpy(), scores.log_probs.double().cpu().numpy())
         sums = iter(log_probs.tolist())
         return [[(next(sums), len(each) + 1) if each else (0.0, 0) for each in per_image] for per_image in ids]

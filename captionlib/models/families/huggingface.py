@@ -1,4 +1,4 @@
-"""Opens models in the format of Hugging Face Transformers. Their files must not be able to run code."""
+"""Opens models in the format of Hugging Face Transformers, without running code that comes with a model."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,10 +83,10 @@ def fingerprint_files(folder: Path) -> str:
 
 
 def load_part(location: str, load: Callable[..., Part], folder: Path, **options: Any) -> Part:
-    """Loads a model, a tokenizer or a processor with a `from_pretrained` method, without running code of the model.
+    """Calls `load`, the `from_pretrained` method of a model, tokenizer or processor class, without running model code.
 
     Raises:
-        CheckpointError: the part is missing, damaged, or needs code that comes with the model.
+        CheckpointError: the model, tokenizer or processor is missing, damaged, or needs code that comes with the model.
     """
     try:
         return load(str(folder), trust_remote_code=False, local_files_only=True, **options)
@@ -114,11 +114,11 @@ def load_weights(location: str, load: Callable[..., Any], folder: Path) -> tuple
 
 
 def require_pixels(address: str, expected: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Checks the input of a model whose input is pixels; see `ImageModel.require_encoder`."""
+    """Rejects features for a model whose input is pixels and whose `encoder` is `expected`; see `ImageModel`."""
     if description != expected:
         raise CheckpointError(
-            f"{address}: expected images, because the model has no separate encoder, got features; specify the "
-            "manifest that the features were extracted from"
+            f"{address}: expected images, the input of this model, got features; specify the manifest that the "
+            "features were extracted from"
         )
 
 
@@ -126,9 +126,9 @@ def prepare_pixels(images: Arrays, preprocessing: Preprocessing | SizeLimit, pro
     """Normalizes images; returns `[images, 3, height, width] float32`.
 
     Args:
-        images: `[height, width, 3] uint8` each, prepared by a decoder process.
+        images: `[height, width, 3] uint8` each, decoded with `preprocessing`.
         preprocessing: result of `find_preprocessing`.
-        processor: the model's image processor, which resizes the images if the preprocessing is `WHOLE_IMAGE`.
+        processor: the model's image processor, which resizes the images if `preprocessing` is `WHOLE_IMAGE`.
     """
     if isinstance(preprocessing, SizeLimit):
         pixels: Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]

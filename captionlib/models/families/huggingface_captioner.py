@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["HuggingFaceCaptioner", "load"]
 
-# These models need only pixels. If they accept a prompt (BLIP and GIT), the caption continues it.
-_CONTINUING = {"blip", "git", "vision-encoder-decoder"}
+# Types of models that need no prompt. BLIP and GIT accept a prompt, which the caption continues.
+_PROMPT_OPTIONAL = {"blip", "git", "vision-encoder-decoder"}
 
 # `generate` of Transformers has no equivalent of these settings.
 _UNSUPPORTED = ("min_words", "forbidden_words", "beam_groups", "rerank")
@@ -57,7 +57,7 @@ class HuggingFaceCaptioner:
         self._tokenizer = load_part(location, AutoTokenizer.from_pretrained, folder)
         self._processor: Any = None
         self._preprocessing: Preprocessing | SizeLimit = find_preprocessing(image_processor)
-        if self._type not in _CONTINUING or isinstance(self._preprocessing, SizeLimit):
+        if self._type not in _PROMPT_OPTIONAL or isinstance(self._preprocessing, SizeLimit):
             self._processor = load_part(location, AutoProcessor.from_pretrained, folder)
             if not isinstance(self._processor, ProcessorMixin):  # the model has no processor for images and text
                 self._processor = image_processor
@@ -122,7 +122,7 @@ class HuggingFaceCaptioner:
         Raises:
             ConfigError: the model answers prompts.
         """
-        if self._type not in _CONTINUING:
+        if self._type not in _PROMPT_OPTIONAL:
             raise ConfigError(
                 f"hf:{self._location} answers prompts, and the perplexity of its answers is not supported; leave "
                 "--checkpoint out"
@@ -153,11 +153,11 @@ class HuggingFaceCaptioner:
 
     def _prepare_inputs(self, images: Arrays, prompt: str | None) -> dict[str, Tensor]:
         """Returns the arguments of `generate` for a batch of pixels."""
-        if self._type in _CONTINUING:
+        if self._type in _PROMPT_OPTIONAL:
             inputs = {"pixel_values": prepare_pixels(images, self._preprocessing, self._processor)}
             if prompt is not None:
                 ids = self._tokenizer(prompt, add_special_tokens=False).input_ids
-                # BLIP's `generate` replaces the first token and drops the last one, so two tokens are added.
+                # GIT's prompts start with CLS. BLIP's `generate` replaces the first token and drops the last one.
                 ids = [
                     self._tokenizer.cls_token_id,
                     *ids,
@@ -180,8 +180,8 @@ class HuggingFaceCaptioner:
         )
         return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
-    def _read_captions(self, output: Any, images: int, config: "GenerationConfig") -> list[list[Caption]]:
-        """Returns the distinct captions of each image, in the order of `generate`."""
+    def _read_captions(self, output: Any, image_count: int, config: "GenerationConfig") -> list[list[Caption]]:
+        """Returns the distinct captions of each image, best first."""
         beam_indices = output.get("beam_indices")
         if beam_indices is None:  # the scores depend on the temperature, but the logits do not
             log_probs = self._model.compute_transition_scores(output.sequences, output.logits, normalize_logits=True)
@@ -191,11 +191,11 @@ class HuggingFaceCaptioner:
         counts = self._count_tokens(generated) if beam_indices is None else (beam_indices >= 0).sum(1)
         is_token = torch.arange(log_probs.shape[1], device=counts.device) < counts[:, None]
         sums = log_probs.float().masked_fill(~is_token, 0).sum(1).tolist()
-        continues_prompt = config.prompt is not None and self._type in _CONTINUING
+        continues_prompt = config.prompt is not None and self._type in _PROMPT_OPTIONAL
         ids = output.sequences if continues_prompt else generated
         texts = [text.strip() for text in self._tokenizer.batch_decode(ids, skip_special_tokens=True)]
         captions = list(map(Caption, texts, sums, counts.tolist()))
-        per_image = len(captions) // images
+        per_image = len(captions) // image_count
         distinct: list[list[Caption]] = []
         for start in range(0, len(captions), per_image):
             unique: dict[str, Caption] = {}

@@ -32,7 +32,7 @@ class _VisionTower(nn.Module):
         self._node, self._address = node, address
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Returns `[batch, channels]` or `[batch, channels, height, width]`, from `[batch, 3, side, side]`."""
+        """Converts `[batch, 3, side, side]` to features, `[batch, channels]` or `[batch, channels, height, width]`."""
         output = self.model(pixel_values=pixels)
         last = output.last_hidden_state
         if self._node == "pooled":
@@ -58,7 +58,7 @@ def load(location: str, config: EncoderConfig, device: torch.device) -> Encoder:
     if not isinstance(preprocessing, Preprocessing):
         raise CheckpointError(
             f"{address}: expected an image processor that resizes images to one size, crops and normalizes them, got "
-            "another one; use a different model"
+            "one that does not; use a different model"
         )
     preprocessing = replace(
         preprocessing,
@@ -77,15 +77,15 @@ def _load_tower(location: str, folder: Path, node: Node) -> Any:
     model, missing = load_weights(location, AutoModel.from_pretrained, folder)
     tower = getattr(model, "vision_model", model)
     if tower.main_input_name != "pixel_values":
-        raise CheckpointError(f"hf:{location}: expected a model of images, got {type(model).__name__}")
-    part = "" if tower is model else "vision_model."
-    unset = [name for name in missing if name.startswith(part)]
-    poolers = [name for name in unset if "pooler" in name]
+        raise CheckpointError(f"hf:{location}: expected a model with an image encoder, got {type(model).__name__}")
+    prefix = "" if tower is model else "vision_model."
+    tower_missing = [name for name in missing if name.startswith(prefix)]
+    poolers = [name for name in tower_missing if "pooler" in name]
     if node == "pooled" and poolers:
         raise ConfigError(
             f"encoder.node: hf:{location} has no trained weights for pooled ({poolers[0]}); use class_token or "
             "feature_map"
         )
-    if others := sorted(set(unset) - set(poolers)):
+    if others := sorted(set(tower_missing) - set(poolers)):
         raise CheckpointError(f"hf:{location}: the weights lack {len(others)} tensors, among them {others[0]}")
     return tower

@@ -28,7 +28,7 @@ from captionlib.models.families.model import Arrays, describe_pixel_input
 __all__ = ["HuggingFaceRanker", "load"]
 
 _BATCH_SIZE = 256
-_TEMPLATE = "template="
+_TEMPLATE_OPTION = "template="
 
 
 class HuggingFaceRanker:
@@ -81,11 +81,11 @@ class HuggingFaceRanker:
 
     @torch.inference_mode()
     def encode_sentences(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Embeds sentences in their template; see `RankingModel`. Long ones are truncated to the model's maximum."""
+        """Inserts sentences into the template and embeds them, truncated to the model's maximum; see `RankingModel`."""
         texts = [_insert(sentence, self.sentence_template) for sentence in sentences]
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # similar lengths need little padding
         sorted_texts = [texts[index] for index in order]
-        parts = [torch.empty(0, getattr(self, "size", 0))]
+        parts = [torch.empty(0, getattr(self, "size", 0))]  # not set while `__init__` computes it
         for start in range(0, len(texts), _BATCH_SIZE):
             batch = sorted_texts[start : start + _BATCH_SIZE]
             parts += halve_on_out_of_memory(partial(self._encode_texts, batch), len(batch))
@@ -98,7 +98,7 @@ class HuggingFaceRanker:
         config = self._model.config
         inputs = self._tokenizer(
             texts[part],
-            # SigLIP is trained on sentences of full length, and has no mask for the padding.
+            # SigLIP is trained on sentences padded to the maximum length, without a mask for the padding.
             padding="max_length" if config.model_type.startswith("siglip") else True,
             truncation=True,
             max_length=config.text_config.max_position_embeddings,
@@ -113,7 +113,7 @@ class HuggingFaceRanker:
 def load(location: str) -> HuggingFaceRanker:
     """Loads a ranker from a folder or from `ORGANIZATION/NAME@REVISION`; see `open_ranker` for errors.
 
-    `?template=a photo of {}` after the location embeds every sentence in a template.
+    If `?template=a photo of {}` follows the location, every sentence is inserted into this template at `{}`.
     """
     return HuggingFaceRanker(location)
 
@@ -122,8 +122,8 @@ def _split_template(location: str) -> tuple[str, str | None]:
     folder, mark, option = location.partition("?")
     if not mark:
         return folder, None
-    template = option.removeprefix(_TEMPLATE)
-    if not option.startswith(_TEMPLATE) or template.count("{}") != 1:
+    template = option.removeprefix(_TEMPLATE_OPTION)
+    if not option.startswith(_TEMPLATE_OPTION) or template.count("{}") != 1:
         raise ConfigError(
             f"hf:{location}: expected ?template= and a text with {{}} in place of the sentence, such as "
             f"hf:{folder}?template=a photo of {{}}, got ?{option}"

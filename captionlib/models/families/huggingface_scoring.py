@@ -1,4 +1,4 @@
-"""Computes the probability of given sentences with captioners from Hugging Face Transformers, for the perplexity."""
+"""Computes the probability of given sentences with captioners from Hugging Face Transformers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ["score_sentences"]
 def score_sentences(
     model: Any, tokenizer: Any, pixels: Tensor, sentences: Sequence[Sequence[str]]
 ) -> list[list[tuple[float, int]]]:
-    """Returns ln p(sentence | image) and the number of tokens, including the end token, for each image's sentences.
+    """Returns ln p(sentence | image) and the number of tokens, including the end token, of each image's sentences.
 
     Args:
         model: BLIP, GIT or an encoder-decoder, in float32.
@@ -25,12 +25,12 @@ def score_sentences(
     ids = [tokenizer(text, add_special_tokens=False).input_ids for texts in sentences for text in texts]
     if not ids:
         return [[] for _ in sentences]
-    image = torch.tensor([index for index, texts in enumerate(sentences) for _ in texts], device=pixels.device)
+    image_indices = torch.tensor([index for index, texts in enumerate(sentences) for _ in texts], device=pixels.device)
     counts = torch.tensor([len(each) + 1 for each in ids], device=pixels.device)
     width = int(counts.max())
     rows = [[start, *each, *[end] * (width - len(each))] for each in ids]
     tokens = torch.tensor(rows, device=pixels.device)  # [sentences, width + 1], padded with end tokens
-    log_probs = _compute_logits(model, pixels, image, tokens)[:, :-1].log_softmax(2)
+    log_probs = _compute_logits(model, pixels, image_indices, tokens)[:, :-1].log_softmax(2)
     log_probs = log_probs.gather(2, tokens[:, 1:, None])[:, :, 0]
     is_token = torch.arange(width, device=pixels.device) < counts[:, None]
     scores = iter(zip(log_probs.masked_fill(~is_token, 0).sum(1).tolist(), counts.tolist(), strict=True))
@@ -48,15 +48,15 @@ def _find_start_and_end(model: Any) -> tuple[int, int]:
     return start, end[0] if isinstance(end, list) else end
 
 
-def _compute_logits(model: Any, pixels: Tensor, image: Tensor, tokens: Tensor) -> Tensor:
-    """Returns `[sentences, tokens, vocabulary]`. All models are causal, so padding at the end has no effect."""
+def _compute_logits(model: Any, pixels: Tensor, image_indices: Tensor, tokens: Tensor) -> Tensor:
+    """Returns logits, `[sentences, tokens, vocabulary]`. All models are causal, so padding at the end has no effect."""
     logits: Tensor
     if model.config.model_type == "git":  # its layers see pixels and tokens together
-        logits = model(pixel_values=pixels[image], input_ids=tokens).logits[:, -tokens.shape[1] :]
+        logits = model(pixel_values=pixels[image_indices], input_ids=tokens).logits[:, -tokens.shape[1] :]
     elif model.config.model_type == "blip":
         embeddings = model.vision_model(pixel_values=pixels)[0]
-        logits = model.text_decoder(input_ids=tokens, encoder_hidden_states=embeddings[image]).logits
+        logits = model.text_decoder(input_ids=tokens, encoder_hidden_states=embeddings[image_indices]).logits
     else:
         embeddings = model.encoder(pixel_values=pixels)[0]
-        logits = model(encoder_outputs=(embeddings[image],), decoder_input_ids=tokens).logits
+        logits = model(encoder_outputs=(embeddings[image_indices],), decoder_input_ids=tokens).logits
     return logits

@@ -25,7 +25,7 @@ class RankingModel(ImageModel, Protocol):
 
     @property
     def sentence_template(self) -> str | None:
-        """Text that every sentence is embedded in, with `{}` in its place, or None."""
+        """Text into which every sentence is inserted at `{}` before it is embedded, or None."""
 
     def has_known_word(self, sentence: str) -> bool:
         """Returns whether the model knows at least one word of the sentence."""

@@ -1,9 +1,8 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
-A family is a provider of models.
-An address without a prefix is the folder of a checkpoint that captionlib trained. Every other family is an entry point
-of an installed package, named after its prefix, in the group `captionlib.captioners`, `captionlib.encoders` or
-`captionlib.rankers`.
+A family is a provider of models. It is an entry point of an installed package, named after its prefix, in the group
+`captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers`. An address without a prefix is the folder of a
+checkpoint that captionlib trained or, for encoders, the name of a torchvision model.
 
 An address may end with options of the family, such as `?template=a photo of {}`.
 """
@@ -51,8 +50,9 @@ def find_family(group: Group, prefix: str) -> Callable[..., Any]:
     families: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"captionlib.{group}")}
     if prefix not in families:
         raise ConfigError(
-            f"{prefix}: expected a prefix of an installed family of {group}, got none of "
-            f"{', '.join(sorted(families)) or 'them'}{suggest(prefix, families)}; install the package that provides it"
+            f"{prefix}: expected the prefix of an installed family of {group} "
+            f"({', '.join(sorted(families)) or 'none is installed'}){suggest(prefix, families)}; install the package "
+            "that provides it"
         )
     try:
         load: Callable[..., Any] = families[prefix].load()

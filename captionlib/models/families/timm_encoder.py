@@ -27,7 +27,7 @@ class _TimmNetwork(nn.Module):
         self._node, self._address = node, address
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Returns `[batch, channels]` or `[batch, channels, height, width]`, from `[batch, 3, side, side]`."""
+        """Converts `[batch, 3, side, side]` to features, `[batch, channels]` or `[batch, channels, height, width]`."""
         output = self.model.forward_features(pixels)
         if self._node == "pooled":
             return {"features": self.model.forward_head(output, pre_logits=True).flatten(1)}
@@ -62,9 +62,9 @@ def _build_model(name: str) -> nn.Module:
         raise ConfigError(f"unknown model timm:{name}; timm has {len(names)} models, among them {', '.join(close)}")
     try:
         with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
-            torch.manual_seed(0)  # random:SEED samples only some of the weights
+            torch.manual_seed(0)  # for the weights that random:SEED does not sample
             model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-    except RuntimeError as error:  # an unknown tag
+    except RuntimeError as error:  # such as an unknown tag after the dot
         raise ConfigError(f"unknown model timm:{name}: {error}; `timm.list_pretrained()` lists all models") from error
     return model.eval()
 

@@ -20,7 +20,7 @@ outputs of all positions, without the class token and without register tokens.
 
 
 def find_node(model: str, node: str) -> Node:
-    """Returns the node of a configuration.
+    """Returns `node` if it is the name of a node; `model` is the address of the model, for errors.
 
     Raises:
         ConfigError: there is no node of this name.
@@ -54,7 +54,7 @@ def to_feature_map(output: Tensor, model: str, height: int, width: int) -> Tenso
         width: number of columns of the feature map.
 
     Raises:
-        ConfigError: the model has fewer tokens than positions.
+        ConfigError: the output does not have `height * width` positions.
     """
     if output.dim() == 4:
         return output

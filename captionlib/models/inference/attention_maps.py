@@ -1,4 +1,4 @@
-"""Computes attention maps, the weights of each token over image positions: the column `attention` of captions."""
+"""Computes attention maps: for each token of a caption, its attention weights over the positions of the image."""
 
 from collections.abc import Sequence
 
@@ -36,6 +36,6 @@ def compute_attention_maps(
     images = torch.arange(len(captions), device=device)
     per_caption = model.attention_weights(torch.from_numpy(features).to(device), words, images)
     return [
-        tokens[: caption.token_count].to(torch.float16).cpu().numpy()
-        for tokens, caption in zip(per_caption, captions, strict=True)
+        weights[: caption.token_count].to(torch.float16).cpu().numpy()
+        for weights, caption in zip(per_caption, captions, strict=True)
     ]

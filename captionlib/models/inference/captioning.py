@@ -68,8 +68,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if self.attention_maps and self.decoding.rerank.method == "image_text":
             raise ConfigError(
-                "attention_maps: the captioner computes them for its most probable caption, so they do not go with "
-                "decoding.rerank.method image_text; leave out one of them"
+                "attention_maps: the captioner computes them for its most probable caption, so they cannot be combined "
+                "with decoding.rerank.method image_text; set only one of the two"
             )
 
 
@@ -94,7 +94,7 @@ class CaptionGeneration:
     Attributes:
         config: configuration of the generation.
         captioner: the version of the captioner to use.
-        description: result of `CaptionModel.describe_generation`; a worker whose captioner returns another one fails.
+        description: result of `CaptionModel.describe_generation`. A worker fails if its captioner's result differs.
         input_transform: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
@@ -247,7 +247,7 @@ def caption_images(
 def _rebatch(encoded: EncodedRows, size: int) -> EncodedRows:
     """Regroups batches of any length into batches of `size` rows; the last one may be shorter."""
     rows: list[Row] = []
-    inputs: list[tuple[npt.NDArray[Any], ...]] = []  # of each row, for all models
+    inputs: list[tuple[npt.NDArray[Any], ...]] = []  # for each row, one array per model
     for more_rows, more_inputs in encoded:
         rows = rows + more_rows
         inputs = [*inputs, *zip(*more_inputs, strict=True)]

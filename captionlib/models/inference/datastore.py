@@ -30,8 +30,8 @@ class DatastoreConfig:
     """Configuration of a datastore.
 
     Attributes:
-        splits: splits that the captioner was trained on. Omit splits to be captioned, because their references would
-            leak into the captions.
+        splits: splits that the captioner was trained on. Leave out splits that you will caption, because their
+            references would leak into the captions.
         loading: how to fetch and decode images, if the source is a manifest (list of images).
         encoder_batch_size: images per batch of the encoder, if the source is a manifest.
     """

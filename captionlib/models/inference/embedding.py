@@ -92,13 +92,13 @@ class ImageEmbedding:
 def create_embeddings_dataset(
     folder: str | os.PathLike[str], sample: Sample, ranker: RankingModel, overwrite: bool
 ) -> ShardedDataset:
-    """Creates the dataset for a ranker's embeddings of the images in a dataset or sample; see `create_dataset`."""
+    """Creates the dataset for a ranker's embeddings of the images of `sample`; see `create_dataset`."""
     return create_dataset(
         folder,
         "embeddings",
         embeddings_schema(ranker.size),
         config={"ranker": ranker.fingerprint, "encoder": ranker.encoder, **sample.config},
-        **sample.origin,
+        **sample.input_arguments,
         overwrite=overwrite,
     )
 

@@ -29,7 +29,7 @@ __all__ = [
     "EncodedRows",
     "ExtractionConfig",
     "FeatureExtraction",
-    "PixelReader",
+    "PixelPassthrough",
     "encode_images",
     "load_shared_encoder",
 ]
@@ -61,7 +61,7 @@ class FeatureExtraction:
 
     Attributes:
         config: configuration of the extraction.
-        description: expected `ImageEncoder.description`; a worker with a different encoder fails.
+        description: expected `ImageEncoder.description`; a worker fails if its encoder differs.
         device: device of the encoder.
         threads: number of CPU threads of the encoder. If None, PyTorch's default is used.
     """
@@ -92,8 +92,8 @@ class FeatureExtraction:
             yield process
 
 
-class PixelReader:
-    """Stands in for the encoder of models whose input is pixels: the features of an image are its pixels."""
+class PixelPassthrough:
+    """Replaces the encoder of models whose input is pixels: the features of an image are its pixels."""
 
     def __init__(self, preprocessing: Preprocessing | SizeLimit) -> None:
         self.preprocessing = preprocessing
@@ -105,15 +105,15 @@ class PixelReader:
 
 
 def encode_images(
-    encoders: Sequence[ImageEncoder | PixelReader],
+    encoders: Sequence[ImageEncoder | PixelPassthrough],
     images: Iterator[tuple[Row, LoadedImage | ImageError]],
     batch_size: int,
     fail: ReportFailure,
 ) -> EncodedRows:
-    """Encodes images in full batches and reports images that could not be loaded to `fail`.
+    """Encodes images in full batches. Images that could not be loaded are omitted.
 
     Args:
-        encoders: the encoders. The images contain one array of pixels for each, in the same order.
+        encoders: the encoders. Each image has one array of pixels per encoder, in the same order.
         images: rows of a dataset, and their images.
         batch_size: images per batch.
         fail: called with the row of an image that could not be loaded.

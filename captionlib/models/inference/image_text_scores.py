@@ -1,4 +1,4 @@
-"""Scores how well captions fit their images: the cosine similarity of their embeddings, which a ranker computes."""
+"""Scores how well captions fit their images by the cosine similarity of the embeddings that a ranker computes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,9 @@ def score_captions(
     ranker: RankingModel,
     decoding: DecodingConfig,
 ) -> list[list[Caption]]:
-    """Adds `image_text_score` to all candidates, and sorts by it if `decoding.rerank.method` is `image_text`.
+    """Adds `image_text_score` to all candidates.
+
+    If `decoding.rerank.method` is `image_text`, also sorts the candidates by it and keeps the first `n_best`.
 
     Args:
         candidates: the candidates of each image, best first.

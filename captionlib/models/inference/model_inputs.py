@@ -14,12 +14,12 @@ from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.encoder import ImageEncoder
 from captionlib.models.families.model import Arrays, ImageModel, InputTransform
-from captionlib.models.inference.extraction import EncodedRows, PixelReader, encode_images, load_shared_encoder
+from captionlib.models.inference.extraction import EncodedRows, PixelPassthrough, encode_images, load_shared_encoder
 
 __all__ = ["InputLoader", "choose_input_transform", "open_input_loader"]
 
 InputLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
-"""Takes batches of a dataset. Yields for each batch the rows without the column `features`, and each model's input."""
+"""Function from batches of a dataset to batches of rows, without the column `features`, and each model's input."""
 
 
 def choose_input_transform(
@@ -31,7 +31,7 @@ def choose_input_transform(
     the number of threads.
 
     Raises:
-        CheckpointError: the encoder, or the features' encoder, differs from the one that the model was trained with.
+        CheckpointError: the encoder of the images or features differs from the one that the model was trained with.
         ConfigError: `weights` are required but None, or specified although no images are encoded.
         DatasetError: the source is neither a features dataset nor a manifest.
     """
@@ -60,7 +60,7 @@ def open_input_loader(
     """Yields a function that loads the input of one or more models.
 
     Args:
-        input_transforms: how images become the input of each model, from `choose_input_transform`.
+        input_transforms: results of `choose_input_transform`, one for each model.
         models: the models.
         loading: how images are fetched and decoded.
         batch_size: images per batch of an encoder.
@@ -75,15 +75,15 @@ def open_input_loader(
         yield lambda batches, _fail: _split_features(batches, shape, len(models))
         return
     descriptions: list[Mapping[str, Any]] = []
-    encoders: list[ImageEncoder | PixelReader] = []
-    encoder_indices = []  # of each model
+    encoders: list[ImageEncoder | PixelPassthrough] = []
+    encoder_indices = []  # for each model, the position of its encoder in `encoders`
     for input_transform, model in zip(input_transforms, models, strict=True):
         if model.encoder not in descriptions:
             descriptions.append(model.encoder)
             if isinstance(input_transform, EncoderConfig):
                 encoders.append(load_shared_encoder(input_transform, device, threads, model.encoder))
             elif input_transform is not None:
-                encoders.append(PixelReader(input_transform))
+                encoders.append(PixelPassthrough(input_transform))
         encoder_indices.append(descriptions.index(model.encoder))
 
     def encode(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> EncodedRows:
@@ -95,7 +95,7 @@ def open_input_loader(
         yield encode
 
 
-def _split_features(batches: Iterator[pa.RecordBatch], shape: Sequence[int], copies: int) -> EncodedRows:
+def _split_features(batches: Iterator[pa.RecordBatch], shape: Sequence[int], model_count: int) -> EncodedRows:
     for batch in batches:
         features: Arrays = vectors_to_numpy(batch["features"], shape)
-        yield batch.drop_columns(["features"]).to_pylist(), [features] * copies
+        yield batch.drop_columns(["features"]).to_pylist(), [features] * model_count

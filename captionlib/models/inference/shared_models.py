@@ -46,8 +46,8 @@ class CheckpointVersion:
         """
         if expected != actual:
             raise CheckpointError(
-                f"{self.folder}: the {part} was replaced during the run; expected fingerprint {expected}, got "
-                f"{actual}; start again with --overwrite"
+                f"{self.folder}: expected the {part} that the run started with, {expected}, got {actual}; start again "
+                "with --overwrite"
             )
 
 
@@ -84,14 +84,15 @@ class CheckpointCache(Generic[Model]):
                 checkpoint.require_unchanged("model", checkpoint.fingerprint, model.fingerprint)
                 self._entry, self._device = (checkpoint, model), None
             model = self._entry[1]
-            if self._device != torch_device:  # moving would replace the parameters while other threads copy or use them
+            # A needless move would replace the parameters while other threads copy or use them.
+            if self._device != torch_device:
                 model.to(torch_device)
                 self._device = torch_device
             return model
 
 
 def cached_per_process(load: Callable[Arguments, Result], size: int = 1) -> Callable[Arguments, Result]:
-    """Wraps a loader so that all threads of a process share its `size` latest results. Callers must not modify them."""
+    """Wraps a loader so that all threads of a process share its `size` latest results, which must not be modified."""
     lock = Lock()
     cached = lru_cache(maxsize=size)(load)
 

@@ -40,7 +40,7 @@ class RankerConfig:
         hidden_size: dimensions of a layer's hidden state.
         embedding_size: dimensions of a word embedding.
         joint_embedding_size: dimensions of the joint space.
-        pooling: reduction of recurrent states: the `last` state, the `mean` of all, or the `max` of each dimension.
+        pooling: how recurrent states become one vector: `last` state, `mean` of all, or `max` of each dimension.
         feature_dropout: dropout probability of image features.
         word_dropout: fraction of words replaced by UNKNOWN in training.
         dropout: dropout probability of word embeddings and states.
@@ -102,7 +102,7 @@ class RankerNetwork(nn.Module):
         return F.normalize(self.image_projection(self.feature_dropout(features)), dim=1)
 
     def embed_sentences(self, sentences: Tensor) -> Tensor:
-        """Embeds sentences as unit vectors, regardless of the amount of padding.
+        """Embeds sentences as unit vectors. Padding does not affect the result.
 
         Args:
             sentences: `[sentences, longest] int64`, token ids without END, padded with `PAD`; sentences may be empty.
@@ -158,7 +158,7 @@ def _append_end(sentences: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pool(states: Tensor, lengths: Tensor, method: str) -> Tensor:
     """Pools `[sentences, longest, size]` over the first `lengths` time steps of each sentence."""
-    real = torch.arange(states.shape[1], device=states.device) < lengths.to(states.device)[:, None]
+    is_token = torch.arange(states.shape[1], device=states.device) < lengths.to(states.device)[:, None]
     if method == "max":
-        return states.masked_fill(~real[..., None], float("-inf")).amax(1)
-    return states.masked_fill(~real[..., None], 0).sum(1) / lengths.to(states)[:, None]
+        return states.masked_fill(~is_token[..., None], float("-inf")).amax(1)
+    return states.masked_fill(~is_token[..., None], 0).sum(1) / lengths.to(states)[:, None]

@@ -180,7 +180,8 @@ def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limit
     """Runs one SELECT over a dataset, or over several of the same kind, and returns all its rows.
 
     The query runs in this process, without a time limit, and some of DuckDB's functions exceed the memory limit. For
-    untrusted SQL, use the command `captionlib query`, which runs it in a separate process and kills that at a limit.
+    untrusted SQL, use the command `captionlib query`. It runs SQL in a child process, and kills that if it exceeds a
+    limit.
 
     Example:
         >>> captionlib.query_sql("captions", "SELECT count(*) AS images FROM captions").to_pylist()

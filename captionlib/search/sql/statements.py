@@ -97,6 +97,6 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def to_query_error(error: Exception) -> QueryError:
-    """Converts a DuckDB error to a QueryError with its description in one line, without the SQL and advice after it."""
+    """Converts a DuckDB error. Keeps only its description, in one line, without the SQL and advice that follow."""
     description, _, _ = str(error).partition("\n\n")
     return QueryError(f"query: {' '.join(description.split())}")

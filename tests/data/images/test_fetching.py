@@ -309,7 +309,7 @@ def test_retry_after_is_honored(
 @pytest.mark.parametrize("value", ["61", formatdate(2**31, usegmt=True)])
 def test_retry_after_beyond_the_limit_fails_at_once(fetcher: ImageFetcher, server: Server, value: str) -> None:
     server.retry_after = value
-    with pytest.raises(FetchError, match=r"the request to retry after \d+ seconds; retry later"):
+    with pytest.raises(FetchError, match=r"with a request to retry after \d+ seconds; retry later"):
         fetcher.fetch(f"{server.url}/429/a.jpg")
     assert server.requests.total() == 1
 

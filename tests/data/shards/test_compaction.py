@@ -131,7 +131,7 @@ def test_second_compaction_writes_nothing(source: ShardedDataset, tmp_path: Path
 def test_stage_refuses_shards_from_before_the_compaction(source: ShardedDataset, tmp_path: Path) -> None:
     run_once(source, tmp_path)
     compact(tmp_path, 4, "manifest")
-    with pytest.raises(DatasetError, match=r"run `captionlib compact .*manifest .*captions`, which moves"):
+    with pytest.raises(DatasetError, match=r"run `captionlib compact .*manifest .*captions` to move"):
         run_once(reopen(source), tmp_path)
     compact(tmp_path, 4, *OUTPUTS)
     assert run_once(reopen(source), tmp_path) == []

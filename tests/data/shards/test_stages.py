@@ -370,7 +370,7 @@ def test_damaged_input_is_not_processed(source: ShardedDataset, tmp_path: Path) 
 
 def test_unfinished_input_is_not_processed(source: ShardedDataset, tmp_path: Path) -> None:
     source.remove_marker(1)
-    with pytest.raises(DatasetError, match="part-00001 is not finished; run the command that writes"):
+    with pytest.raises(DatasetError, match="part-00001 is not finished; rerun the command that writes"):
         run_once(source, tmp_path)
 
 

@@ -160,7 +160,7 @@ def test_committed_update_is_completed_when_the_dataset_is_opened(
             killed = True
     assert killed or calls > 12
     if killed:
-        unopened = open_dataset(tmp_path, complete=False)
+        unopened = open_dataset(tmp_path, complete_update=False)
         assert unopened.read(1)["image_id"].to_pylist() == ["d"]
         assert set(unopened.read(0)["image_id"].to_pylist()) in ({"a", "b"}, {"a", "x"})
         failures = unopened.read_failures(2)

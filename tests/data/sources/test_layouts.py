@@ -165,4 +165,4 @@ def test_remote_file_whose_name_looks_like_an_address_is_skipped() -> None:
     fsspec.filesystem("memory").pipe({"/looks/x#bytes=0-5.jpg": b"y", "/looks/x#row=1&column=y.jpg": b"x"})
     rows, skipped = read("memory://looks")
     assert [row.image_id for row in rows] == ["x#bytes=0-5.jpg"]
-    assert skipped == {"name in the form of an address of a part of a file": 1}
+    assert skipped == {"name that looks like the address of a part of a file": 1}

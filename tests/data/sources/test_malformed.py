@@ -212,7 +212,7 @@ def test_every_json_line_has_its_own_columns(tmp_path: Path) -> None:
 
 def test_json_line_that_lacks_the_id_of_others_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"url":"a.jpg"}\n{"id":2,"url":"b.jpg"}\n')
-    with pytest.raises(DatasetError, match=r"line 1: expected an image id id as in .*line 2, got none"):
+    with pytest.raises(DatasetError, match=r"line 1: expected an image id at key 'id' as in .*line 2, got none"):
         read(tmp_path / "a.jsonl")
 
 

@@ -87,8 +87,8 @@ def test_captions_of_an_image_in_a_second_split_are_skipped(tmp_path: Path) -> N
     path.write_text("id,url,split,caption\n1,a.jpg,train,one\n1,a.jpg,val,two\n")
     rows, skipped = read(path)
     assert [(row.split, row.captions) for row in rows] == [("train", ("one",))]
-    assert skipped == {"captions of an image in a second split": 1}
-    with pytest.raises(DatasetError, match=r"line 3: expected image 1 in split 'train' as at .*line 2, got 'val'"):
+    assert skipped == {"second split for the same image": 1}
+    with pytest.raises(DatasetError, match=r"line 3: expected split 'train' for image 1, as in .*line 2, got 'val'"):
         read(path, strict=True)
 
 

@@ -119,7 +119,7 @@ def test_missing_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"once upon a time\n", b"once upon\n"])
 def test_file_of_another_format_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tale.txt").write_bytes(content)
-    with pytest.raises(DatasetError, match=r"expected two counts.* in the first line, got b'"):
+    with pytest.raises(DatasetError, match=r"expected the number and size of vectors.* in the first line, got b'"):
         read_word_vectors(str(tmp_path / "tale.txt"), ["dog"], 3)
 
 

@@ -137,10 +137,10 @@ def test_attention_weights_has_one_distribution_per_token() -> None:
     check_attention_weights(build())
 
 
-def test_average_image_has_the_mean_features_everywhere() -> None:
+def test_mean_features_are_the_same_at_every_position() -> None:
     model = build(replace(CONFIG, feature_power=0.5))
     model.standardization.set_statistics(torch.tensor([0.5, -0.5, 1, 2]), torch.ones(4))
-    average = model.encode_average_image()
+    average = model.encode_mean_features()
     expected = model.encode_images(torch.tensor([[0.25, -0.25, 1, 4]]))
     assert average.annotations is not None
     torch.testing.assert_close(average.annotations, expected.annotations)

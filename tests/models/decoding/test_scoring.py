@@ -30,7 +30,7 @@ def test_scores_equal_teacher_forcing(
 
 def test_no_sentences_give_no_scores() -> None:
     incremental = IncrementalCaptioner(build(CONFIGS[0], seed=3))
-    assert score_sentences(incremental, incremental.encode_average_image(), []).tolist() == []
+    assert score_sentences(incremental, incremental.encode_mean_features(), []).tolist() == []
 
 
 def set_mean(model: CaptionerNetwork) -> CaptionerNetwork:
@@ -63,7 +63,7 @@ def test_factors_break_ties() -> None:
 
 
 @pytest.mark.parametrize("components", [0, 2])
-def test_average_image_inverts_feature_transform(components: int) -> None:
+def test_mean_features_invert_feature_transform(components: int) -> None:
     config = CaptionerConfig(
         hidden_size=6, embedding_size=5, feature_power=0.5, principal_components=components, image_input="every_step"
     )
@@ -73,12 +73,12 @@ def test_average_image_inverts_feature_transform(components: int) -> None:
         model.set_principal_components(model.power_normalize(same))
     else:
         model.standardization.set_statistics(model.power_normalize(same).mean(0), torch.ones(FEATURE_SIZE))
-    for found, expected in zip(model.encode_average_image(), model.encode_images(same[:1]), strict=True):
+    for found, expected in zip(model.encode_mean_features(), model.encode_images(same[:1]), strict=True):
         if expected is not None:
             torch.testing.assert_close(found, expected)
 
 
 def test_mutual_information_rejects_captioner_without_mean() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5, standardize_features=False), seed=0)
-    with pytest.raises(ConfigError, match=r"needs the mean .* got a captioner with standardize_features false"):
+    with pytest.raises(ConfigError, match=r"stores the mean .* got one with standardize_features false"):
         Decoder(model, DecodingConfig(rerank=RerankConfig("mbr", mutual_information_weight=0.1)))
