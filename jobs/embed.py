@@ -12,7 +12,13 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--ranker", "-r", required=True, metavar="FOLDER", help="Ranker that train-ranker wrote, or hf:FOLDER.")
+@click.option(
+    "--ranker",
+    "-r",
+    required=True,
+    metavar="FOLDER",
+    help="Ranker that train-ranker wrote, or a model such as hf:FOLDER.",
+)
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The embeddings dataset to write.")
 @weights_option
 @config_options
@@ -24,8 +30,8 @@ def command(
     """Embed every image of SOURCE, a features dataset or a manifest (list of images).
 
     If SOURCE is a manifest, its images are encoded and embedded in one pass. Writes an embeddings dataset of unit
-    vectors in the joint space of the ranker, a dual encoder for image-text retrieval. `captionlib generate-captions
-    --ranker` writes the same dataset in one pass with the captions, so that the images are encoded only once.
+    vectors in the joint space of the ranker, a dual encoder for image-text retrieval. `captionlib generate-captions`
+    with --ranker and --embeddings writes the same dataset and captions in one pass, which encodes the images only once.
 
     \b
     Examples:

@@ -46,7 +46,7 @@ __all__ = ["command"]
     default=("train", "restval"),
     show_default=True,
     metavar="NAME",
-    help="A split that the captioner was trained on, to count novel captions. Repeatable.",
+    help="Split of the training captions. Captions that are not among them count as novel. Repeatable.",
 )
 @click.option(
     "--bootstrap-samples",
@@ -76,9 +76,10 @@ def command(
     """Score CAPTIONS against references (BLEU, METEOR, ROUGE-L, CIDEr), or a ranker on FEATURES (Recall@k, ranks).
 
     CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which contains references
-    and needs no manifest. The scores equal those of pycocoevalcap. Their 95% confidence intervals come from a bootstrap
-    over images. METEOR and the standard tokenizer need Java. A ranker (dual encoder for image-text retrieval) is scored
-    on a features dataset by Recall@1, 5 and 10 and the median and mean rank, from image to text and from text to image.
+    and needs no manifest. The scores equal those of pycocoevalcap, and have 95% confidence intervals from a
+    bootstrap over images. METEOR and the standard tokenizer need Java. A ranker (dual encoder for image-text
+    retrieval) is scored on a features dataset by Recall@1, 5 and 10 and the median and mean rank, from image to text
+    and from text to image.
 
     \b
     Examples:

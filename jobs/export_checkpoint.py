@@ -16,11 +16,11 @@ __all__ = ["command"]
     "--scores",
     multiple=True,
     metavar="FILE.json",
-    help="scores.json of captionlib evaluate, to show with its confidence intervals. Repeatable.",
+    help="A scores.json of `captionlib evaluate`, to include in the model card. Repeatable.",
 )
 @weights_option
 @click.option(
-    "--without-encoder", is_flag=True, help="Leave out the encoder's weights; only name the file and its hash."
+    "--without-encoder", is_flag=True, help="Leave out the encoder's weights; the model card names their file and hash."
 )
 @click.option("--with-datastore", is_flag=True, help="Include the datastore, which contains training captions.")
 def command(

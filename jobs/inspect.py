@@ -35,15 +35,15 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
     from captionlib.config import to_dict
     from captionlib.data.shards.inspection import inspect_dataset
     from captionlib.data.shards.markers import DESCRIPTION_FILE
-    from captionlib.search.index_folder import DESCRIPTION as INDEX, read_description
+    from captionlib.search.index_folder import DESCRIPTION as INDEX_FILE, read_description
     from captionlib.storage.folders import Folder
 
     names = Folder(folder).list()
     if DESCRIPTION_FILE in names:
         report = inspect_dataset(folder, verify)
-        click.echo(_to_json(dataclasses.asdict(report)) if as_json else _describe(report, verify))
+        click.echo(_to_json(dataclasses.asdict(report)) if as_json else _describe_dataset(report, verify))
         sys.exit(1 if report.problems else 0)
-    if INDEX in names and (index := read_description(Folder(folder))) is not None:
+    if INDEX_FILE in names and (index := read_description(Folder(folder))) is not None:
         click.echo(_to_json(to_dict(index)) if as_json else _describe_index(folder, index))
         return
     if "config.json" in names:
@@ -60,12 +60,12 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
             "command again to resume it"
         )
     raise DatasetError(
-        f"{folder} is not an output of captionlib: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX}) or a "
-        f"checkpoint (config.json), got {', '.join(names[:5]) if names else 'a missing or empty folder'}"
+        f"{folder} is not an output of captionlib: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX_FILE}) or "
+        f"a checkpoint (config.json), got {', '.join(names[:5]) if names else 'a missing or empty folder'}"
     )
 
 
-def _describe(report: DatasetReport, verified: bool) -> str:
+def _describe_dataset(report: DatasetReport, verified: bool) -> str:
     lines = [
         f"{report.folder}: {report.kind}, {'complete' if report.complete else f'not complete: {report.explanation}'}",
         f"  rows         {report.rows:,} in {report.shards_done:,} of {report.shards:,} shards",

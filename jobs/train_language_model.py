@@ -27,7 +27,7 @@ def command(source: str, output: str, config: str | None, overrides: tuple[str, 
       captionlib train-language-model author.txt -o author --config characters
 
     A recipe (--config) is a built-in configuration; --set overrides single values. The recipe `characters` has the
-    settings of the model of one author's text in Karpathy & Li's talk.
+    settings that Karpathy & Li's talk uses for the text of one author.
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
     settings of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.

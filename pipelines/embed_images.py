@@ -39,9 +39,9 @@ def embed_images(
     Args:
         source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
         ranker: the ranker's folder, or the address of a model from another library, such as `hf:FOLDER`.
-        output: folder of the embeddings dataset to write. `generate_captions` with a ranker writes the same dataset.
+        output: folder of the embeddings dataset to write. `generate_captions` with `embeddings` writes it too.
         config: settings for image loading.
-        weights: path of the image encoder's weights file; required if the encoder was loaded from such a file.
+        weights: path of the image encoder's weights file; required if the encoder was loaded from a file.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 
@@ -49,7 +49,7 @@ def embed_images(
         Counts of rows and of failures (images that could not be read), with the reasons for the failures.
 
     Raises:
-        CheckpointError: the folder contains no ranker, or the features come from a different encoder.
+        CheckpointError: `ranker` is not a ranker, or the features come from a different encoder.
         DatasetError: the source is incomplete, or `output` contains a different dataset.
         FailureRatioError: more images failed than `run` allows.
     """

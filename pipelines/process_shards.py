@@ -59,11 +59,11 @@ class _ProcessShard(beam.DoFn):
 
     def setup(self) -> None:
         self._exit_stack = ExitStack()
-        self._process: ProcessRows = self._exit_stack.enter_context(self._job.stage.open())
+        self._process_rows: ProcessRows = self._exit_stack.enter_context(self._job.stage.open())
 
     def process(self, shard: int) -> list[Marker]:
-        """Processes a shard. Returns its marker, the record that the shard is complete, with its counts."""
-        marker = self._job.run(shard, self._process)
+        """Processes a shard. Returns its marker, which marks it as complete and counts rows and failures."""
+        marker = self._job.run(shard, self._process_rows)
         self._images.inc(marker.rows + marker.failures)
         self._failures.inc(marker.failures)
         return [marker]
@@ -72,9 +72,9 @@ class _ProcessShard(beam.DoFn):
         self._exit_stack.close()
 
 
-def _finish(shards: int, job: ShardJob, max_failure_ratio: float | None) -> list[int]:
+def _finish(shard_count: int, job: ShardJob, max_failure_ratio: float | None) -> list[int]:
     """Marks the outputs as complete. Runs on a worker, so it works even if the submitting process has died."""
     # Beam would retry if this raised an error. The submitting process raises the error instead.
     with suppress(DatasetError):
         job.finish(max_failure_ratio)
-    return [shards]
+    return [shard_count]
