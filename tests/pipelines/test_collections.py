@@ -204,7 +204,7 @@ def test_ids_that_are_not_found_are_named(collection: Path, tmp_path: Path) -> N
 def test_remove_names_the_manifest_that_would_add_the_images_again(collection: Path) -> None:
     update(collection)
     result = run("remove", collection / "images" / "captions", "--id", "red.png")
-    assert "its next update adds the images again" in result.output
+    assert "the next update of the manifest adds the images again" in result.output
     assert "red.png" not in read_captions(collection)
 
 

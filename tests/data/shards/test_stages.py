@@ -346,7 +346,7 @@ def test_verify_processes_damaged_shards_again(source: ShardedDataset, tmp_path:
     damage(tmp_path / "captions" / "part-00000.parquet")
     damage(tmp_path / "vectors" / "__failures" / "part-00001.parquet")
     assert run_once(source, tmp_path) == []
-    with pytest.raises(DamagedShardError, match="captions again with --verify"):
+    with pytest.raises(DamagedShardError, match="captions with --verify"):
         read_outputs(tmp_path)
     assert run_once(source, tmp_path, "13", verify=True) == ["00", "01", "02", "03", "04"]
     assert read_outputs(tmp_path) == expected
@@ -362,7 +362,7 @@ def test_damaged_rows_are_not_copied(source: ShardedDataset, tmp_path: Path) -> 
 def test_damaged_input_is_not_processed(source: ShardedDataset, tmp_path: Path) -> None:
     damage(tmp_path / "source" / "part-00001.parquet")
     with pytest.raises(
-        DamagedShardError, match=r"source/part-00001.parquet is damaged .*source again with --overwrite"
+        DamagedShardError, match=r"source/part-00001.parquet is damaged .*source with --overwrite"
     ):
         run_once(source, tmp_path)
     assert open_dataset(tmp_path / "captions").pending_shards() == [1]

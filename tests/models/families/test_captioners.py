@@ -209,7 +209,7 @@ def test_features_are_refused(folders: dict[str, Path]) -> None:
 
 
 def test_unknown_families_and_addresses_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"hff: expected a prefix .* \(did you mean hf\?\)"):
+    with pytest.raises(ConfigError, match=r"hff: expected the prefix .* \(did you mean hf\?\)"):
         open_captioner("hff:model")
     with pytest.raises(ConfigError, match="expected an existing folder, or ORGANIZATION/NAME@REVISION"):
         open_captioner(f"hf:{tmp_path / 'missing'}")
