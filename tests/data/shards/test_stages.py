@@ -361,9 +361,7 @@ def test_damaged_rows_are_not_copied(source: ShardedDataset, tmp_path: Path) -> 
 
 def test_damaged_input_is_not_processed(source: ShardedDataset, tmp_path: Path) -> None:
     damage(tmp_path / "source" / "part-00001.parquet")
-    with pytest.raises(
-        DamagedShardError, match=r"source/part-00001.parquet is damaged .*source with --overwrite"
-    ):
+    with pytest.raises(DamagedShardError, match=r"source/part-00001.parquet is damaged .*source with --overwrite"):
         run_once(source, tmp_path)
     assert open_dataset(tmp_path / "captions").pending_shards() == [1]
 
