@@ -23,7 +23,7 @@ __all__ = ["Pages", "router"]
 
 _PAGE_RESULTS = 48
 _TALLEST, _WIDEST = 0.5, 2.5  # aspect ratios; see page.css
-_DEFAULT_VALUES = ("text", "relevance")  # of the parameters mode and sort
+_DEFAULTS = {"mode": "text", "sort": "relevance"}
 _EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 _LAST_PAGE = MAX_OFFSET // _PAGE_RESULTS + 1
 _ERROR_HEADINGS = {
@@ -207,6 +207,6 @@ def _format_search(search: Search, path: str = "/", **changes: Any) -> str:
     """Returns the URL of a search after changing some parameters. Parameters with default values are omitted."""
     values = {"q": search.query, "mode": search.mode, "split": search.split, "sort": search.sort, "like": search.like}
     parameters = {
-        name: value for name, value in (values | changes).items() if value not in (*_DEFAULT_VALUES, None, "")
+        name: value for name, value in (values | changes).items() if value not in (_DEFAULTS.get(name), None, "")
     }
     return f"{path}?{urlencode(parameters)}" if parameters else path

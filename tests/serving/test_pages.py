@@ -396,6 +396,12 @@ def test_search_without_results_suggests_others(client: TestClient) -> None:
     assert 'href="/?q=dog+giraffe&amp;mode=sentence">Search the images by this description' in html
 
 
+@pytest.mark.parametrize("words", ["text", "relevance"])
+def test_links_keep_words_that_are_also_values_of_other_parameters(client: TestClient, words: str) -> None:
+    page = client.get("/image", params={"id": "im0", "q": words}).text
+    assert f'href="/?q={words}"' in unescape(page)
+
+
 def test_selection_is_exported_without_addresses_of_images(client: TestClient, folder: Path) -> None:
     ids = {"id": ["im3", "im1", "nothing"]}
     csv = client.post("/export", data={**ids, "format": "csv"})
