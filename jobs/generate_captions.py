@@ -25,7 +25,11 @@ __all__ = ["command"]
     "generate-captions {source} -o {output}",
     "Folder that train-captioner wrote, or a model such as hf:FOLDER.",
 )
-@click.option("--ranker", metavar="FOLDER", help="Ranker that scores how well captions fit, or hf:FOLDER.")
+@click.option(
+    "--ranker",
+    metavar="FOLDER",
+    help="Ranker that scores how well each caption fits its image: a folder, or hf:FOLDER.",
+)
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write; requires --ranker.")
 @weights_option
 @limit_option

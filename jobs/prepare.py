@@ -77,7 +77,7 @@ __all__ = ["command"]
     "--shard-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Images per shard of a new manifest. [default: 1000 up to 100,000 images, 10,000 for 10 million]",
+    help="Images per shard of a new manifest. [default: 1000; more for over 100,000 images]",
 )
 @click.option(
     "--check-images/--no-check-images",
@@ -91,7 +91,7 @@ __all__ = ["command"]
 @click.option(
     "--verify-content",
     metavar="FOLDER",
-    help="Features or captions whose content_hash is compared with the images that seem unchanged.",
+    help="Dataset of features or captions. Images that seem unchanged are compared with its content_hash.",
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")

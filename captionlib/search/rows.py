@@ -1,7 +1,7 @@
 """Stores the rows of an index, one per captioned image, in memory-mapped Arrow files and filters them with SQL.
 
-Row numbers identify rows throughout the index. Reading 20 rows takes microseconds; from Parquet, it would decode 20 row
-groups.
+Row numbers identify rows throughout the index. Reading 20 rows takes microseconds. With
+Parquet, each of them could require decoding a whole row group.
 """
 
 import hashlib

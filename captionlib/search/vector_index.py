@@ -38,7 +38,7 @@ _MAX_TIES = 4096  # if more vectors have the same score, their order is not defi
 
 
 class RowMove(NamedTuple):
-    """Rows `start` to `end` (exclusive) of an index become rows `new_start` and following of the new version."""
+    """In the new version of an index, rows `start` to `end` (exclusive) are numbered from `new_start`."""
 
     start: int
     end: int
@@ -184,8 +184,8 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors. Equal scores are ordered by row number.
 
-        If `matching` is not None, only these rows are searched. If they are few, more than `nprobe` inverted lists are
-        searched. If there are fewer than `limit` hits, the search continues until all lists have been searched.
+        If `matching` is not None, only these rows are searched. The fewer they are, the more inverted lists are
+        searched. While there are fewer than `limit` hits, more lists are searched, up to all of them.
         """
         searchable = len(self) if matching is None else len(matching)
         if not min(limit, searchable):
@@ -193,7 +193,7 @@ class VectorIndex:
         depth = min(limit + 1, searchable)
         selector, _bitmap = self._make_selector(matching)
         hits = self._search_lists(vector, depth, searchable, selector)
-        # While more rows may tie with the last hit, search deeper: of equal scores, the lowest row numbers are kept.
+        # Hits with equal scores are ordered by row number, so search deeper while more rows may have the last score.
         while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable:
             if depth > _MAX_TIES + limit:
                 break

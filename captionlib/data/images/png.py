@@ -1,4 +1,4 @@
-"""Handles PNG files that Pillow rejects or decodes without their transparent color."""
+"""Decodes two kinds of PNG files that Pillow cannot: with damaged or long text, and 16-bit with a transparent color."""
 
 import io
 from collections.abc import Iterator

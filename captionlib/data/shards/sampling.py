@@ -36,7 +36,7 @@ class Sample:
 
     @property
     def input_arguments(self) -> dict[str, Any]:
-        """The arguments of `create_dataset` that describe the input of the stage's output.
+        """The arguments of `create_dataset` that say what the output of the stage was made from.
 
         The output of a sample has no source, because the sample is removed.
         """
@@ -46,7 +46,7 @@ class Sample:
 
     @property
     def config(self) -> dict[str, int]:
-        """Part of the configuration of the output, so that a run on the whole dataset does not resume it."""
+        """Settings to add to the output's configuration, so that a run on all images does not resume a sample."""
         return {} if self.limit is None else {"sample": self.limit}
 
 

@@ -151,12 +151,12 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
     config = _read_json(source, CONFIG)
     if config is None:
         raise not_a_checkpoint_error(source)
-    if config.get("kind") != kind or "format_version" not in config:
+    if config.get("kind") != kind:
         got = config.get("kind", "one of unknown kind")
         raise CheckpointError(f"{source.uri}: expected a checkpoint of kind {kind}, got {got}")
-    if config["format_version"] != FORMAT_VERSION:
+    if config.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{source.uri}: expected format version {FORMAT_VERSION}, got {config['format_version']}; "
+            f"{source.uri}: expected format version {FORMAT_VERSION}, got {config.get('format_version')}; "
             "load it with the version of captionlib that wrote it, or train again"
         )
     try:

@@ -1,6 +1,6 @@
 """Converts the output of vision transformers and convolutional networks to features.
 
-A node is a name for the kind of features.
+`Node` says which output is used as features: the pooled vector, the class token or the feature map.
 """
 
 from typing import Literal, cast, get_args
@@ -34,7 +34,7 @@ def find_node(model: str, node: str) -> Node:
 
 
 def select_class_token(output: Tensor, model: str, has_class_token: bool) -> Tensor:
-    """Returns the first token, `[batch, tokens, channels]` to `[batch, channels]`.
+    """Returns the class token, the first of `[batch, tokens, channels]`, as `[batch, channels]`.
 
     Raises:
         ConfigError: the model has no class token.
