@@ -17,7 +17,7 @@ def running_meteor() -> Iterator[None]:
         if program != "METEOR score" or not java.has_java():
             return run_java(program, arguments, lines, folder)
         if not processes:
-            command = ["java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
+            command = [*java._JAVA, *arguments]
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=folder, encoding="utf-8", bufsize=1
             )

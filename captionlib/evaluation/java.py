@@ -23,6 +23,7 @@ _PUNCTUATION = frozenset(ptbtokenizer.PUNCTUATIONS)
 _METEOR_JAR = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
 _METEOR_STATISTICS = 23  # per caption; see `count_alignments`
 _METEOR_SEPARATOR = "|||"
+_JAVA = ("java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8")
 
 
 def has_java() -> bool:
@@ -86,7 +87,7 @@ def _run_java(program: str, arguments: Sequence[str], lines: Sequence[str], fold
         raise ConfigError(
             f"the {program} needs Java, but `java` is not on the PATH; install a Java runtime (version 8 or later)"
         )
-    command = ["java", "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
+    command = [*_JAVA, *arguments]
     text = "".join(f"{line}\n" for line in lines)
     process = subprocess.run(command, input=text.encode(), capture_output=True, check=False, cwd=folder)
     output = process.stdout.decode(errors="replace").removesuffix("\n").split("\n")

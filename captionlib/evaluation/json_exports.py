@@ -98,7 +98,7 @@ def _read_rows(dataset: ShardedDataset, selection: ImageSelection) -> Iterable[d
 
 
 def _check_ids(ids: Sequence[str], addresses: Sequence[str]) -> None:
-    """Raises DatasetError if there is no image, or two sources contain the same image."""
+    """Checks that at least one image is selected, and that none is in two sources."""
     names = " and ".join(addresses)
     if not ids:
         raise DatasetError(

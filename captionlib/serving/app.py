@@ -17,7 +17,7 @@ from captionlib import __version__
 from captionlib.errors import BusyError, ImageError, QueryError
 from captionlib.serving import api, pages
 from captionlib.serving.middleware import RequestLimits, SecurityHeaders
-from captionlib.serving.monitoring import Monitoring
+from captionlib.serving.monitoring import CLIENT_CLOSED_REQUEST, Monitoring
 from captionlib.serving.problems import add_problem_type, make_problem, render_problem
 from captionlib.serving.responses import InvalidParameter, Problem
 from captionlib.serving.service import CursorError, SearchService
@@ -26,7 +26,6 @@ from captionlib.serving.uploads import Uploads
 
 __all__ = ["create_app"]
 
-_CLIENT_CLOSED_REQUEST = 499  # nginx's status for clients that disconnect; nobody receives it
 _PAGE_THREADS = 8
 _RETRY_SECONDS = "5"
 _FORM_BYTES = 2**16  # maximum size of the parts of an upload that are not images
@@ -108,7 +107,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def handle_disconnect(_request: Request, _error: ClientDisconnect) -> Response:
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:

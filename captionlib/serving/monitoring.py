@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, g
 from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["MODEL_SECONDS", "THUMBNAILS", "Monitoring", "format_metrics"]
+__all__ = ["CLIENT_CLOSED_REQUEST", "MODEL_SECONDS", "THUMBNAILS", "Monitoring", "format_metrics"]
 
 THUMBNAILS = Counter("captionlib_thumbnails", "Thumbnails that were requested", ["result"])
 MODEL_SECONDS = Histogram("captionlib_model_seconds", "Time that a model takes for an image or sentence", ["task"])
@@ -21,7 +21,8 @@ _REQUEST_SECONDS = Histogram(
 )
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
-_CLIENT_CLOSED_REQUEST = 499  # nginx's status for clients that disconnect
+CLIENT_CLOSED_REQUEST = 499
+"""nginx's status for clients that disconnect. Nobody receives it."""
 
 
 def format_metrics() -> bytes:
@@ -57,7 +58,7 @@ class Monitoring:
             status = 500
             raise
         finally:
-            self._record(scope, status or _CLIENT_CLOSED_REQUEST, time.perf_counter() - started)
+            self._record(scope, status or CLIENT_CLOSED_REQUEST, time.perf_counter() - started)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "other"

@@ -18,6 +18,7 @@ from captionlib.models.checkpoints.folder import (
     CHECKPOINT_FILES,
     DATASTORE,
     TRAINING,
+    Checkpoint,
     open_folder,
     read_checkpoint,
 )
@@ -59,7 +60,7 @@ def export_checkpoint(
         ConfigError: the encoder's weights file is missing, or has different weights.
     """
     source, target = open_folder(checkpoint), Folder(output)
-    config = _read_config(source)
+    config, verified = _read_config(source)
     contents: dict[str, bytes] = {}
     if with_encoder and (encoder := _read_encoder(source, config, weights)) is not None:
         contents[ENCODER] = encoder
@@ -67,7 +68,7 @@ def export_checkpoint(
         if not source.exists(DATASTORE):
             raise CheckpointError(f"{source.uri} has no datastore; leave --with-datastore out, or run build-datastore")
         contents[DATASTORE] = source.read(DATASTORE)
-    training = strip_paths(read_checkpoint(source, config["kind"]).training)
+    training = strip_paths(verified.training)
     config["provenance"] = strip_paths(config["provenance"])
     contents |= {
         TRAINING: to_json(training),
@@ -82,14 +83,13 @@ def export_checkpoint(
     return sorted(contents)
 
 
-def _read_config(source: Folder) -> dict[str, Any]:
-    """Verifies the checkpoint, and returns the content of its `config.json`."""
+def _read_config(source: Folder) -> tuple[dict[str, Any], Checkpoint]:
+    """Returns the content of `config.json` as it is stored, and the verified checkpoint."""
     try:
         config = decode_record(source.read(CONFIG))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         config = {}
-    read_checkpoint(source, str(config.get("kind")))
-    return config
+    return config, read_checkpoint(source, str(config.get("kind")))
 
 
 def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -> bytes | None:

@@ -34,7 +34,7 @@ from captionlib.models.checkpoints.encoder_file import (
     find_encoder_file,
     not_a_checkpoint_error,
 )
-from captionlib.models.checkpoints.model_card import CARD, render_card
+from captionlib.models.checkpoints.model_card import CARD, describe_vocabulary, render_card
 from captionlib.storage.folders import Folder
 
 __all__ = [
@@ -193,9 +193,7 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
     vocabulary = config.pop("vocabulary", {})
     training = _read_json(source, TRAINING) or {}
     history = training.get("history", [])
-    level = vocabulary.get("level", "words")
-    unit = level if level in ("words", "characters") else f"subwords ({level})"
-    description = {**config, "vocabulary": f"{len(vocabulary.get('words', [])):,} {unit}"}
+    description = {**config, "vocabulary": describe_vocabulary(vocabulary)}
     if source.exists(DATASTORE):
         with source.open(DATASTORE) as file:
             description["datastore"] = f"{pq.read_metadata(file).num_rows:,} images"

@@ -11,7 +11,7 @@ import yaml
 
 from captionlib.models.checkpoints.encoder_file import ENCODER, ENCODER_ADDRESS, LOCAL_WEIGHTS
 
-__all__ = ["CARD", "CardNotes", "render_card", "strip_paths"]
+__all__ = ["CARD", "CardNotes", "describe_vocabulary", "render_card", "strip_paths"]
 
 CARD = "README.md"
 
@@ -102,6 +102,13 @@ def render_card(
     return ("\n".join(lines) + "\n").encode()
 
 
+def describe_vocabulary(vocabulary: Mapping[str, Any]) -> str:
+    """Returns the size of the vocabulary of a checkpoint and the kind of its tokens."""
+    level = vocabulary.get("level", "words")
+    unit = level if level in ("words", "characters") else f"subwords ({level})"
+    return f"{len(vocabulary.get('words', ())):,} {unit}"
+
+
 def strip_paths(values: Any) -> Any:
     """Returns JSON values in which the paths of checkpoints and weights files are replaced by their last components."""
     if isinstance(values, Mapping):
@@ -162,9 +169,7 @@ def _render_data(config: Mapping[str, Any], description: str) -> Iterator[str]:
         yield from ["", "| Splits | Images | Captions |", "|---|---|---|"]
         for use, row in counts.items():
             yield f"| {use}: {', '.join(row['splits'])} | {row['images']:,} | {row['captions']:,} |"
-    level = vocabulary.get("level", "words")
-    unit = level if level in ("words", "characters") else f"subwords ({level})"
-    yield from ["", f"Vocabulary: {len(vocabulary.get('words', ())):,} {unit}."]
+    yield from ["", f"Vocabulary: {describe_vocabulary(vocabulary)}."]
     for name in ("features", "manifest", "source"):
         if name in provenance:
             yield f"Checksum of the {name}: `{provenance[name]}`."

@@ -4,8 +4,9 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,13 @@ def draw_pixels(side: int, count: int = 5) -> list[npt.NDArray[np.uint8]]:
     """Returns random images of large blocks."""
     blocks = np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
     return [block.repeat(side // 4, 0).repeat(side // 4, 1) for block in blocks]
+
+
+def draw_inputs(encoder: Mapping[str, Any]) -> list[npt.NDArray[Any]]:
+    """Returns random features or pixels of five images for a model with this `encoder`."""
+    if "shape" in encoder:
+        return list(np.random.default_rng(0).random((5, *encoder["shape"]), np.float32))
+    return list(draw_pixels(encoder["preprocessing"]["crop_size"]))
 
 
 def assert_pixels_equal_those_of_the_processor(folder: Path, preprocessing: Preprocessing) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -31,7 +30,7 @@ from tests.models.families import tiny_models
 from tests.models.families.conformance import (
     assert_pixels_equal_those_of_the_processor,
     assert_unsafe_files_are_refused,
-    draw_pixels,
+    draw_inputs,
 )
 from tests.pipelines.conftest import write_images, write_manifest
 
@@ -81,14 +80,6 @@ def transformers_folder(request: pytest.FixtureRequest, folders: dict[str, Path]
     return folders[request.param]
 
 
-def draw_inputs(captioner: CaptionModel) -> list[npt.NDArray[Any]]:
-    """Returns random features or pixels of five images."""
-    generator = np.random.default_rng(0)
-    if "shape" in captioner.encoder:
-        return list(generator.random((5, *captioner.encoder["shape"]), np.float32))
-    return draw_pixels(captioner.encoder["preprocessing"]["crop_size"])
-
-
 def assert_same(some: list[list[Caption]], others: list[list[Caption]]) -> None:
     texts, expected = ([[caption.text for caption in captions] for captions in each] for each in (some, others))
     assert texts == expected
@@ -98,7 +89,7 @@ def assert_same(some: list[list[Caption]], others: list[list[Caption]]) -> None:
 
 def test_captions_are_distinct_and_ordered_by_normalized_probability(captioner: CaptionModel) -> None:
     for config in (BEAM, SAMPLES):
-        for captions in captioner.prepare(config)(draw_inputs(captioner), KEYS):
+        for captions in captioner.prepare(config)(draw_inputs(captioner.encoder), KEYS):
             assert 1 <= len(captions) <= 3
             assert len({caption.text for caption in captions}) == len(captions)
             scores = [caption.log_prob / caption.token_count**0.7 for caption in captions]
@@ -108,7 +99,7 @@ def test_captions_are_distinct_and_ordered_by_normalized_probability(captioner: 
 
 @pytest.mark.parametrize("config", [BEAM, GREEDY, SAMPLES], ids=["beam", "greedy", "samples"])
 def test_captions_do_not_depend_on_the_batch(captioner: CaptionModel, config: GenerationConfig) -> None:
-    images, generate = draw_inputs(captioner), captioner.prepare(config)
+    images, generate = draw_inputs(captioner.encoder), captioner.prepare(config)
     together = generate(images, KEYS)
     assert_same(together, generate(images, KEYS))
     assert_same(together, [generate(images[index : index + 1], [key])[0] for index, key in enumerate(KEYS)])
@@ -117,13 +108,13 @@ def test_captions_do_not_depend_on_the_batch(captioner: CaptionModel, config: Ge
 
 def test_samples_depend_on_the_seed(captioner: CaptionModel) -> None:
     other = dataclasses.replace(SAMPLES, decoding=dataclasses.replace(SAMPLES.decoding, seed=1))
-    images = draw_inputs(captioner)
+    images = draw_inputs(captioner.encoder)
     assert captioner.prepare(SAMPLES)(images, KEYS) != captioner.prepare(other)(images, KEYS)
 
 
 def test_batches_that_exceed_the_memory_are_halved(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = open_captioner(address)
-    images = draw_inputs(captioner)
+    images = draw_inputs(captioner.encoder)
     expected = captioner.prepare(BEAM)(images, KEYS)
     loaded = getattr(captioner, "_model", None) or captioner._loaded.model  # type: ignore[attr-defined]
     run = (name := "generate" if hasattr(loaded, "generate") else "encode_images") and getattr(loaded, name)
@@ -141,7 +132,7 @@ def test_batches_that_exceed_the_memory_are_halved(address: str, monkeypatch: py
 
 
 def test_bfloat16_computes_about_the_same_probabilities(captioner: CaptionModel) -> None:
-    images = draw_inputs(captioner)
+    images = draw_inputs(captioner.encoder)
     exact = captioner.prepare(GREEDY)(images, KEYS)
     rounded = captioner.prepare(dataclasses.replace(GREEDY, dtype="bfloat16"))(images, KEYS)
     same = [(a.log_prob, b.log_prob) for (a,), (b,) in zip(exact, rounded, strict=True) if a.text == b.text]
@@ -243,7 +234,7 @@ def test_sentences_and_probabilities_equal_those_of_transformers(transformers_fo
     from transformers import AutoTokenizer
 
     captioner = open_captioner(f"hf:{transformers_folder}")
-    inputs = draw_inputs(captioner)
+    inputs = draw_inputs(captioner.encoder)
     model, pixels, sequences = generate_with_transformers(
         transformers_folder, [Image.fromarray(each) for each in inputs]
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import safetensors.torch
 import torch
@@ -28,6 +27,7 @@ from tests.models.families import tiny_models
 from tests.models.families.conformance import (
     assert_pixels_equal_those_of_the_processor,
     assert_unsafe_files_are_refused,
+    draw_inputs,
     draw_pixels,
 )
 from tests.pipelines.conftest import write_images, write_manifest
@@ -74,15 +74,8 @@ def folder(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Path:
     return folders[request.param]
 
 
-def draw_inputs(ranker: RankingModel) -> list[npt.NDArray[Any]]:
-    """Returns random features or pixels of five images."""
-    if "shape" in ranker.encoder:
-        return list(np.random.default_rng(0).random((5, *ranker.encoder["shape"]), np.float32))
-    return list(draw_pixels(ranker.encoder["preprocessing"]["crop_size"]))
-
-
 def test_embeddings_are_unit_vectors_and_do_not_depend_on_the_batch(ranker: RankingModel) -> None:
-    for encode, inputs in ((ranker.encode_images, draw_inputs(ranker)), (ranker.encode_sentences, SENTENCES)):
+    for encode, inputs in ((ranker.encode_images, draw_inputs(ranker.encoder)), (ranker.encode_sentences, SENTENCES)):
         together = encode(inputs)  # type: ignore[arg-type]
         assert together.shape == (5, ranker.size)
         assert together.dtype == np.float32
