@@ -5,7 +5,6 @@ No process may be left a few seconds after a command was killed.
 
 import argparse
 import contextlib
-import hashlib
 import io
 import multiprocessing
 import os
@@ -20,9 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from benchmarks.bars import report
-from benchmarks.tiny_project import COMMANDS, Command, call, create_project, read_outputs, set_up
-from captionlib.search.index_folder import read_description
-from captionlib.storage.folders import Folder
+from benchmarks.tiny_project import COMMANDS, Command, call, create_project, read_output, set_up
 
 RUNS = 200
 STAGES = (
@@ -114,16 +111,6 @@ def start_command(context: ForkServerContext, command: Command, project: Path, o
     process = context.Process(target=_run, args=(command, project, output))
     process.start()
     return process
-
-
-def read_output(command: Command, output: Path) -> dict[str, str]:
-    """Returns hashes of the Parquet files, of the weights and of exported files, and of what an index contains."""
-    if command.name == "build-index":
-        index = read_description(Folder(output / "index"))
-        return {} if index is None else {"index": f"{index.captions_count} {index.vectors_count} {index.fingerprint}"}
-    files = [*output.glob("*/model.safetensors"), *output.glob("*.json"), *output.glob("export/part-*/*")]
-    digests = {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return read_outputs(output) | digests
 
 
 def _run(command: Command, project: Path, output: Path) -> None:

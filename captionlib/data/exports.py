@@ -92,7 +92,9 @@ def export_images(
     checksums = [dataset.compute_content_checksum() for dataset in opened]
     images, failures = 0, Counter[str]()
     # The marker of a shard is the file that records that the shard is complete.
-    shards = [(each, shard, marker.rows) for each in opened for shard, marker in sorted(each.read_markers().items())]
+    shards = [
+        (each, shard, marker.rows) for each in opened for shard, marker in sorted(each.require_all_markers().items())
+    ]
     with ExitStack() as stack:
         stack.enter_context(lock_folder(export.folder, "captionlib export"))
         export.claim_folder({"to": to, "datasets": checksums, **selection.describe()})
@@ -126,7 +128,9 @@ class _Export:
     def claim_folder(self, description: Mapping[str, Any]) -> None:
         """Writes the description of the export to a new folder. Rejects a folder with a different description."""
         if not self.folder.exists(_DESCRIPTION):
-            if names := [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]:
+            is_started = bool(self.folder.list(_METADATA_FOLDER))  # an interrupted run may have left an empty folder
+            ignored = {LOCK_FILE, TEMPORARY_FOLDER} if is_started else {LOCK_FILE, TEMPORARY_FOLDER, _METADATA_FOLDER}
+            if names := [name for name in self.folder.list() if name not in ignored]:
                 raise DatasetError(
                     f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]}); choose a new folder, "
                     "or delete this one if it contains only a damaged export"
