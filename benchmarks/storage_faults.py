@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -331,6 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults-per-access", type=int, default=len(FAULTS), help="number of faults of each access")
     parser.add_argument("--sample", type=int, help="number of faults. [default: all]")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     parser.add_argument("--command", action="append", help="walk only this command; can be repeated")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -340,7 +342,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         walk = FaultWalk(Path(scratch))
         points = walk.list_points(commands)
+        end = time.monotonic() + options.seconds
         for point in choose_faults(points, options.faults_per_access, options.seed)[: options.sample]:
+            if time.monotonic() > end:
+                break
             outcomes.append(outcome := walk.run(*point))
             if outcome.problem:
                 name = outcome.command.split()[0]
