@@ -15,7 +15,7 @@ from captionlib.search.index_folder import read_description
 from captionlib.storage.folders import Folder
 from jobs.cli import main
 
-__all__ = ["COMMANDS", "Command", "call", "create_project", "read_output", "set_up"]
+__all__ = ["COMMANDS", "IMAGES", "Command", "call", "create_project", "read_output", "set_up"]
 
 IMAGES = 8
 _SHARD_SIZE = 4
