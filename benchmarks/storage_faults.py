@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -32,7 +32,7 @@ from captionlib.data.images.decoding import decode_image
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import JOURNAL_FILE, SUCCESS_FILE
 
-__all__ = ["FAULTS", "Fault", "FaultWalk", "Outcome", "Point"]
+__all__ = ["FAULTS", "Fault", "FaultWalk", "Outcome", "Point", "find_message_problem"]
 
 # Audit events of the interpreter for accesses to the file system. The first argument of each is a path.
 _READ_EVENTS = {"os.listdir", "os.scandir"}
@@ -75,6 +75,30 @@ Point = tuple[Command, str, int]
 """A command, the name of a fault, and the number of the access at which it happens."""
 
 
+def _close_writer(_close: Callable[..., None], writer: pq.ParquetWriter) -> None:
+    """Prevents a second attempt when the writer is deleted, as if PyArrow had raised the error."""
+    writer.is_open = False
+
+
+def _write_half(write_bytes: Callable[[Path, bytes], int], path: Path, content: bytes) -> None:
+    """Writes the first half of the content, like a disk that becomes full."""
+    write_bytes(path, content[: len(content) // 2])
+
+
+def _write_nothing(*_arguments: Any) -> None:
+    """Leaves the file as it is."""
+
+
+# Functions that access files without audit events. If one that writes must fail, the last function is called first.
+_READ_FUNCTIONS = ((pq.ParquetFile, "iter_batches"), (pq.ParquetFile, "read"))
+_WRITE_FUNCTIONS: tuple[tuple[Any, str, Callable[..., None]], ...] = (
+    (pq.ParquetWriter, "write_table", _write_nothing),
+    (pq.ParquetWriter, "close", _close_writer),
+    (os, "fsync", _write_nothing),
+    (Path, "write_bytes", _write_half),
+)
+
+
 @dataclass(frozen=True)
 class _Access:
     name: str
@@ -94,31 +118,31 @@ class _Accesses:
         self._position = -1
         self._fault = Fault(0)
         self._count = memoryview(mmap.mmap(-1, 8)).cast("Q")  # shared with child processes
-        self._log = os.memfd_create("accesses")  # shared too, and not a file of the folder
+        self._log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # shared too
         sys.addaudithook(self._audit)  # cannot be removed
-        self._wrap(pq.ParquetWriter, "write_table", writes=True)
-        self._wrap(pq.ParquetWriter, "close", writes=True, fail=_close_writer)
-        self._wrap(pq.ParquetFile, "iter_batches")
-        self._wrap(pq.ParquetFile, "read")
-        self._wrap(os, "fsync", writes=True)
-        self._wrap(Path, "write_bytes", writes=True, fail=_write_half)
 
     @property
     def names(self) -> list[str]:
         """The accesses since the last call of `fail_at`. Those that write begin with `write: `."""
-        return os.pread(self._log, os.fstat(self._log).st_size, 0).decode().splitlines()
+        self._log.seek(0)
+        return self._log.read().decode().splitlines()
 
     @contextmanager
     def fail_at(self, position: int, fault: Fault) -> Iterator[None]:
         """Causes a fault at the access with this number. If it is -1, the accesses are only counted."""
         self._count[0], self._position, self._fault = 0, position, fault
-        os.ftruncate(self._log, 0)
-        os.lseek(self._log, 0, os.SEEK_SET)
-        self._counts = True
-        try:
-            yield
-        finally:
-            self._counts = False
+        self._log.seek(0)
+        self._log.truncate()
+        with ExitStack() as patches:
+            for owner, name in _READ_FUNCTIONS:
+                patches.enter_context(self._count_calls(owner, name))
+            for owner, name, fail in _WRITE_FUNCTIONS:
+                patches.enter_context(self._count_calls(owner, name, fail))
+            self._counts = True
+            try:
+                yield
+            finally:
+                self._counts = False
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._counts or event not in {"open", *_READ_EVENTS, *_WRITE_EVENTS}:
@@ -130,29 +154,32 @@ class _Accesses:
             writes = event in _WRITE_EVENTS or (event == "open" and bool(arguments[2] & _WRITE_FLAGS))
             self._handle(_Access(f"{event} {path.removeprefix(self._root)}", path, writes))
 
-    def _wrap(self, owner: Any, name: str, writes: bool = False, fail: Callable[..., None] | None = None) -> None:
+    def _count_calls(
+        self, owner: Any, name: str, fail: Callable[..., None] | None = None
+    ) -> AbstractContextManager[Any]:
         """Counts the calls of a function that accesses files without audit events.
 
-        If it must fail, `fail` is called first with its arguments.
+        If it writes, and must fail, `fail` is called first with its arguments.
         """
         function = getattr(owner, name)
+        access = _Access(f"{owner.__name__}.{name}", "", writes=fail is not None)
 
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def count(*args: Any, **kwargs: Any) -> Any:
             if self._counts:
-                self._handle(_Access(f"{owner.__name__}.{name}", "", writes), lambda: fail and fail(function, *args))
+                self._handle(access, lambda: fail and fail(function, *args))
             return function(*args, **kwargs)
 
-        setattr(owner, name, wrapped)
+        return patch.object(owner, name, count)
 
     def _handle(self, access: _Access, fail: Callable[[], None] = lambda: None) -> None:
         position = self._count[0]
         self._count[0] = position + 1
-        os.write(self._log, f"{'write: ' if access.writes else ''}{access.name!r}\n".encode())
+        self._log.write(f"{'write: ' if access.writes else ''}{access.name!r}\n".encode())
         if self._position == -1 or not self._is_affected(access, position):
             return
         if self._fault.removes_output:
             self._counts = False
-            shutil.rmtree(self._output)
+            shutil.rmtree(self._output, ignore_errors=True)
             self._counts = True
         else:
             fail()
@@ -162,16 +189,6 @@ class _Accesses:
         if self._fault.output_only and not access.path.startswith(self._output):
             return False
         return position == self._position or (self._fault.lasting and access.writes and position > self._position)
-
-
-def _close_writer(_close: Callable[..., None], writer: pq.ParquetWriter) -> None:
-    """Prevents a second attempt when the writer is deleted, as if PyArrow had raised the error."""
-    writer.is_open = False
-
-
-def _write_half(write_bytes: Callable[[Path, bytes], int], path: Path, content: bytes) -> None:
-    """Writes the first half of the content, like a disk that becomes full."""
-    write_bytes(path, content[: len(content) // 2])
 
 
 @dataclass(frozen=True)
@@ -232,7 +249,7 @@ class FaultWalk:
         code, output, errors = self._run(command, position, FAULTS[fault])
         names = self._accesses.names
         access = names[position] if position < len(names) else UNREACHED
-        problem = _find_message_problem(code, output, errors)
+        problem = find_message_problem(code, output, errors)
         if not problem:
             problem = self._find_output_problem(command, code, before, access, FAULTS[fault])
         if not problem and code != 0 and self._expected[command]:
@@ -299,7 +316,7 @@ def _decode(pool: DecoderPool, content: bytes) -> Any:
     return decode_image(content, pool._preprocessing, pool.config.max_image_pixels, pool.config.max_jpeg_scans)
 
 
-def _find_message_problem(code: int, output: str, errors: str) -> str:
+def find_message_problem(code: int, output: str, errors: str) -> str:
     if "Traceback" in output + errors:
         return f"stack trace: {errors}"
     lines = [line for line in errors.splitlines() if line.strip() and not line.startswith("Note: ")]

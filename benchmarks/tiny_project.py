@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,10 +157,11 @@ def read_output(command: Command, output: Path) -> dict[str, str]:
 
 
 def _require_success(arguments: str, project: Path, output: Path) -> None:
-    with redirect_stdout(io.StringIO()):
+    errors = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(errors):
         code = _call(arguments, project, output)
     if code != 0:
-        raise RuntimeError(f"captionlib {arguments} failed")
+        raise RuntimeError(f"captionlib {arguments} failed: {errors.getvalue()}")
 
 
 def _call(arguments: str, project: Path, output: Path) -> int:
