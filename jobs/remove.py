@@ -47,7 +47,7 @@ def command(
 
     \b
     Examples:
-      captionlib remove holidays --id 2024/beach.jpg --reason "asked by the person shown"
+      captionlib remove holidays --id 2024/beach.jpg --reason "requested by the person shown"
       captionlib remove holidays --ids ids.txt --dry-run
       captionlib remove manifest features captions embeddings index --ids ids.txt
     """

@@ -165,7 +165,7 @@ class SearchService:
         return self.index.search_text_and_count(search.query, 1, 0, where)[1]
 
     def find_adjacent(self, search: Search, position: int, image_id: str) -> tuple[str | None, str | None]:
-        """Returns the ids of the results before and after an image; each is None if there is no such result.
+        """Returns the ids of the results before and after an image; an id is None if there is no result.
 
         `position` is the position of the image in the results.
         """
