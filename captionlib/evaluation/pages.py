@@ -35,8 +35,6 @@ def read_asset(name: str) -> bytes:
 def _format_duration(seconds: float) -> str:
     """Formats a duration in two units at most, such as `2 h 5 min`."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
-    if seconds < 1:
-        return "less than a second"
     if seconds < 100:
         return f"{seconds:.0f} s"
     if minutes < 100:

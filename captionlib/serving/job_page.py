@@ -21,6 +21,7 @@ from captionlib.serving.middleware import SecurityHeaders
 __all__ = ["create_job_app"]
 
 _MIN_AGE_SECONDS = 2.0
+_MAX_SHARE = 0.05  # of the time, spent on reading the dataset; listing a large one on an object store takes long
 _ASSETS = {"page.css": "text/css", "failures.css": "text/css", "dataset.css": "text/css", "live.js": "text/javascript"}
 
 
@@ -46,10 +47,7 @@ def create_job_app(folder: str | os.PathLike[str], allowed_hosts: Sequence[str])
 
 
 class _Page:
-    """The page, which is rendered again at most every 2 seconds.
-
-    Listing a large dataset on an object store takes long, so it takes at most 5% of the time.
-    """
+    """The page, which is rendered again at most every 2 seconds, or less often if reading the dataset takes long."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = folder
@@ -66,6 +64,6 @@ class _Page:
                     self._rendered = 200, render_dataset_page(inspect_dataset(self._folder), live=True)
                 except (CaptionlibError, OSError) as error:
                     self._rendered = 503, render_page("dataset_error.html", message=str(error))
-                finished = time.monotonic()
-                self._expires = finished + max(_MIN_AGE_SECONDS, 20 * (finished - started))
+                seconds = time.monotonic() - started
+                self._expires = started + max(_MIN_AGE_SECONDS, seconds / _MAX_SHARE)
             return self._rendered
