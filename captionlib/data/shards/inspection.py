@@ -111,9 +111,10 @@ def _count_stale_shards(dataset: ShardedDataset) -> int | None:
         return None
     markers = dataset.read_markers()
     if dataset.kind == "duplicates":  # one shard, made from all shards of the source
-        return sum(marker.source != source.compute_content_checksum() for marker in markers.values())
+        return sum(marker.input_checksum != source.compute_content_checksum() for marker in markers.values())
     changed = sum(
-        shard in source_markers and marker.source != source_markers[shard].checksum for shard, marker in markers.items()
+        shard in source_markers and marker.input_checksum != source_markers[shard].checksum
+        for shard, marker in markers.items()
     )
     return changed + sum(shard >= dataset.shards for shard in source_markers)
 
