@@ -117,7 +117,7 @@ def find_duplicates(
         raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
     sources = [open_dataset(address, "embeddings").require_complete() for address in list_addresses(embeddings)]
     check_same_ranker(sources)
-    lineages = "+".join(source.lineage for source in sources)
+    manifest_ids = "+".join(source.manifest_id for source in sources)
     dataset = create_dataset(
         output,
         "duplicates",
@@ -125,12 +125,12 @@ def find_duplicates(
         config={"threshold": threshold},
         shards=1,
         source=sources[0] if len(sources) == 1 else None,
-        lineage=lineages,
+        manifest_id=manifest_ids,
         overwrite=overwrite,
     )
     checksum = "+".join(source.compute_content_checksum() for source in sources)
     marker = dataset.read_marker(0)  # the JSON file that records that the shard is complete, if it is
-    if marker is None or marker.source != checksum:
+    if marker is None or marker.input_checksum != checksum:
         table = _group_duplicates(_list_shards(sources), sources[0], threshold, progress)
         dataset.mark_incomplete()
         with write_shard(dataset, 0, table.num_rows, checksum) as writer:

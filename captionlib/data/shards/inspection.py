@@ -191,12 +191,12 @@ def _compare_with_source(
     images = sum(marker.rows for marker in source_markers.values())
     if dataset.kind == "duplicates":  # one shard, made from all shards of the source
         checksum = source.compute_content_checksum()
-        changed = {shard for shard, marker in markers.items() if marker.source != checksum}
+        changed = {shard for shard, marker in markers.items() if marker.input_checksum != checksum}
         return changed, len(changed), images
     changed = {
         shard
         for shard, marker in markers.items()
-        if shard in source_markers and marker.source != source_markers[shard].checksum
+        if shard in source_markers and marker.input_checksum != source_markers[shard].checksum
     }
     return changed, len(changed) + sum(shard >= dataset.shards for shard in source_markers), images
 

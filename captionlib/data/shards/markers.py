@@ -23,6 +23,7 @@ __all__ = [
     "PROGRESS_EXTENSION",
     "REMOVED_FILE",
     "SAMPLE_FOLDER",
+    "STALE",
     "SUCCESS_FILE",
     "UPDATE_FOLDER",
     "Marker",
@@ -59,6 +60,9 @@ UPDATE_FOLDER = "__update"
 REMOVED_FILE = "_removed.json"
 SAMPLE_FOLDER = "__sample"
 
+STALE = "stale"
+"""Stored in a marker as `input_checksum` to make the next run of the stage process the shard again."""
+
 BLOCK_BYTES = 256 << 10
 """Size of a block of a data file. Each block has a checksum, so a reader of one column verifies only what it reads."""
 
@@ -79,7 +83,8 @@ class Marker:
         seconds: time taken to write the shard.
         finished: when the shard was finished, as an ISO 8601 time in UTC. Empty if unknown.
         fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
-        source: checksum of the data file of the input shard. Empty if the shard was not made from another dataset.
+        input_checksum: checksum of the data file of the input shard that this shard was made from. Empty if it was not
+            made from another dataset. Of duplicates, which are made from a whole dataset, the hash of its checksums.
         blocks: concatenated checksums of the blocks of the data file; see `compute_block_checksum`.
         failures_checksum: checksum of the failures file; empty if there is none.
         reasons: number of failures by reason.
@@ -94,7 +99,7 @@ class Marker:
     checksum: str
     seconds: float
     fingerprint: str
-    source: str = ""
+    input_checksum: str = ""
     blocks: str = ""
     failures_checksum: str = ""
     reasons: Mapping[str, int] = field(default_factory=dict)
@@ -103,6 +108,7 @@ class Marker:
 
     @property
     def images(self) -> int:
+        """Number of images of the input: those with an output row, and those that could not be read."""
         return self.rows + self.failures
 
     @property
@@ -149,6 +155,7 @@ class Totals:
 
     @property
     def images(self) -> int:
+        """Number of images of the input: those with an output row, and those that could not be read."""
         return self.rows + self.failures
 
     def exceeds(self, max_failure_ratio: float | None) -> bool:

@@ -138,7 +138,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
             checksum=checksum,
             seconds=round(time.monotonic() - started, 3),
             fingerprint=dataset.fingerprint,
-            source=input_checksum,
+            input_checksum=input_checksum,
             blocks=block_checksums,
             failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
             reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),

@@ -99,7 +99,10 @@ def select_column(available: Sequence[str], name: str | None, conventional: Sequ
 
 
 def select_caption_columns(available: Sequence[str], names: Sequence[str], table: str) -> tuple[str, ...]:
-    """Returns the caption columns: `names` or, if empty, a column with a conventional name, or caption_0, caption_1...
+    """Returns the columns that contain captions.
+
+    They are `names`, if any are given. Otherwise, it is the column with a conventional name, such as `captions`. If
+    there is none, they are all numbered columns, such as `caption_0` and `caption_1`.
 
     Raises:
         ConfigError: a column is missing or ambiguous.
