@@ -43,7 +43,8 @@ def command(collection: str) -> None:
         if report.stale:
             click.echo(f"  {report.stale:,} shards of its input have changed since it was written")
         for reason, failure in report.failures.items():
-            click.echo(f"  failed: {reason} {failure.count:,}, for example {failure.uri}")
+            example = f", for example {failure.examples[0].uri}" if failure.examples else ""
+            click.echo(f"  failed: {reason} {failure.count:,}{example}")
         pending = pending or not report.complete or bool(report.stale)
     index = read_description(Folder(opened.index))
     click.echo(f"{opened.index}: " + ("not started" if index is None else f"{index.captions_count:,} captions"))
