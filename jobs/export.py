@@ -53,7 +53,7 @@ def command(
 
     CAPTIONS are captions datasets. Manifests and features datasets are accepted too: their references are exported.
     webdataset, metadata and txt copy the images unchanged. Images that cannot be read are left out and counted. To
-    resume an interrupted export, run the same command again.
+    resume an interrupted export, or to bring it up to date after CAPTIONS has changed, run the same command again.
 
     coco and neuraltalk write one JSON file without images, and also accept JSON files in these formats as CAPTIONS. You
     can submit COCO's results file for the test split, whose references are secret, because the file contains no
