@@ -47,6 +47,7 @@ from jobs.cli import main as captionlib
 
 DATASETS = ("manifest", "captions", "embeddings")
 SERVE_SECONDS = 300
+TRAINING_IMAGES = 300
 
 _ENCODER = (
     *("encoder.model=squeezenet1_1", "encoder.node=features.12.cat", "encoder.weights=random:0"),
@@ -54,7 +55,7 @@ _ENCODER = (
 )
 _CAPTIONER = (
     *("captioner.hidden_size=128", "captioner.embedding_size=128", "captioner.principal_components=64"),
-    *("training.epochs=4", "min_count=2", "batch_images=20"),
+    *("training.optimizer=adam", "training.learning_rate=0.003", "training.epochs=6", "min_count=2", "batch_images=5"),
 )
 _RANKER = ("ranker.joint_embedding_size=64", "training.epochs=2", "min_count=2", "batch_images=50")
 
@@ -69,7 +70,7 @@ def main() -> None:
             stack.enter_context(server.as_default())
         folder = "s3://bucket/days" if options.s3 else f"{scratch}/days"
         photographs = sorted((Path(options.data) / "images").glob("*.jpg"))[: options.days * options.portion]
-        models = train_models(Path(options.data), photographs[: options.portion], Path(scratch))
+        models = train_models(Path(options.data), photographs[:TRAINING_IMAGES], Path(scratch))
         collection = Collection(Source(folder, server), f"{folder}/collection", models, options.beam_options)
         problems = run_days(collection, photographs, options.days, stack)
     sys.exit(not report("daily-portions-problems", problems, 0, at_least=False))
@@ -397,11 +398,12 @@ def check_server(get: Callable[[str], tuple[int, Any]], collection: Collection, 
             problems.append(f"serve: status {status} for the new image {name}, or an old caption")
     absent = {*day.gone, *collection.removed}
     problems += [f"serve: {name} is still there" for name in absent if get(f"/api/v1/image?id={quote(name)}")[0] != 404]
-    word = rows[day.new[0]]["caption"].split()[0]
-    found = search(get, word)
-    expected = sorted(name for name, row in rows.items() if word in re.findall(r"\w+", row["caption"].lower()))
-    if sorted(found) != expected:
-        problems.append(f"serve, search for {word}: {describe_difference(found, expected)}")
+    words = {name: set(re.findall(r"\w+", row["caption"].lower())) for name, row in rows.items()}
+    for word in sorted(set().union(*(words[name] for name in day.new)), key=len)[-3:]:
+        expected = sorted(name for name, contained in words.items() if word in contained)
+        found = search(get, word)
+        if sorted(found) != expected:
+            problems.append(f"serve, search for {word}: {describe_difference(found, expected)}")
     return problems
 
 
