@@ -35,7 +35,7 @@ def prepare(folder: str) -> None:
     _copy_shards(source, writer.marker, source.folder.read("part-00000.parquet"), range(1, SHARDS))
     source.finish()
     features = create_job(source, f"{folder}/features").outputs[0]
-    marker = replace(writer.marker, fingerprint=features.fingerprint, source=writer.marker.checksum)
+    marker = replace(writer.marker, fingerprint=features.fingerprint, input_checksum=writer.marker.checksum)
     _copy_shards(features, marker, b"", (shard for shard in range(SHARDS) if shard % EVERY))
 
 

@@ -56,7 +56,8 @@ def _show_dataset(address: str) -> bool:
     if report.stale:
         click.echo(f"  {report.stale:,} shards of its input have changed since it was written")
     for reason, failure in report.failures.items():
-        click.echo(f"  failed: {reason} {failure.count:,}, for example {failure.uri}")
+        example = f", for example {failure.examples[0].uri}" if failure.examples else ""
+        click.echo(f"  failed: {reason} {failure.count:,}{example}")
     return report.complete and not report.stale
 
 

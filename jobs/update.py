@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.options import device_option, pipeline_options
-from jobs.summaries import echo_totals
+from jobs.summaries import print_totals
 
 if TYPE_CHECKING:
     from captionlib.collection import Collection, SourceConfig
@@ -65,6 +65,7 @@ def _check_models(collection: Collection) -> GenerationConfig:
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
     from captionlib.models.inference.embedding import SHARED_RANKERS
 
+    # The models stay in memory for the pipeline.
     SHARED_CAPTIONERS.load_version(config.captioner)
     if config.ranker is not None:
         SHARED_RANKERS.load_version(config.ranker)
@@ -122,11 +123,11 @@ def _caption(
         device=device,
         run=run,
     )
-    echo_totals(captions, totals)
+    print_totals(captions, totals)
     if config.ranker is not None and not same_encoder:
         settings = EmbeddingConfig(generation.loading, generation.encoder_batch_size)
         totals = embed_images(manifest, config.ranker, embeddings, settings, device=device, run=run)
-        echo_totals(embeddings, totals)
+        print_totals(embeddings, totals)
 
 
 def _index(collection: Collection, run: RunConfig) -> None:

@@ -433,7 +433,7 @@ def _leave_out_duplicates(
 ) -> list[InputShard]:
     """Subtracts the duplicates that are left out from the row count of each shard.
 
-    Skips reading the ids of a shard that the existing index contains, if that index leaves out the same duplicates.
+    If the existing index leaves out the same duplicates, the ids of the shards that it contains are not read again.
     """
     left_out = _read_left_out(build.duplicates)
     if not left_out:

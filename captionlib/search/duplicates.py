@@ -118,7 +118,7 @@ def find_duplicates(
         raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
     sources = _open_sources(embeddings)
     check_same_ranker(sources)
-    lineages = "+".join(source.lineage for source in sources)
+    manifest_ids = "+".join(source.manifest_id for source in sources)
     dataset = create_dataset(
         output,
         "duplicates",
@@ -126,7 +126,7 @@ def find_duplicates(
         config={"threshold": threshold},
         shards=1,
         source=sources[0] if len(sources) == 1 else None,
-        lineage=lineages,
+        manifest_id=manifest_ids,
         overwrite=overwrite,
     )
     checksum = _compute_checksum(sources)
@@ -165,8 +165,8 @@ def _compute_checksum(sources: Sequence[ShardedDataset]) -> str:
 
 def _is_current(dataset: ShardedDataset, checksum: str) -> bool:
     """Returns whether the groups were made from embeddings with this checksum."""
-    marker = dataset.read_marker(0)  # the JSON file that records that the shard is complete, if it is
-    return marker is not None and marker.source == checksum
+    marker = dataset.read_marker(0)  # records that the shard is complete; None if it is not
+    return marker is not None and marker.input_checksum == checksum
 
 
 def _summarize(dataset: ShardedDataset, sources: Sequence[ShardedDataset]) -> DuplicateSummary:
@@ -188,12 +188,12 @@ def _group_duplicates(
     images = _read_images(shards, first_source.schema)
     groups = _Groups(np.arange(len(images.ids)), np.ones(len(images.ids), np.float32))
     first = _find_first_copies(images.hashes)
-    distinct = np.flatnonzero(first == groups.kept_image)
+    unique = np.flatnonzero(first == groups.kept_image)  # images that are not exact copies of earlier ones
     dimension = first_source.schema.field("embedding").type.list_size
     if threshold < 1:
-        with progress_bar("deduplicate", len(distinct), "images", progress) as bar:
+        with progress_bar("deduplicate", len(unique), "images", progress) as bar:
             index = _index_vectors(shards, len(images.ids), dimension)
-            _group_similar(index, images.positions, distinct, groups, threshold, bar)
+            _group_similar(index, images.positions, unique, groups, threshold, bar)
     groups.kept_image[:], groups.similarity[:] = groups.kept_image[first], groups.similarity[first]
     return _build_table(images.ids, groups)
 
@@ -244,15 +244,18 @@ def _read_vectors(source: ShardedDataset, shard: int) -> npt.NDArray[np.float32]
 
 
 def _group_similar(
-    index: Any, positions: Positions, distinct: Positions, groups: _Groups, threshold: float, bar: ProgressBar
+    index: Any, positions: Positions, unique: Positions, groups: _Groups, threshold: float, bar: ProgressBar
 ) -> None:
-    """Adds the images in `distinct` to the group of the first kept image that is similar enough; changes `groups`."""
+    """Adds each image in `unique` to the group of the first kept image that is similar enough. Changes `groups`.
+
+    `unique` contains the indices in `_Images` of one image per content, and `positions` is `_Images.positions`.
+    """
     image_of_row = np.empty_like(positions)
     image_of_row[positions] = np.arange(len(positions))
-    is_distinct = np.zeros(len(positions), np.bool_)
-    is_distinct[distinct] = True
-    for start in range(0, len(distinct), _QUERY_ROWS):
-        batch = distinct[start : start + _QUERY_ROWS]
+    is_unique = np.zeros(len(positions), np.bool_)
+    is_unique[unique] = True
+    for start in range(0, len(unique), _QUERY_ROWS):
+        batch = unique[start : start + _QUERY_ROWS]
         batch = batch[groups.kept_image[batch] == batch]  # the rest are already in a group
         vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
         # The margin allows for rounding, which makes the product of a vector with itself slightly less than 1.
@@ -262,9 +265,9 @@ def _group_similar(
                 continue
             matches = slice(int(offsets[row]), int(offsets[row + 1]))
             members, scores = image_of_row[found[matches]], similarity[matches]
-            joins = (members > image) & is_distinct[members] & (groups.kept_image[members] == members)
+            joins = (members > image) & is_unique[members] & (groups.kept_image[members] == members)
             groups.kept_image[members[joins]], groups.similarity[members[joins]] = image, scores[joins]
-        bar.update(min(_QUERY_ROWS, len(distinct) - start))
+        bar.update(min(_QUERY_ROWS, len(unique) - start))
 
 
 def _build_table(ids: pa.StringArray, groups: _Groups) -> pa.Table:

@@ -123,7 +123,7 @@ def test_folder_with_other_files_is_refused(manifest: Path, tmp_path: Path) -> N
 
 def write_manifest(folder: Path, shards: Sequence[str]) -> None:
     """Writes a manifest whose shards have images with one-letter names."""
-    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={}, shards=len(shards), lineage="example")
+    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={}, shards=len(shards), manifest_id="example")
     dataset.mark_incomplete()
     for shard, names in enumerate(shards):
         rows = [

@@ -127,7 +127,9 @@ def features_schema(size: int, dtype: str) -> pa.Schema:
 
 
 def captions_schema(positions: int | None = None, has_scores: bool = False) -> pa.Schema:
-    """Returns the schema of a captions dataset. `caption`, `log_prob` and `tokens` describe the best candidate.
+    """Returns the schema of a captions dataset.
+
+    `caption`, `log_prob` and `tokens` (the number of tokens) describe the best candidate.
 
     Args:
         positions: number of positions of the feature map. Adds a column `attention`, which has a vector of attention
