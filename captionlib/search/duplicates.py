@@ -19,15 +19,16 @@ import pyarrow.compute as pc
 
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError
 from captionlib.progress import ProgressBar, progress_bar
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.search.inputs import check_same_ranker
-from captionlib.storage.folders import Addresses, list_addresses
+from captionlib.storage.folders import Addresses, Folder, list_addresses
 
-__all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates"]
+__all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates", "read_duplicate_summary"]
 
 DEFAULT_THRESHOLD = 0.94  # see `near-duplicates` in benchmarks/README.md
 
@@ -115,7 +116,7 @@ def find_duplicates(
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
-    sources = [open_dataset(address, "embeddings").require_complete() for address in list_addresses(embeddings)]
+    sources = _open_sources(embeddings)
     check_same_ranker(sources)
     manifest_ids = "+".join(source.manifest_id for source in sources)
     dataset = create_dataset(
@@ -128,14 +129,47 @@ def find_duplicates(
         manifest_id=manifest_ids,
         overwrite=overwrite,
     )
-    checksum = "+".join(source.compute_content_checksum() for source in sources)
-    marker = dataset.read_marker(0)  # records that the shard is complete; None if it is not
-    if marker is None or marker.input_checksum != checksum:
+    checksum = _compute_checksum(sources)
+    if not _is_current(dataset, checksum):
         table = _group_duplicates(_list_shards(sources), sources[0], threshold, progress)
         dataset.mark_incomplete()
         with write_shard(dataset, 0, table.num_rows, checksum) as writer:
             writer.write(table)
     dataset.finish()
+    return _summarize(dataset, sources)
+
+
+def read_duplicate_summary(
+    embeddings: Addresses, duplicates: str | os.PathLike[str], threshold: float
+) -> DuplicateSummary | None:
+    """Returns the counts that `find_duplicates` wrote. Returns None if it would write others now, or has not run.
+
+    Raises:
+        DatasetError: `embeddings` are not complete embeddings datasets.
+    """
+    sources = _open_sources(embeddings)
+    if not Folder(duplicates).exists(DESCRIPTION_FILE):
+        return None
+    dataset = open_dataset(duplicates, "duplicates")
+    current = dataset.config.get("threshold") == threshold and _is_current(dataset, _compute_checksum(sources))
+    return _summarize(dataset, sources) if current and dataset.is_complete() else None
+
+
+def _open_sources(embeddings: Addresses) -> list[ShardedDataset]:
+    return [open_dataset(address, "embeddings").require_complete() for address in list_addresses(embeddings)]
+
+
+def _compute_checksum(sources: Sequence[ShardedDataset]) -> str:
+    return "+".join(source.compute_content_checksum() for source in sources)
+
+
+def _is_current(dataset: ShardedDataset, checksum: str) -> bool:
+    """Returns whether the groups were made from embeddings with this checksum."""
+    marker = dataset.read_marker(0)  # records that the shard is complete; None if it is not
+    return marker is not None and marker.input_checksum == checksum
+
+
+def _summarize(dataset: ShardedDataset, sources: Sequence[ShardedDataset]) -> DuplicateSummary:
     kept = dataset.read(0, ["kept"])["kept"].to_numpy()
     images = sum(source.compute_totals().rows for source in sources)
     return DuplicateSummary(images, int(kept.sum()), int((~kept).sum()))
