@@ -264,7 +264,7 @@ def _create(
         MANIFEST_SCHEMA,
         config={"shard_size": shard_size},
         shards=shards,
-        lineage=staged.digest if existing is None else existing.lineage,
+        manifest_id=staged.digest if existing is None else existing.manifest_id,
         overwrite=True,
     )
     for shard, rows in enumerate(read_shards(staged, shard_size)):
@@ -298,8 +298,8 @@ def _update(
         if changes.gone > _MAX_GONE_RATIO * existing and not (config.allow_removal or dry_run):
             raise DatasetError(
                 f"{dataset.folder.uri}: {changes.gone} of {existing} images are not in the source; expected at most a "
-                "tenth, because an unmounted disk or a wrong path often causes this; check the source, or use --append "
-                "if it contains only new images, or --allow-removal to remove the missing ones"
+                "tenth; check that the path is correct and the disk is mounted, or use --append if the source contains "
+                "only new images, or --allow-removal to remove the missing ones"
             )
         if not dry_run and not changes.any:
             drop_uncommitted_updates(dataset.folder)
@@ -326,7 +326,7 @@ def _read(
 
 
 def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
-    """Raises DatasetError if none of the images exists, which means that the image folder is wrong."""
+    """Raises DatasetError if none of the images exists. The image folder is then probably wrong."""
     first_error: FetchError | None = None
     for row in rows:
         try:

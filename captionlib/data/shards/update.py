@@ -50,7 +50,7 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
     Args:
         dataset: the dataset. If it is complete, it is complete after the update too.
         shards: number of shards after the update. Each of them must be written in the block or exist already.
-        changes: new values of `config`, `fingerprint` or `layout` (how images are divided into shards). A new
+        changes: new values of `config`, `fingerprint` or `compaction_id` (see `ShardedDataset`). A new
             fingerprint requires that all shards are written.
 
     Raises:

@@ -385,7 +385,7 @@ def test_datasets_of_the_first_release_can_be_read(stored: Callable[[str], Shard
     features, captions = stored("features"), stored("captions")
     assert features.schema.equals(features_schema(2, "float16"))
     assert captions.schema.equals(captions_schema())
-    assert features.lineage == "a manifest"
+    assert features.manifest_id == "a manifest"
     assert features.read(1).to_pylist()[1] == {
         "image_id": "11",
         "uri": "images/11.jpg",
