@@ -1,11 +1,8 @@
 """Flips single bits of datasets, an index and a checkpoint; each must be noticed, or have no effect on any row."""
 
 import argparse
-import contextlib
-import io
 import os
 import random
-import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -14,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bars import report
-from benchmarks.tiny_project import IMAGES, Command, call, create_project, read_output
+from benchmarks.tiny_project import IMAGES, create_project
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import CaptionlibError
+from captionlib.models.checkpoints.checkpoint import load_captioner, load_ranker
 from captionlib.search.index import open_index
 
 BITS = 100
-
-_EMBED = Command("embed {project}/features -r {project}/ranker -o {output}/embeddings --device cpu --no-progress", True)
-_CAPTION = Command(
-    "generate-captions {project}/features -c {project}/captioner -o {output}/captions --device cpu --no-progress", True
-)
 
 
 def read_dataset(folder: Path) -> Any:
@@ -45,17 +38,10 @@ def read_index(folder: Path) -> Any:
 
 
 def read_checkpoint(folder: Path) -> Any:
-    """Returns hashes of the rows that a captioner or a ranker computes."""
-    command = _CAPTION if folder.name == "captioner" else _EMBED
-    output = folder.parent / "output"
-    shutil.rmtree(output, ignore_errors=True)
-    errors = io.StringIO()
-    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.redirect_stderr(errors):
-        code = call(command, folder.parent, output)
-    lines = errors.getvalue().splitlines()
-    if code and len(lines) == 1 and lines[0].startswith("Error: ") and not lines[0].startswith("Error: unexpected"):
-        raise CaptionlibError(lines[0])
-    return read_output(command, output) if code == 0 else errors.getvalue()
+    """Returns everything that determines the rows that a captioner or a ranker computes."""
+    model = (load_captioner if folder.name == "captioner" else load_ranker)(folder)
+    weights = {name: tensor.tolist() for name, tensor in model.model.state_dict().items()}
+    return model.fingerprint, model.config, model.encoder, model.vocabulary.words, weights
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -73,6 +59,8 @@ def flip_bits(folder: Path, count: int, seed: int) -> Iterator[str]:
     """Flips one bit at a time and yields its position. Each file has the same number of bits, whatever its size."""
     generator = random.Random(seed)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    if folder / "model.safetensors" in files:  # the other files of a checkpoint are not needed to use it
+        files = [folder / "config.json", folder / "model.safetensors"]
     for number in range(count):
         path = files[number % len(files)]
         content = path.read_bytes()
