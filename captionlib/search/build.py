@@ -339,8 +339,8 @@ def plan_build(
     if their content has not changed. Centroids are trained again only if the index has too many rows for its layout. If
     `overwrite` is True, the index is built from scratch, whatever the folder contains.
 
-    Images that the dataset `duplicates` lists as duplicates of a kept image are left out. If that dataset changes, the
-    affected shards are indexed again.
+    The dataset `duplicates` contains groups of duplicates. Only one image of each group is indexed. If that dataset
+    changes, the affected shards are indexed again.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
