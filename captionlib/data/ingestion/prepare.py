@@ -42,8 +42,8 @@ class PrepareConfig:
     """How to convert a source to a manifest.
 
     Attributes:
-        source_format: `folder`, `coco`, `karpathy`, `flickr`, `table`, `webdataset` or `hf-parquet`, or `auto` to detect
-            the format.
+        source_format: `folder`, `coco`, `karpathy`, `flickr`, `table`, `webdataset` or `hf-parquet`, or `auto` to
+            detect the format.
         options: how to read the source.
         splits: splits to include. If empty, all splits are included.
         limit: maximum number of images, from the start of the source.
