@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -46,6 +47,16 @@ def assert_pixels_equal_those_of_the_processor(folder: Path, preprocessing: Prep
         expected = processor(images=image, return_tensors="pt")["pixel_values"]
         std = torch.tensor(processor.image_std).view(1, 3, 1, 1)
         assert ((got - expected) * std).abs().max() <= 1.001 / 255
+
+
+def remove_tensors(folder: Path, copy: Path, *names: str) -> str:
+    """Copies a model without the tensors whose names contain one of `names`; returns the address of the copy."""
+    shutil.copytree(folder, copy)
+    tensors = safetensors.torch.load_file(copy / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in names)}
+    assert len(kept) < len(tensors)
+    safetensors.torch.save_file(kept, copy / "model.safetensors", {"format": "pt"})
+    return f"hf:{copy}"
 
 
 def assert_unsafe_files_are_refused(folder: Path, tmp_path: Path, load: Callable[[str], object]) -> None:

@@ -31,6 +31,8 @@ from tests.models.families.conformance import (
     assert_pixels_equal_those_of_the_processor,
     assert_unsafe_files_are_refused,
     draw_inputs,
+    draw_pixels,
+    remove_tensors,
 )
 from tests.pipelines.conftest import write_images, write_manifest
 
@@ -174,6 +176,23 @@ def test_changed_files_change_the_fingerprint(transformers_folder: Path, tmp_pat
 
 def test_files_that_can_run_code_are_refused(transformers_folder: Path, tmp_path: Path) -> None:
     assert_unsafe_files_are_refused(transformers_folder, tmp_path, open_captioner)
+
+
+def test_random_weights_do_not_pass_for_trained_ones(transformers_folder: Path, tmp_path: Path) -> None:
+    removed = {
+        "blip": "text_decoder.bert.encoder.layer.1.output.dense.weight",
+        "git": "git.encoder.layer.1.output.dense.weight",
+        "vit_gpt2": "decoder.transformer.h.1.mlp.c_fc.weight",
+    }[transformers_folder.name]
+    with pytest.raises(CheckpointError, match=rf"the weights lack 1 tensors, among them {removed}"):
+        open_captioner(remove_tensors(transformers_folder, tmp_path / "copy", removed))
+
+
+def test_captioners_do_not_need_a_pooled_vector(folders: dict[str, Path], tmp_path: Path) -> None:
+    address = remove_tensors(folders["vit_gpt2"], tmp_path / "copy", "pooler")
+    images = draw_pixels(tiny_models.SIDE)
+    expected = open_captioner(f"hf:{folders['vit_gpt2']}").prepare(GREEDY)(images, KEYS)
+    assert_same(open_captioner(address).prepare(GREEDY)(images, KEYS), expected)
 
 
 @pytest.mark.parametrize(
