@@ -243,6 +243,25 @@ def test_unknown_families_and_addresses_are_explained(tmp_path: Path) -> None:
         open_captioner(f"hf:{tmp_path / 'missing'}")
 
 
+def test_a_family_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "fragile-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\nVersion: 1.0\n")
+    entries = {"raises": "fragile_family:load", "lacks": "fragile_family:none", "invalid": "fragile_syntax:load"}
+    lines = [f"{name} = {target}" for name, target in entries.items()]
+    (package / "entry_points.txt").write_text("\n".join(["[captionlib.captioners]", *lines]))
+    (tmp_path / "fragile_family.py").write_text("def load(location):\n    raise ValueError('odd weights\\nhere')\n")
+    (tmp_path / "fragile_syntax.py").write_text("def load(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, reason in (
+        ("raises", r"ValueError \(odd weights\)"),
+        ("lacks", "AttributeError"),
+        ("invalid", "SyntaxError"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"^{name}.*the package fragile, .* failed with {reason}"):
+            open_captioner(f"{name}:model")
+
+
 def generate_with_transformers(folder: Path, images: list[Image.Image], **options: Any) -> tuple[Any, Any, Any]:
     """Returns the model, the pixel values of its own processor, and its output for five images."""
     from transformers import AutoImageProcessor, AutoModelForImageTextToText
