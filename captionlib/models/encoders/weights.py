@@ -100,8 +100,8 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
 def resolve_preprocessing(model: str, weights: str) -> Preprocessing:
     """Returns the preprocessing that a model needs with these weights.
 
-    It is taken from the header of a weights file, from torchvision's named weights, or otherwise from the model's
-    default weights. `load_weights` lists the possible values of `weights`.
+    The preprocessing is taken from the header of a weights file, from torchvision's named weights, or otherwise from
+    the model's default weights. `load_weights` lists the possible values of `weights`.
 
     Raises:
         ConfigError: the weights file cannot be read.
