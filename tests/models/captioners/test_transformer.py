@@ -165,7 +165,9 @@ def test_initial_keys_and_values_of_the_image_do_not_depend_on_the_number_of_lay
     config = replace(CONFIG, layers=layers, hidden_size=96, embedding_size=96)
     transformer = CaptionerNetwork(config, feature_size=4, vocabulary_size=7).transformer
     assert transformer is not None
-    assert transformer.image_keys_values.weight.std() == pytest.approx(96**-0.5, rel=0.02)  # Glorot & Bengio 2010
+    assert transformer.image_keys_values.weight.std().item() == pytest.approx(
+        96**-0.5, rel=0.02
+    )  # Glorot & Bengio 2010
 
 
 def test_initial_predictions_are_close_to_the_word_frequencies() -> None:
