@@ -113,8 +113,8 @@ def _resolve_images(predictions: Sequence[Prediction], images: str | None) -> Se
 
 def _make_title(captions: str, compare: str | None, splits: Sequence[str]) -> str:
     split = f", {' and '.join(splits)} split" if splits else ""
-    names = [_name_run(captions)] if compare is None else _name_runs(captions, compare)
-    return f"{' and '.join(names)}{split}"
+    name = _name_run(captions) if compare is None else " compared with ".join(_name_runs(captions, compare))
+    return f"{name}{split}"
 
 
 def _name_run(address: str) -> str:

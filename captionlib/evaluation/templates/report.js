@@ -88,10 +88,12 @@ function createRuns(item) {
     const isWinner = item.gain !== null && (name === "a" ? item.gain : -item.gain) > 0;
     const line = createElement("p", `run ${name}${isWinner ? " winner" : ""}`), said = createElement("span", "said");
     const otherWords = new Set(other.caption.toLowerCase().split(/\s+/));
-    for (const part of (run.caption || "(empty caption)").split(/(\s+)/))
-      said.append(part.trim() && !otherWords.has(part.toLowerCase()) ? appendMarked(createElement("span", "differs"), part, "caption") : appendMarked(createElement("span"), part, "caption"));
+    for (const part of (run.caption || "(empty caption)").split(/(\s+)/)) {
+      const differs = part.trim() && !otherWords.has(part.toLowerCase());
+      said.append(appendMarked(createElement("span", differs ? "differs" : ""), part, "caption"));
+    }
+    if (run.cider !== null) said.append(" ", createElement("span", "score", run.cider.toFixed(2)));
     line.append(createElement("span", `badge ${name}`, name.toUpperCase()), said);
-    if (run.cider !== null) line.append(createElement("span", "score", run.cider.toFixed(2)));
     return line;
   });
 }
