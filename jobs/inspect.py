@@ -43,6 +43,7 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
       captionlib inspect captions --verify
       captionlib inspect captioner --json
     """
+    from captionlib.collection import COLLECTION_FILE
     from captionlib.config import to_dict
     from captionlib.data.shards.markers import DESCRIPTION_FILE
     from captionlib.search.index_folder import DESCRIPTION as INDEX_FILE, read_description
@@ -70,6 +71,8 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
             _to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_format_values(checkpoint, "  ")])
         )
         return
+    if COLLECTION_FILE in names:
+        raise DatasetError(f"{folder} is a collection; see `captionlib status {folder}`, or inspect one of its folders")
     if "_training" in names:
         raise DatasetError(
             f"{folder} is a training run without a checkpoint; wait until its first epoch ends, or run the training "

@@ -39,7 +39,7 @@ def command(
     dry_run: bool,
     thumbnails: str | None,
 ) -> None:
-    """Remove images from a collection, or from the manifest, datasets and indexes in FOLDER.
+    """Remove images from a collection, or from the manifest (list of images), datasets and indexes in FOLDER.
 
     Afterwards, none of these contains the ids. Later updates of the manifest skip the images, because its file
     `_removed.json` lists hashes of their ids. The image files themselves are not deleted. Models that were trained on
@@ -47,7 +47,7 @@ def command(
 
     \b
     Examples:
-      captionlib remove holidays --id 2024/beach.jpg --reason "asked by the person shown"
+      captionlib remove holidays --id 2024/beach.jpg --reason "requested by the person shown"
       captionlib remove holidays --ids ids.txt --dry-run
       captionlib remove manifest features captions embeddings index --ids ids.txt
     """

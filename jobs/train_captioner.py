@@ -41,8 +41,8 @@ def command(
     each starting from the previous one (--init-from): flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and
     flickr8k-self-critical.
 
-    A run stops with an error if its loss is not finite, or if its perplexity stays above that of a unigram model (word
-    frequencies) for training.unigram_patience epochs. The best checkpoint is kept.
+    A run stops with an error if its loss is not finite. It also stops if its perplexity stays above that of a unigram
+    model (word frequencies) for training.unigram_patience epochs. In both cases, the best checkpoint is kept.
 
     \b
       captionlib train-captioner maps -o words --config flickr8k-bag-of-words

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -395,12 +395,9 @@ def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(fs, LocalFileSystem):
             destination = Path(path)
             destination.parent.mkdir(parents=True, exist_ok=True)
-            staged = destination.with_name(f"{destination.name}.{uuid.uuid4().hex}.partial")
-            try:
+            with _create_partial_file(destination) as staged:
                 yield staged
                 staged.replace(destination)
-            finally:
-                staged.unlink(missing_ok=True)
         else:
             with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
                 staged = Path(scratch) / "file"
@@ -408,3 +405,24 @@ def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
                 call_with_retries(path, lambda: fs.put_file(str(staged), path))
     except OSError as error:
         raise StorageError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _create_partial_file(destination: Path) -> Iterator[Path]:
+    """Yields the path of a file beside `destination`, and removes the file when the block ends.
+
+    If a killed process left such a file, it is used again, so that killed processes do not leave several. If another
+    process is writing one, the file gets a unique name.
+    """
+    with ExitStack() as stack:
+        for suffix in (".partial", f".{uuid.uuid4().hex}.partial"):
+            path = destination.with_name(f"{destination.name}{suffix}")
+            file = stack.enter_context(path.open("ab"))
+            with suppress(OSError):  # another process has the lock, or the file system has no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # not published by another process
+                    break
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)

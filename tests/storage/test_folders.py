@@ -137,6 +137,26 @@ def test_stage_file_leaves_nothing_if_the_block_raises(tmp_path: Path, address: 
     assert Folder(address.rpartition("/")[0]).list() == []
 
 
+def test_file_of_a_killed_process_is_used_again(tmp_path: Path) -> None:
+    destination = tmp_path / "scores.csv"
+    with stage_file(destination) as path:
+        path.write_bytes(b"first")
+    path.write_bytes(b"half")  # the process was killed here
+    with stage_file(destination) as staged:
+        staged.write_bytes(b"second")
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.csv"]
+    assert destination.read_bytes() == b"second"
+
+
+def test_two_writers_of_a_file_do_not_mix(tmp_path: Path) -> None:
+    destination = tmp_path / "scores.csv"
+    with stage_file(destination) as one, stage_file(destination) as other:
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.csv"]
+    assert destination.read_bytes() == b"one"
+
+
 def test_write_file_reports_an_unwritable_address(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/scores\.parquet cannot be written: "):

@@ -328,7 +328,7 @@ def _read(
 
 
 def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
-    """Raises DatasetError if none of the images exists, which means that the image folder is wrong."""
+    """Raises DatasetError if none of the images exists. The image folder is then probably wrong."""
     first_error: FetchError | None = None
     for row in rows:
         try:

@@ -473,8 +473,8 @@ def create_dataset(
         ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or of a different manifest, and
             `overwrite` is not set.
-        DatasetError: the folder holds files that captionlib did not write, or a dataset that was not compacted when
-            `source` was.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset that still has the shards that
+            `source` had before it was compacted.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
@@ -644,7 +644,7 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
 
 
 def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
-    """Reads the description, after completing an update that was interrupted after its commit."""
+    """Reads the description. If an update was interrupted after its commit, completes the update first."""
     description = _read_description(folder)
     if description is None or not folder.exists(JOURNAL_FILE):
         return description

@@ -262,7 +262,7 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
     """Returns a hash of the kind of a dataset, its schema version and its configuration.
 
-    These and the input determine the rows.
+    Kind, schema version, configuration and input together determine the rows.
     """
     identity = {"kind": kind, "schema_version": SCHEMA_VERSIONS.get(kind, 1), "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

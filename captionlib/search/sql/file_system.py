@@ -26,7 +26,7 @@ class DatasetFile(NamedTuple):
 class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
     """Exposes the given files of other file systems under new names, read-only.
 
-    DuckDB reads `dataset://captions/part-00000.parquet`, wherever the file is stored. It cannot write files or list
+    DuckDB reads `dataset://captions/part-00000.parquet`, wherever the file is stored. DuckDB cannot write files or list
     folders, and does not interpret characters of the actual path as a glob pattern. DuckDB opens a file several times
     in one query. This class opens a local file only once, so a query reads one version of it, even if it is replaced.
     """

@@ -137,7 +137,7 @@ def open_sql(
         folders: the datasets.
         kind: expected kind; None for any.
         limits: resources that the queries may use.
-        duplicates: dataset of duplicates. The images that it lists as duplicates of a kept image have no rows.
+        duplicates: dataset of groups of duplicates. Only the image of each group that is to be kept has a row.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
