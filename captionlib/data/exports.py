@@ -97,7 +97,7 @@ def export_images(
     identities = [f"{dataset.manifest_id} {dataset.fingerprint}" for dataset in opened]
     images, failures = 0, Counter[str]()
     # The marker of a shard is the file that records that the shard is complete.
-    shards = [(each, marker) for each in opened for _, marker in sorted(each.read_markers().items())]
+    shards = [(each, marker) for each in opened for _, marker in sorted(each.require_all_markers().items())]
     with ExitStack() as stack:
         stack.enter_context(lock_folder(export.folder, "captionlib export"))
         export.claim_folder({"to": to, "datasets": identities, **selection.describe()})

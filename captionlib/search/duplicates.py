@@ -178,7 +178,10 @@ def _summarize(dataset: ShardedDataset, sources: Sequence[ShardedDataset]) -> Du
 def _list_shards(sources: Sequence[ShardedDataset]) -> list[Shard]:
     """Returns the shards that have rows, as pairs of a dataset and the number of a shard."""
     return [
-        (source, shard) for source in sources for shard, marker in sorted(source.read_markers().items()) if marker.rows
+        (source, shard)
+        for source in sources
+        for shard, marker in sorted(source.require_all_markers().items())
+        if marker.rows
     ]
 
 

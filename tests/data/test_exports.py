@@ -14,7 +14,7 @@ from captionlib.data.selection import select_images
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import DatasetError, FingerprintError, LockError
+from captionlib.errors import DamagedShardError, DatasetError, FingerprintError, LockError
 from captionlib.storage.folders import Folder
 from captionlib.storage.lock import lock_folder
 
@@ -81,6 +81,12 @@ def test_second_run_writes_only_unfinished_shards(manifest: Path, tmp_path: Path
     (tmp_path / "a.png").unlink()  # it is in a finished shard
     assert export_images(manifest, tmp_path / "tars", "webdataset") == first
     assert (tmp_path / "tars/part-00001.tar").exists()
+
+
+def test_missing_marker_is_an_error_rather_than_a_missing_shard(manifest: Path, tmp_path: Path) -> None:
+    (manifest / "__shards" / "part-00001.json").unlink()
+    with pytest.raises(DamagedShardError, match="its marker is missing"):
+        export_images(manifest, tmp_path / "tars", "webdataset")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,9 @@
 
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pydantic import PositiveInt
 
@@ -27,7 +25,7 @@ from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import Folder
+from captionlib.storage.folders import Folder, scratch_folder
 from captionlib.storage.lock import lock_folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
@@ -166,7 +164,7 @@ def _prepare(
     to_update = existing if existing is not None and existing.is_complete() else None
     source_format = _select_format(addresses, config)
     skips = SkipCounter(config.strict)
-    with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
+    with scratch_folder() as scratch:
         rows = _read(addresses, source_format, config, skips)
         if config.splits:
             rows = _select_splits(rows, config.splits, skips)
@@ -175,7 +173,7 @@ def _prepare(
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
             to_compare = None if config.verify_content is not None else to_update
-            staged = stage_rows(rows, Path(scratch) / "rows.parquet", to_compare, bar.update)
+            staged = stage_rows(rows, scratch / "rows.parquet", to_compare, bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         if to_update is not None:

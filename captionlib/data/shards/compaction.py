@@ -103,7 +103,7 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
 
 def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
-    markers = dataset.read_markers() if dataset.source else dataset.require_markers()
+    markers = dataset.read_markers() if dataset.source else dataset.require_all_markers()
     images = sum(marker.images for marker in markers.values())
     return Compaction(dataset, None if dataset.source else shard_size or choose_shard_size(images), images)
 
@@ -111,7 +111,7 @@ def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
 def _divide(dataset: ShardedDataset, size: int, images: int, report_moved: ReportMoved) -> None:
     """Divides all rows into shards of `size` rows, unless the dataset has these shards already."""
     shards = -(-images // size)
-    largest = max(marker.rows for marker in dataset.require_markers().values())
+    largest = max(marker.rows for marker in dataset.require_all_markers().values())
     if dataset.config.get("shard_size") == size and dataset.shards == shards and largest <= size:
         return
     config = {**dataset.config, "shard_size": size}

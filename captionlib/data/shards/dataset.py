@@ -164,6 +164,19 @@ class ShardedDataset:
             raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
         return markers
 
+    def require_all_markers(self) -> dict[int, Marker]:
+        """Returns the markers of all shards, by shard.
+
+        Raises:
+            DatasetError: the dataset is not complete, or was removed.
+            DamagedShardError: the dataset is complete, but a marker is missing or damaged.
+        """
+        markers = self.read_markers()
+        if missing := set(range(self.shards)) - markers.keys():
+            self.require_complete()
+            raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
+        return markers
+
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
         """Yields the markers of the finished shards among `shards`, in any order. All `shards` must have data files.
 
@@ -342,8 +355,8 @@ class ShardedDataset:
 
         Raises:
             DatasetError: a shard is not finished, or the folder was removed meanwhile.
-            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio` or, if that is
-                None, all images failed.
+            FailureRatioError: too many images could not be read: a fraction above `max_failure_ratio`, or all of them
+                if that is None.
         """
         totals = self.compute_totals()
         if totals.shards < self.shards:

@@ -54,7 +54,7 @@ class FailureExample:
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The number of failures with the same reason, and a few of them. If their files are missing, there are none."""
+    """The number of failures with the same reason, and a few examples; none if their files are missing."""
 
     count: int
     examples: list[FailureExample]
@@ -69,8 +69,9 @@ class JobReport:
             the dataset is complete.
         images: number of images of the input; None if it is unknown because the input cannot be read.
         images_done: number of images of the finished shards.
-        images_in_progress: number of images that workers have processed of shards that are not finished.
-        shard_states: the states of all shards in order. Neighbors with the same state are one entry with their number.
+        images_in_progress: number of images of unfinished shards that workers have already processed.
+        shard_states: the states of all shards in order. Adjacent shards with the same state are one entry: the
+            state and their number.
         throughput: the speed; None if it is unknown.
         seconds_left: estimate of the time that the job still needs; None unless it is running at a known speed.
         updated: time of this report, as a Unix time.
@@ -112,7 +113,7 @@ class DatasetReport:
         failures: failures by reason (the category of the error), the most frequent first.
         job: the progress of the job that writes the dataset.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
-        interrupted_update: whether an update was interrupted, which the next command that reads the dataset completes.
+        interrupted_update: whether an update was interrupted. The next command that reads the dataset completes it.
         problems: inconsistencies, including wrong checksums if `inspect_dataset` was called with `verify`.
     """
 

@@ -161,9 +161,10 @@ def open_sql(
         connection.register_filesystem(files)
         restrict_connection(connection, files.addresses)
         schemas = [dataset.schema for dataset in datasets]
-        left_out = None if duplicates is None else _register_duplicates(connection, duplicates)
-        _create_view(connection, datasets[0].kind, files.addresses[: len(data_files)], schemas, left_out)
-        _create_view(connection, "failures", files.addresses[len(data_files) :], [FAILURES_SCHEMA])
+        with _raise_query_errors(datasets[0].kind):
+            left_out = None if duplicates is None else _register_duplicates(connection, duplicates)
+            _create_view(connection, datasets[0].kind, files.addresses[: len(data_files)], schemas, left_out)
+            _create_view(connection, "failures", files.addresses[len(data_files) :], [FAILURES_SCHEMA])
         with _interrupt_on_ctrl_c(connection):
             yield SqlSession(connection, datasets)
 
