@@ -101,7 +101,7 @@ def command(
     click.echo(f"{page}: {len(predictions):,} images{_summarize(comparison)}")
 
 
-def _resolve_images(predictions: Sequence[Prediction], images: str | None) -> Sequence[Prediction]:
+def _resolve_images(predictions: list[Prediction], images: str | None) -> list[Prediction]:
     """Resolves relative image paths against the folder `images`."""
     from captionlib.data.sources.locations import locate, resolve_uri
 

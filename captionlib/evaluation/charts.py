@@ -69,8 +69,18 @@ def _build_chart(name: str, series: Sequence[tuple[int, float]]) -> Chart:
     ]
     best = low if any(word in name for word in ("loss", "perplexity", "rank")) else high
     split = "training" if name in _TRAINING_METRICS else "validation"
-    formatted = [f"{value:.4g}" for value in (low, high, values[-1], best)]
-    return Chart(name, split, points, *formatted, points[values.index(best)], first, last)
+    return Chart(
+        name,
+        split,
+        points,
+        low=f"{low:.4g}",
+        high=f"{high:.4g}",
+        last=f"{values[-1]:.4g}",
+        best=f"{best:.4g}",
+        best_point=points[values.index(best)],
+        first_epoch=first,
+        last_epoch=last,
+    )
 
 
 def _is_finite(value: object) -> bool:
