@@ -273,15 +273,10 @@ class FaultWalk:
             return "exit code 0, but the output is not complete"
         if code == 0 and images != self._images[command]:
             return f"expected {self._images[command]} rows and failures, got {images}"
-        expected = self._expected[command]
         if "/images/" in access:
             return ""
-        if code == 0 and result != expected:
-            return "exit code 0, but the output differs"
-        for name in (str(folder.relative_to(self._output)) for folder in complete):
-            if _select(result, name) not in (_select(expected, name), _select(before, name)):
-                return f"exit code {code}, and {name} looks complete, but differs"
-        return ""
+        names = [str(folder.relative_to(self._output)) for folder in complete]
+        return _find_difference(code, names, result, self._expected[command], before)
 
     def _count_images(self) -> dict[str, int]:
         """Returns the number of rows and failures of each dataset."""
@@ -309,6 +304,18 @@ class FaultWalk:
             code = call(command, self._clean, self._output)
         output.flush()
         return code, output.buffer.getvalue().decode(), errors.getvalue()
+
+
+def _find_difference(
+    code: int, complete: Sequence[str], result: dict[str, str], expected: dict[str, str], before: dict[str, str]
+) -> str:
+    """Returns whether a command that succeeded, or the dataset of a complete folder, has an unexpected result."""
+    if code == 0 and result != expected:
+        return "exit code 0, but the output differs"
+    for name in complete:
+        if _select(result, name) not in (_select(expected, name), _select(before, name)):
+            return f"exit code {code}, and {name} looks complete, but differs"
+    return ""
 
 
 def _select(output: dict[str, str], folder: str) -> dict[str, str]:
