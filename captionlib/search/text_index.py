@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import tantivy
 from tantivy import Filter, Occur, Query
 
 from captionlib.data.sources.values import is_unicode
-from captionlib.data.splits import add_split_aliases
 from captionlib.errors import DatasetError, QueryError, StorageError
 from captionlib.search.vector_index import Hits, RowNumbers
 
@@ -23,6 +23,7 @@ __all__ = ["Sort", "TextIndex", "write_text_index"]
 
 Sort = Literal["relevance", "log_prob", "image_text_score"]
 
+_COLUMNS = ["row", "group", "image_id", "caption", "log_prob", "image_text_score"]
 _ANALYZER = "captions"
 _WRITER_BYTES = 128_000_000
 _MAX_WORD_LENGTH = 40
@@ -41,7 +42,9 @@ class _Clause(NamedTuple):
 
 
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
-    """Writes a text index to a new folder. `rows` have the columns of `ROW_SCHEMA`, and `row`, the row number.
+    """Writes a text index to a new folder.
+
+    `rows` have the columns of `ROW_SCHEMA`, and the numbers `row` of the row and `group` of its `RowGroup`.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.
@@ -64,7 +67,7 @@ def _write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch])
     # One thread, so that the same captions in the same order give the same scores.
     writer = index.writer(_WRITER_BYTES, 1)
     for batch in rows:
-        for row in batch.select(["row", "image_id", "split", "caption", "log_prob", "image_text_score"]).to_pylist():
+        for row in batch.select(_COLUMNS).to_pylist():
             values = {name: value for name, value in row.items() if value is not None}
             writer.add_document(tantivy.Document.from_dict(values, index.schema))
     writer.commit()
@@ -77,10 +80,10 @@ def _make_schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
     builder.add_text_field("caption", tokenizer_name=_ANALYZER, index_option="position")
     builder.add_text_field("image_id", tokenizer_name="raw", index_option="basic")
-    builder.add_text_field("split", tokenizer_name="raw", index_option="basic")
     builder.add_float_field("log_prob", indexed=True, fast=True)
     builder.add_float_field("image_text_score", indexed=True, fast=True)
     builder.add_integer_field("row", indexed=True, fast=True)
+    builder.add_integer_field("group", indexed=True, fast=True)
     return builder.build()
 
 
@@ -122,16 +125,19 @@ class TextIndex:
         query: str,
         limit: int,
         matching: RowNumbers | None = None,
-        split: str | None = None,
+        groups: Sequence[int] | None = None,
         min_log_prob: float | None = None,
         sort: Sort = "relevance",
     ) -> Hits:
-        """Returns the best captions for a query. `matching` are the row numbers to search, ascending; None for all.
+        """Returns the best captions for a query.
+
+        `matching` are the row numbers to search, ascending, and `groups` the numbers of the groups of rows to search;
+        None for all.
 
         Raises:
             QueryError: the query contains only stop words, or too many words and phrases.
         """
-        parsed = self._restrict(self._parse(query), split, min_log_prob)
+        parsed = self._restrict(self._parse(query), groups, min_log_prob)
         if matching is None:
             return self._search(parsed, limit, sort)
         if len(matching) <= _MAX_TERM_SET:
@@ -146,18 +152,15 @@ class TextIndex:
             if np.count_nonzero(is_match) >= limit or len(hits) < fetched or fetched == len(self):
                 return hits[is_match][:limit]
 
-    def search_and_count(
-        self,
-        query: str,
-        limit: int,
-        split: str | None = None,
-        min_log_prob: float | None = None,
-        sort: Sort = "relevance",
-    ) -> tuple[Hits, int]:
-        """Returns the best captions for a query, and the number of all captions that match; see `search`."""
-        parsed = self._restrict(self._parse(query), split, min_log_prob)
-        hits, count = self._search_and_count(parsed, max(1, limit), sort)
-        return hits[:limit], count
+    def count_groups(self, query: str, groups: int, min_log_prob: float | None = None) -> npt.NDArray[np.int64]:
+        """Returns the number of captions in each of `groups` groups that match a query, `[groups]`; see `search`."""
+        parsed = self._restrict(self._parse(query), None, min_log_prob)
+        counts = np.zeros(groups, np.int64)
+        if groups:
+            aggregation = {"groups": {"terms": {"field": "group", "size": groups}}}
+            for bucket in self._searcher.aggregate(parsed, aggregation)["groups"]["buckets"]:
+                counts[int(bucket["key"])] = bucket["doc_count"]
+        return counts
 
     def filter_hits(self, query: str, hits: Hits) -> Hits:
         """Returns the hits whose captions contain every required word and no excluded word of a query.
@@ -195,29 +198,26 @@ class TextIndex:
         return int(hits.rows[0]) if len(hits) else None
 
     def _search(self, query: Query, limit: int, sort: Sort) -> Hits:
-        return self._search_and_count(query, limit, sort, count=False)[0] if limit else Hits.empty()
-
-    def _search_and_count(self, query: Query, limit: int, sort: Sort, count: bool = True) -> tuple[Hits, int]:
-        """Returns the best captions, and the number of all captions that match; 0 if `count` is False."""
+        if not limit:
+            return Hits.empty()
         order_by = None if sort == "relevance" else sort
         limit = min(limit, max(1, len(self)))
         try:
-            result: Any = self._searcher.search(query, limit, count=count, order_by_field=order_by)
+            result: Any = self._searcher.search(query, limit, count=False, order_by_field=order_by)
         except ValueError as error:
             if order_by != "image_text_score":
                 raise
             raise QueryError("the index has no image_text_score; build it again with --overwrite") from error
-        hits = self._to_hits([hit for hit in result.hits if hit[0] is not None])  # captions may have no score
-        return hits, int(result.count or 0)
+        return self._to_hits([hit for hit in result.hits if hit[0] is not None])  # captions may have no score
 
     def _to_hits(self, scored_addresses: list[tuple[Any, Any]]) -> Hits:
         rows = self._searcher.fast_field_values("row", [address for _, address in scored_addresses])
         return Hits(np.array(rows, np.int64), np.array([score for score, _ in scored_addresses], np.float32))
 
-    def _restrict(self, query: Query, split: str | None, min_log_prob: float | None) -> Query:
+    def _restrict(self, query: Query, groups: Sequence[int] | None, min_log_prob: float | None) -> Query:
         conditions = []
-        if split is not None:
-            conditions.append(Query.term_set_query(self._schema, "split", sorted(add_split_aliases([split]))))
+        if groups is not None:
+            conditions.append(Query.term_set_query(self._schema, "group", groups))
         if min_log_prob is not None:
             kind = tantivy.FieldType.Float
             conditions.append(Query.range_query(self._schema, "log_prob", kind, lower_bound=float(min_log_prob)))
