@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import create_dataset
@@ -31,7 +30,6 @@ __all__ = ["SIZE", "WORDS", "SearchData", "prepare_data"]
 
 SIZE = 256
 SHARDS = 16
-IMAGES = 256  # the rows share these image files
 CLUSTERS = 2000
 WORDS = [f"{first}{second}{third}o" for first in "bdfgklmnprst" for second in "aeiou" for third in "bdfgklmnprstvz"]
 
@@ -57,11 +55,6 @@ class SearchData:
     @property
     def captions(self) -> Path:
         return self.folder / "captions"
-
-    @property
-    def images(self) -> list[Path]:
-        """The image files that the rows share."""
-        return [(self.folder / "images" / f"{number}.jpg").absolute() for number in range(IMAGES)]
 
     @cached_property
     def centers(self) -> Vectors:
@@ -106,17 +99,12 @@ def prepare_data(rows: int) -> tuple[SearchData, dict[str, float]]:
 
 def _write(data: SearchData) -> None:
     rows = data.rows // SHARDS
-    sizes = _write_images(data.images)
     texts = create_dataset(data.captions, "captions", captions_schema(), config={"source": "synthetic"}, shards=SHARDS)
     schema = embeddings_schema(SIZE)
     config = {"source": "synthetic", "ranker": "none"}
     vectors = create_dataset(data.folder / "embeddings", "embeddings", schema, config=config, shards=SHARDS)
     for shard in range(SHARDS):
         generator = np.random.default_rng([6, shard])
-        uris = [str(data.images[number % IMAGES]) for number in range(rows)]
-        # The files of a shard were modified in the course of one year.
-        modified = (1_420_000_000 + 31_536_000 * (shard % 8 + generator.random(rows))) * 1e9
-        versions = [f"{40_000:x}-{int(time_ns):x}" for time_ns in modified]
         ids = [f"{shard:02d}-{number:06d}" for number in range(rows)]
         with write_shard(texts, shard, rows) as writer:
             captions = [
@@ -127,43 +115,25 @@ def _write(data: SearchData) -> None:
             values = [
                 {
                     "image_id": image_id,
-                    "uri": uri,
-                    "version": version,
+                    "uri": f"https://example.org/{image_id}.jpg",
                     "split": split,
-                    "width": sizes[number % IMAGES][0],
-                    "height": sizes[number % IMAGES][1],
                     "caption": caption,
                     "log_prob": log_prob,
                     "tokens": caption.count(" ") + 2,
                     "candidates": [{"caption": caption, "log_prob": log_prob}],
                 }
-                for number, (image_id, uri, version, split, caption, log_prob) in enumerate(
-                    zip(ids, uris, versions, splits, captions, log_probs, strict=True)
-                )
+                for image_id, split, caption, log_prob in zip(ids, splits, captions, log_probs, strict=True)
             ]
             writer.write(pa.RecordBatch.from_pylist(values, captions_schema()))
         columns = {
             "image_id": ids,
-            "uri": uris,
+            "uri": [f"https://example.org/{image_id}.jpg" for image_id in ids],
             "embedding": numpy_to_vectors(data.image_vectors(rows, shard).astype(np.float16)),
         }
         with write_shard(vectors, shard, rows) as writer:
             writer.write(pa.RecordBatch.from_pydict(columns))
     texts.finish()
     vectors.finish()
-
-
-def _write_images(paths: list[Path]) -> list[tuple[int, int]]:
-    """Writes JPEG files of smooth color gradients. Returns their widths and heights."""
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(7)
-    sizes = []
-    for path in paths:
-        width, height = (int(side) for side in generator.integers(400, 900, size=2))
-        coarse = Image.fromarray(generator.integers(0, 256, (14, 14, 3), dtype=np.uint8))
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(path, quality=90)
-        sizes.append((width, height))
-    return sizes
 
 
 def _sample_words(generator: np.random.Generator, length: int) -> list[str]:

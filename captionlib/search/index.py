@@ -378,10 +378,28 @@ class Index:
         return self._version.failures
 
     @_on_one_version
-    def sample(self, limit: int = 20) -> pa.Table:
+    def sample(self, limit: int = 20, where: Filter | str | None = None) -> pa.Table:
         """Returns evenly spaced rows of the index, with a score of 0."""
-        rows = self._version.rows.sample(limit)
+        where = _to_filter(where)
+        if where == Filter():
+            rows = self._version.rows.sample(limit)
+        else:
+            matching = self._version.find_matching(where)
+            rows = matching[np.linspace(0, len(matching), min(limit, len(matching)), endpoint=False).astype(int)]
         return self._to_table(Hits(rows, np.zeros(len(rows), np.float32)))
+
+    @_on_one_version
+    def suggest_query(self, query: str) -> str | None:
+        """Returns a query in which the words that no caption contains are replaced by similar words of captions.
+
+        Returns None if there are no such words.
+        """
+
+        def find_captions(rows: RowNumbers) -> list[str]:
+            captions: list[str] = self._version.rows.take(rows)["caption"].to_pylist()
+            return captions
+
+        return self._version.text.suggest_query(query, find_captions)
 
     @_on_one_version
     def count_facets(self, where: Filter | None = None) -> FacetCounts:

@@ -1,11 +1,14 @@
 """Full-text search over captions with Tantivy, ranked by BM25.
 
-A query is a list of words and "phrases". `+` before a word or phrase requires it, and `-` excludes it.
+A query is a list of words and "phrases". `+` before a word or phrase requires it, and `-` excludes it. The last phrase
+need not be closed.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +22,7 @@ from captionlib.data.sources.values import is_unicode
 from captionlib.errors import DatasetError, QueryError, StorageError
 from captionlib.search.vector_index import Hits, RowNumbers
 
-__all__ = ["Sort", "TextIndex", "write_text_index"]
+__all__ = ["Sort", "TextIndex", "find_unclosed_phrase", "write_text_index"]
 
 Sort = Literal["relevance", "log_prob", "image_text_score"]
 
@@ -28,6 +31,10 @@ _ANALYZER = "captions"
 _WRITER_BYTES = 128_000_000
 _MAX_WORD_LENGTH = 40
 _MAX_CLAUSES = 64
+_MIN_CORRECTED_LENGTH = 4
+_MIN_SIMILARITY = 0.6  # `difflib.SequenceMatcher.ratio`
+_SUGGESTION_CAPTIONS = 20
+_QUOTES = str.maketrans("“”„«»", '"' * 5)  # phones and word processors replace plain quotation marks
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
 # If a filter matches at most this many rows, their numbers become part of the query. Otherwise, the hits are filtered.
@@ -190,7 +197,41 @@ class TextIndex:
 
     def to_sentence(self, query: str) -> str:
         """Returns a query without its signs and excluded words."""
-        return " ".join(phrase or word for sign, phrase, word in _CLAUSE.findall(query) if sign != "-")
+        return " ".join(phrase or word for sign, phrase, word in _find_clauses(query) if sign != "-")
+
+    def suggest_query(self, query: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
+        """Returns a query in which the words that no caption contains are replaced by similar words of captions.
+
+        `find_captions` returns the captions of rows. Returns None if there are no such words.
+        """
+        replacements: dict[str, str] = {}
+        for clause in self._parse_clauses(query):
+            for _, word in clause.words:
+                if clause.occur != Occur.MustNot and not self._searcher.doc_freq("caption", word):
+                    similar = self._find_similar_word(word, find_captions)
+                    if similar is not None:
+                        replacements[word] = similar
+        parts, end = [], 0
+        for token in self._analyzer.pre_tokenize(query).tokens:
+            if token.text in replacements:
+                parts += [query[end : token.char_offset_from], replacements[token.text]]
+                end = token.char_offset_to
+        return "".join([*parts, query[end:]]) if parts else None
+
+    def _find_similar_word(self, word: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
+        """Returns the most frequent similar word in captions; None if there is none. `word` is stemmed."""
+        if len(word) < _MIN_CORRECTED_LENGTH:
+            return None
+        for distance in (1, 2):
+            similar = Query.fuzzy_term_query(self._schema, "caption", word, distance)
+            counts = Counter[str]()
+            for caption in find_captions(self._search(similar, _SUGGESTION_CAPTIONS, "relevance").rows):
+                tokens = self._analyzer.pre_tokenize(caption).tokens
+                spelled = {token.text: caption[token.char_offset_from : token.char_offset_to] for token in tokens}
+                counts.update(spelled[match] for match in get_close_matches(word, spelled, 1, _MIN_SIMILARITY))
+            if counts:
+                return counts.most_common(1)[0][0].lower()
+        return None
 
     def find_image(self, image_id: str) -> int | None:
         """Returns the row number of an image, or None if the image is not in the index."""
@@ -241,7 +282,7 @@ class TextIndex:
 
     def _parse_clauses(self, query: str) -> Iterator[_Clause]:
         signs = {"+": Occur.Must, "-": Occur.MustNot, "": Occur.Should}
-        for sign, phrase, word in _CLAUSE.findall(query):
+        for sign, phrase, word in _find_clauses(query):
             tokens = self._analyzer.pre_tokenize(phrase or word).tokens
             if tokens:
                 yield _Clause(signs[sign], [(token.position, token.text) for token in tokens])
@@ -251,3 +292,15 @@ class TextIndex:
             return Query.term_query(self._schema, "caption", words[0][1])
         first = words[0][0]
         return Query.phrase_query(self._schema, "caption", [(position - first, word) for position, word in words])
+
+
+def _find_clauses(query: str) -> list[tuple[str, str, str]]:
+    """Returns the sign and the phrase or word of each clause. A phrase that is not closed ends with the query."""
+    clauses: list[tuple[str, str, str]] = _CLAUSE.findall(query.translate(_QUOTES))
+    return clauses
+
+
+def find_unclosed_phrase(query: str) -> str | None:
+    """Returns the last phrase of a query if its closing quotation mark is missing, and otherwise None."""
+    parts = query.translate(_QUOTES).split('"')
+    return parts[-1].strip() or None if len(parts) % 2 == 0 else None

@@ -75,10 +75,14 @@ async function loadNextPage() {
 if (form && results) {
   window.addEventListener("popstate", () => location.reload());
   if (!form.elements.q.value) form.elements.q.focus({ preventScroll: true });
-  document.addEventListener("input", (event) => {
+  const searchSoon = (event) => {
     if (event.target.form !== form) return;
     clearTimeout(timer);
     timer = setTimeout(search, event.target.type === "search" ? 150 : 0);
+  };
+  document.addEventListener("input", searchSoon);
+  document.addEventListener("change", (event) => { // not all programs that control a browser send `input` for a select
+    if (event.target.matches("select")) searchSoon(event);
   });
   form.addEventListener("submit", (event) => {
     event.preventDefault();
