@@ -1,12 +1,14 @@
 """Measures errors, latency and memory of `captionlib serve` under 60 clients, for 5 minutes or `--minutes N`.
 
-Each client has its own address in 127.0.0.0/8. The clients search, load thumbnails and upload images without a break.
-A third of the images are on slow and hanging hosts. Further connections send incomplete headers and incomplete bodies.
+Each client has its own address in 127.0.0.0/8. The clients request all pages and the API without a break, load the
+thumbnails of each page and upload images. A third of the images are on slow and hanging hosts. Further connections send
+incomplete headers and incomplete bodies. Meanwhile the captions change ten times, and the index is built again.
 """
 
 import argparse
 import asyncio
 import io
+import json
 import os
 import random
 import re
@@ -47,6 +49,7 @@ CLIENTS, SLOW_CONNECTIONS, ROWS = 60, 100, 20_000
 HOSTS = {"fast": "127.0.2.1", "slow": "127.0.2.2", "hanging": "127.0.2.3"}  # of images
 REQUEST_TIMEOUT_SECONDS = 120.0
 WARM_UP_SECONDS = 120.0
+INDEX_UPDATES = 10
 FOLDER = Path(".bench") / "serve-soak"
 
 
@@ -60,6 +63,7 @@ class Results:
         failures: number of requests without a valid response by method, path and exception.
         health_seconds: latencies of `/health`.
         memory: time in seconds since the start, and the resident memory in MB, of the server without its decoders.
+        index_updates: number of new versions of the index that `/health` reported.
     """
 
     statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -67,6 +71,7 @@ class Results:
     failures: Counter[str] = field(default_factory=Counter)
     health_seconds: list[float] = field(default_factory=list)
     memory: list[tuple[float, float]] = field(default_factory=list)
+    index_updates: int = 0
 
 
 def main() -> None:
@@ -80,10 +85,15 @@ def main() -> None:
     with _serve_images() as image_port:
         _write_index(image_port)
         with _serve_index() as (port, process):
-            monitor = threading.Thread(target=_monitor, args=(port, process, time.monotonic() + seconds, results))
-            monitor.start()
+            threads = [
+                threading.Thread(target=_monitor, args=(port, process, time.monotonic() + seconds, results)),
+                threading.Thread(target=_update_index, args=(image_port, port, seconds, results)),
+            ]
+            for thread in threads:
+                thread.start()
             asyncio.run(_run_clients(port, time.monotonic() + seconds, results))
-            monitor.join()
+            for thread in threads:
+                thread.join()
     sys.exit(not _report(results))
 
 
@@ -93,6 +103,7 @@ def _report(results: Results) -> bool:
     for failure, count in results.failures.most_common():
         print(f"# {failure}: {count}")
     uploads = [results.uploads[client] for client in range(CLIENTS)]
+    print(f"# index updates that reached the server: {results.index_updates} of {INDEX_UPDATES}")
     print(f"# captioned images per client: {min(uploads)} to {max(uploads)}, median {statistics.median(uploads)}")
     print("# memory: " + ", ".join(f"{memory:.0f} MB" for _, memory in results.memory[:: len(results.memory) // 10]))
     errors = sum(count for (_, status), count in results.statuses.items() if status == 0 or status in range(500, 503))
@@ -117,38 +128,70 @@ def _write_index(image_port: int) -> None:
     )
     ranker = RankerNetwork(RankerConfig(), size, len(vocabulary)).eval()
     fingerprint = save_ranker(FOLDER / "ranker", ranker, vocabulary, encoder, provenance={}, training={})
-    files = write_images(FOLDER / "images", 200, 500)
-    sources = ["local", "local", "fast", "fast", "slow", "hanging"]
+    write_images(FOLDER / "images", 200, 500)
+    _write_captions(image_port, version=0)
     generator = np.random.default_rng(0)
-    rows = []
-    for number in range(ROWS):
-        source = sources[number % len(sources)]
-        uri = str(files[number % 200]) if source == "local" else f"http://{HOSTS[source]}:{image_port}/{number}.jpg"
-        caption = " ".join(generator.choice(WORDS, 8))
-        candidates = [{"caption": caption, "log_prob": -9.0}]
-        rows.append({"image_id": str(number), "uri": uri, "split": "train", "caption": caption, "log_prob": -9.0})
-        rows[-1] |= {"tokens": 9, "candidates": candidates}
-    schema = captions_schema()
-    captions = create_dataset(FOLDER / "captions", "captions", schema, config={"source": "synthetic"}, shards=1)
-    with write_shard(captions, 0, ROWS) as writer:
-        writer.write(pa.RecordBatch.from_pylist(rows, schema=schema))
-    captions.finish()
     schema = embeddings_schema(RankerConfig().joint_embedding_size)
     config = {"source": "synthetic", "ranker": fingerprint}
     embeddings = create_dataset(FOLDER / "embeddings", "embeddings", schema, config=config, shards=1)
     vectors = generator.normal(size=(ROWS, RankerConfig().joint_embedding_size))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     values = [
-        {"image_id": row["image_id"], "uri": row["uri"], "embedding": vector}
-        for row, vector in zip(rows, vectors.astype(np.float16), strict=True)
+        {"image_id": str(number), "uri": _get_uri(number, image_port), "embedding": vector}
+        for number, vector in enumerate(vectors.astype(np.float16))
     ]
     with write_shard(embeddings, 0, ROWS) as writer:
         writer.write(pa.RecordBatch.from_pylist(values, schema=schema))
     embeddings.finish()
+    _build_index()
+
+
+def _write_captions(image_port: int, version: int) -> None:
+    """Writes the captions dataset. Each version has other captions of the same images."""
+    generator = np.random.default_rng(version)
+    rows = []
+    for number in range(ROWS):
+        caption = " ".join(generator.choice(WORDS, 8))
+        candidates = [{"caption": caption, "log_prob": -9.0}]
+        row = {"image_id": str(number), "uri": _get_uri(number, image_port), "split": "train", "caption": caption}
+        rows.append(row | {"log_prob": -9.0, "tokens": 9, "candidates": candidates})
+    schema = captions_schema()
+    captions = create_dataset(FOLDER / "captions", "captions", schema, config={"source": "synthetic"}, shards=1)
+    with write_shard(captions, 0, ROWS) as writer:
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=schema))
+    captions.finish()
+
+
+def _get_uri(number: int, image_port: int) -> str:
+    source = ["local", "local", "fast", "fast", "slow", "hanging"][number % 6]
+    if source == "local":
+        return str(sorted((FOLDER / "images").iterdir())[number % 200])
+    return f"http://{HOSTS[source]}:{image_port}/{number}.jpg"
+
+
+def _build_index() -> None:
     build = plan_build(FOLDER / "captions", FOLDER / "embeddings", FOLDER / "index", IndexConfig())
     build.train()
-    build.add_shard(0)
+    for shard in build.added:
+        build.add_shard(shard)
     build.finish()
+
+
+def _update_index(image_port: int, port: int, seconds: float, results: Results) -> None:
+    """Writes new captions and builds the index again, `INDEX_UPDATES` times, evenly spread over the run."""
+    versions = {_get_index_version(port)}
+    for version in range(1, INDEX_UPDATES + 1):
+        time.sleep(seconds / (2 * INDEX_UPDATES + 4))
+        _write_captions(image_port, version)
+        _build_index()
+        time.sleep(seconds / (2 * INDEX_UPDATES + 4))  # the server looks for a new version every few seconds
+        versions.add(_get_index_version(port))
+    results.index_updates = len(versions) - 1
+
+
+def _get_index_version(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as response:
+        return str(json.load(response)["index"])
 
 
 @contextmanager
@@ -223,22 +266,38 @@ async def _run_client(client: int, port: int, until: float, files: list[bytes], 
             return status, text
 
         while time.monotonic() < until:
-            action = chooser.random()
-            if action < 0.25:
-                form = aiohttp.FormData()
-                form.add_field("image", chooser.choice(files), filename="image.jpg")
-                url = chooser.choice(["/image-search", "/api/v1/image-search"])
-                status, page = await send("POST", url, form)
-                results.uploads[client] += status == 200
-            elif action < 0.5:
-                _, page = await send("GET", f"/image?id={chooser.randrange(ROWS)}")
-            else:
-                _, page = await send("GET", f"/?q={chooser.choice(WORDS)}")
+            method, url, form = _choose_request(chooser, files)
+            status, page = await send(method, url, form)
+            results.uploads[client] += url in _UPLOAD_URLS and status == 200
             thumbnails = re.findall(r'src="(/thumbnail/[^"]*)"', page)
             await asyncio.gather(*(send("GET", url) for url in thumbnails))
             await asyncio.sleep(chooser.random())
 
 
+def _choose_request(chooser: random.Random, files: list[bytes]) -> tuple[str, str, aiohttp.FormData | None]:
+    """Returns the method, the URL and the form of a random request; half of them are text searches."""
+    kind = chooser.choices(["search", "upload", "image", "api", "export"], [50, 25, 10, 10, 5])[0]
+    word, image_id = chooser.choice(WORDS), chooser.randrange(ROWS)
+    if kind == "search":
+        return "GET", f"/?q={word}", None
+    if kind == "image":
+        return "GET", f"/image?id={image_id}", None
+    if kind == "api":
+        urls = ["/metrics", "/docs", "/openapi.json", f"/api/v1/image?id={image_id}"]
+        urls += [f"/api/v1/search?q={word}&mode={mode}&limit=100" for mode in ("text", "sentence", "hybrid")]
+        return "GET", chooser.choice(urls), None
+    form = aiohttp.FormData()
+    if kind == "export":
+        form.add_field("format", chooser.choice(["csv", "parquet"]))
+        for number in chooser.sample(range(ROWS), 100):
+            form.add_field("id", str(number))
+        return "POST", "/export", form
+    url = chooser.choice(_UPLOAD_URLS)
+    form.add_field("images" if url == "/api/v1/caption" else "image", chooser.choice(files), filename="image.jpg")
+    return "POST", url, form
+
+
+_UPLOAD_URLS = ["/image-search", "/api/v1/image-search", "/api/v1/caption"]
 _HALF_HEADERS = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
 _HALF_BODY = (
     b"POST /api/v1/image-search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n"

@@ -130,6 +130,14 @@ class Collection:
         """Returns the path or URL of the embeddings of a source."""
         return self.folder.address(f"{source.name}/embeddings")
 
+    def list_captions(self) -> list[str]:
+        """Returns the paths or URLs of the captions of all sources."""
+        return [self.captions(source) for source in self.config.sources]
+
+    def list_embeddings(self) -> list[str]:
+        """Returns the paths or URLs of the embeddings of all sources, or an empty list without a ranker."""
+        return [self.embeddings(source) for source in self.config.sources] if self.config.ranker else []
+
     def list_datasets(self) -> list[str]:
         """Returns the paths or URLs of the datasets of all sources, in the order in which they are written."""
         getters = [self.manifest, self.captions, *([self.embeddings] if self.config.ranker else [])]

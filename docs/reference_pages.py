@@ -10,7 +10,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import click
 import griffe
-import pyarrow as pa
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -172,25 +171,43 @@ def _to_yaml(value: Any) -> str:
 def render_schemas() -> str:
     """Returns the page of the columns of every dataset."""
     datasets = {
-        "manifest": schemas.MANIFEST_SCHEMA,
-        "features": schemas.features_schema(4096, "float16"),
-        "captions": schemas.captions_schema(positions=196),
-        "embeddings": schemas.embeddings_schema(512),
-        "__failures": schemas.FAILURES_SCHEMA,
+        "manifest": ("One row per image. Written by `prepare`.", schemas.MANIFEST_SCHEMA),
+        "features": (
+            "One row per encoded image. Written by `extract-features` and `import-features`. The list has as many "
+            "values as the encoder's output; VGG-16 at `fc7` has 4,096.",
+            schemas.features_schema(4096, "float16"),
+        ),
+        "captions": (
+            "One row per captioned image. Written by `generate-captions`. The column `image_text_score` exists with "
+            "`--ranker`, the column `attention` with `attention_maps=true`.",
+            schemas.captions_schema(positions=196, has_scores=True),
+        ),
+        "embeddings": (
+            "One row per embedded image. Written by `embed`, and by `generate-captions` with `--embeddings`.",
+            schemas.embeddings_schema(512),
+        ),
+        "duplicates": (
+            "One row per image that has duplicates. Written by `deduplicate`.",
+            schemas.DUPLICATES_SCHEMA,
+        ),
+        "__failures": (
+            "One row per image that could not be read, in the folder `__failures` of a dataset.",
+            schemas.FAILURES_SCHEMA,
+        ),
     }
-    lines = ["# Schemas", "", "The columns of every dataset that captionlib writes.", ""]
-    for name, schema in datasets.items():
-        lines += [f"## {name}", "", "| Column | Type | Description |", "|---|---|---|"]
+    lines = [
+        *("# Schemas", ""),
+        "The columns of every dataset that captionlib writes. [Analyze the Parquet files](../how-to/parquet.md) shows",
+        "how to read them with other tools.",
+        "",
+    ]
+    for name, (description, schema) in datasets.items():
+        lines += [f"## {name}", "", description, "", "| Column | Type | Description |", "|---|---|---|"]
         lines += [
-            f"| `{field.name}` | `{_describe_column(field)}` | {schemas.COLUMN_DESCRIPTIONS[field.name]} |"
-            for field in schema
+            f"| `{field.name}` | `{field.type}` | {schemas.COLUMN_DESCRIPTIONS[field.name]} |" for field in schema
         ]
         lines.append("")
     return "\n".join(lines)
-
-
-def _describe_column(field: pa.Field) -> str:
-    return str(field.type)
 
 
 # Python API

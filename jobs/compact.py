@@ -24,7 +24,8 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
     FOLDER is a collection, or a manifest with the datasets that were made from it. Name all of these datasets: later
     stages refuse a dataset that still has the old shards. Each dataset is written anew and then replaced in one step,
     so it temporarily takes twice the space. If the command is interrupted, run it again. Until it has finished, use no
-    other command except `serve` on the datasets. An index stays valid; `build-index` or `update` adopts the new shards.
+    other command except `serve` on the datasets. An index stays valid; the next `build-index` or `update` switches it
+    to the new shards.
 
     \b
     Examples:

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from jobs.options import config_options, device_option, pipeline_options, weights_option
-from jobs.summaries import echo_totals
+from jobs.summaries import print_totals
 
 __all__ = ["command"]
 
@@ -29,9 +29,12 @@ def command(
 ) -> None:
     """Embed every image of SOURCE, a features dataset or a manifest (list of images).
 
-    If SOURCE is a manifest, its images are encoded and embedded in one pass. Writes an embeddings dataset of unit
-    vectors in the joint space of the ranker, a dual encoder for image-text retrieval. `captionlib generate-captions`
-    with --ranker and --embeddings writes the same dataset and captions in one pass, which encodes the images only once.
+    The ranker is a dual encoder: it maps images and sentences to unit vectors in the same space. The output is an
+    embeddings dataset, which contains the vector of each image. If SOURCE is a manifest, the images are encoded and
+    embedded in one pass.
+
+    To caption the same images too, run `captionlib generate-captions` with --ranker and --embeddings instead. It writes
+    captions and embeddings in one pass.
 
     \b
     Examples:
@@ -44,4 +47,4 @@ def command(
     from pipelines.embed_images import embed_images
 
     settings = load_config(EmbeddingConfig, config, overrides)
-    echo_totals(output, embed_images(source, ranker, output, settings, **options))
+    print_totals(output, embed_images(source, ranker, output, settings, **options))

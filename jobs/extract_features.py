@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from jobs.options import config_options, device_option, limit_option, pipeline_options
-from jobs.summaries import echo_estimate, echo_totals
+from jobs.summaries import print_remaining_cost, print_totals
 
 __all__ = ["command"]
 
@@ -32,7 +32,7 @@ def command(
     Reads a manifest (list of images) written by `prepare`, and the images. Writes a features dataset. By default, the
     encoder is VGG-16 up to layer fc7 with ImageNet weights. It can be any torchvision model up to any node (layer), or
     a model of Transformers or timm. Images that cannot be read are recorded as failures; `captionlib inspect` shows the
-    reasons. With --limit, the output contains only a sample. Choose a different folder when you encode all images.
+    reasons. With --limit, the output contains only a sample. To encode all images later, choose a different folder.
 
     \b
     Examples:
@@ -48,6 +48,6 @@ def command(
     if weights is not None:
         overrides = (*overrides, f"encoder.weights={weights}")
     settings = load_config(ExtractionConfig, config, overrides)
-    echo_totals(output, extract_features(manifest, output, settings, limit=limit, **options))
+    print_totals(output, extract_features(manifest, output, settings, limit=limit, **options))
     if limit is not None:
-        echo_estimate(manifest, [output], options["run"].workers)
+        print_remaining_cost(manifest, [output], options["run"].workers)

@@ -12,7 +12,7 @@ from jobs.options import (
     pipeline_options,
     weights_option,
 )
-from jobs.summaries import echo_estimate, echo_totals
+from jobs.summaries import print_remaining_cost, print_totals
 
 __all__ = ["command"]
 
@@ -48,15 +48,15 @@ def command(
 ) -> None:
     """Caption every image of SOURCE, a features dataset or a manifest (list of images).
 
-    A manifest's images are encoded in the same pass. Writes a captions dataset with the best caption of each image, its
-    log-probability and the n best candidates. With --set attention_maps=true, it also contains the attention weights of
-    each token.
+    If SOURCE is a manifest, the images are encoded and captioned in one pass. The output is a captions dataset: the
+    best caption of each image, its log-probability, and the decoding.n_best most probable candidates. With --set
+    attention_maps=true, the dataset also contains the attention weights of each token.
 
-    With --ranker, an image-text dual encoder, every caption has an image_text_score, which says how well it fits its
-    image. With --embeddings, the command also writes the dataset that `captionlib embed` would write, but encodes the
-    images only once.
+    --ranker specifies a dual encoder of images and text. It adds the column image_text_score, which says how well a
+    caption fits its image. --embeddings also writes the output of `captionlib embed`, without encoding the images
+    again.
 
-    With --limit, the output contains only a sample. Choose a different folder when you caption all images.
+    With --limit, the output contains only a sample. To caption all images later, choose a different folder.
 
     \b
     Examples:
@@ -71,9 +71,9 @@ def command(
 
     settings = load_config(GenerationConfig, config, overrides)
     totals = generate_captions(source, checkpoint, output, settings, embeddings=embeddings, limit=limit, **options)
-    echo_totals(output, totals)
+    print_totals(output, totals)
     if embeddings is not None:
         click.echo(f"{embeddings}: embeddings of the same images")
     if limit is not None:
         outputs = [output] if embeddings is None else [output, embeddings]
-        echo_estimate(source, outputs, options["run"].workers)
+        print_remaining_cost(source, outputs, options["run"].workers)

@@ -3,7 +3,7 @@
 import click
 
 from jobs.options import config_options, progress_option
-from jobs.summaries import echo_totals
+from jobs.summaries import print_totals
 
 __all__ = ["command"]
 
@@ -46,4 +46,4 @@ def command(
     if images is not None:
         overrides = (*overrides, f"image_root={images}")
     settings = load_config(ImportConfig, config, overrides)
-    echo_totals(output, import_features(dataset_json, features_mat, output, settings, **options))
+    print_totals(output, import_features(dataset_json, features_mat, output, settings, **options))

@@ -37,7 +37,7 @@ limit_option = click.option(
     "--limit",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Process only a sample of N images, evenly spaced, and estimate the time and size of the rest.",
+    help="Process only N evenly spaced images, and estimate the time and output size for the others.",
 )
 progress_option = click.option("--progress/--no-progress", default=True, help="Show a progress bar.")
 weights_option = click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
@@ -69,8 +69,8 @@ def captioner_option(name: str, example: str, help_text: str) -> Callable[[Comma
     def require(context: click.Context, _parameter: click.Parameter, address: str | None) -> str | None:
         if address is not None or context.resilient_parsing:
             return address
-        first = {key: value if isinstance(value, str) else value[0] for key, value in context.params.items() if value}
-        arguments = example.format(**{key: shlex.quote(value) for key, value in first.items()})
+        values = {key: value if isinstance(value, str) else value[0] for key, value in context.params.items() if value}
+        arguments = example.format(**{key: shlex.quote(value) for key, value in values.items()})
         message = _NO_CAPTIONER.format(command=context.info_name, example=arguments, pretrained=_PRETRAINED)
         raise _NoCaptionerError(message)
 

@@ -119,7 +119,7 @@ def command(
 
     A dataset is queried with SQL. Its rows are in a view named after its kind: captions, features, manifest, embeddings
     or duplicates. A second view, named failures, contains the images that could not be processed. Both include only
-    finished shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else, and
+    finished shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else. It
     runs in a process that is killed if it takes longer than --timeout or uses 512 MiB more than --memory. The same
     limits apply to --where.
 
@@ -158,7 +158,7 @@ def command(
     if overrides:
         values["set"] = overrides
     if len(folders) == 1 and is_collection(folders[0]):
-        folders = _enter_collection(folders[0], values)
+        folders = _resolve_collection(folders[0], values)
     folder, limits = folders[0], SqlLimits(memory, threads)
     if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
@@ -180,7 +180,7 @@ def command(
         click.echo(f"{output}: {count:,} rows")
 
 
-def _enter_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
+def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
     """Returns the index of a collection, or its captions for a query over a dataset. Adds the ranker to `values`."""
     from captionlib.collection import open_collection
 

@@ -39,15 +39,15 @@ def command(
     dry_run: bool,
     thumbnails: str | None,
 ) -> None:
-    """Remove images from a collection, or from the manifest, datasets and indexes in FOLDER.
+    """Remove images from a collection, or from the manifest (list of images), datasets and indexes in FOLDER.
 
-    Afterwards, no file contains the ids. Later updates of the manifest skip the images, because the manifest lists
-    hashes of their ids in `_removed.json`. The image files themselves are not deleted. Models that were trained on the
-    images do not change. To remove the images from a model, train it again and run `build-datastore` again.
+    Afterwards, none of these contains the ids. Later updates of the manifest skip the images, because its file
+    `_removed.json` lists hashes of their ids. The image files themselves are not deleted. Models that were trained on
+    the images do not change. To remove the images from a model, train it again and run `build-datastore` again.
 
     \b
     Examples:
-      captionlib remove holidays --id 2024/beach.jpg --reason "asked by the person shown"
+      captionlib remove holidays --id 2024/beach.jpg --reason "requested by the person shown"
       captionlib remove holidays --ids ids.txt --dry-run
       captionlib remove manifest features captions embeddings index --ids ids.txt
     """
@@ -146,7 +146,10 @@ def _rebuild_index(address: str) -> None:
 
 
 def _regroup_duplicates(description: IndexDescription) -> str | None:
-    """Returns the folder of the duplicates that an index leaves out. Groups them again if some images were removed."""
+    """Returns the duplicates dataset whose images an index leaves out, or None if it leaves out none.
+
+    Writes the dataset again if images were removed from it.
+    """
     if description.duplicates is None:
         return None
     from captionlib.data.shards.dataset import open_dataset

@@ -10,11 +10,11 @@ import click
 if TYPE_CHECKING:
     from captionlib.data.shards.markers import Totals
 
-__all__ = ["echo_estimate", "echo_totals"]
+__all__ = ["print_remaining_cost", "print_totals"]
 
 
-def echo_totals(output: str, totals: Totals) -> None:
-    """Prints the output folder, its numbers of rows and shards, its size, and the number of failures by reason."""
+def print_totals(output: str, totals: Totals) -> None:
+    """Prints the numbers of rows and shards of the dataset `output`, its size, and the failed images by reason."""
     click.echo(f"{output}: {totals.rows:,} rows in {totals.shards:,} shards, {totals.bytes / 1e6:,.1f} MB")
     if totals.failures:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in totals.reasons.items())
@@ -23,8 +23,14 @@ def echo_totals(output: str, totals: Totals) -> None:
         )
 
 
-def echo_estimate(source: str, outputs: Sequence[str], workers: int) -> None:
-    """Prints the estimated time and size for the images of `source` that are not in the sample in `outputs`."""
+def print_remaining_cost(source: str, outputs: Sequence[str], workers: int) -> None:
+    """After a run with --limit, prints the estimated time and output size for all images that it did not process.
+
+    Args:
+        source: address of the dataset from which the run sampled images.
+        outputs: addresses of the datasets that the run wrote.
+        workers: number of worker processes of the run.
+    """
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.data.shards.sampling import estimate_rest
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.options import device_option, pipeline_options
-from jobs.summaries import echo_totals
+from jobs.summaries import print_totals
 
 if TYPE_CHECKING:
     from captionlib.collection import Collection, SourceConfig
@@ -65,6 +65,7 @@ def _check_models(collection: Collection) -> GenerationConfig:
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS, GenerationConfig
     from captionlib.models.inference.embedding import SHARED_RANKERS
 
+    # The models stay in memory for the pipeline.
     SHARED_CAPTIONERS.load_version(config.captioner)
     if config.ranker is not None:
         SHARED_RANKERS.load_version(config.ranker)
@@ -122,33 +123,37 @@ def _caption(
         device=device,
         run=run,
     )
-    echo_totals(captions, totals)
+    print_totals(captions, totals)
     if config.ranker is not None and not same_encoder:
         settings = EmbeddingConfig(generation.loading, generation.encoder_batch_size)
         totals = embed_images(manifest, config.ranker, embeddings, settings, device=device, run=run)
-        echo_totals(embeddings, totals)
+        print_totals(embeddings, totals)
 
 
 def _index(collection: Collection, run: RunConfig) -> None:
     from pipelines.build_index import build_index
 
     config = collection.config
-    captions = [collection.captions(source) for source in config.sources]
-    embeddings = [collection.embeddings(source) for source in config.sources] if config.ranker else None
     duplicates = None
-    if config.duplicates is not None and embeddings is not None:
-        duplicates = _deduplicate(collection, embeddings, config.duplicates, run.progress)
+    if config.duplicates is not None:
+        duplicates = _deduplicate(collection, config.duplicates, run.progress)
     _, index = build_index(
-        captions, collection.index, config.index, embeddings=embeddings, duplicates=duplicates, run=run
+        collection.list_captions(),
+        collection.index,
+        config.index,
+        embeddings=collection.list_embeddings() or None,
+        duplicates=duplicates,
+        run=run,
     )
     click.echo(f"{collection.index}: {index.captions_count:,} captions")
 
 
-def _deduplicate(collection: Collection, embeddings: list[str], threshold: float, progress: bool) -> str:
+def _deduplicate(collection: Collection, threshold: float, progress: bool) -> str:
     """Groups the duplicates among the images of all sources. Returns the path or URL of the dataset."""
     from captionlib.errors import FingerprintError
     from captionlib.search.duplicates import find_duplicates
 
+    embeddings = collection.list_embeddings()
     try:
         summary = find_duplicates(embeddings, collection.duplicates, threshold, progress=progress)
     except FingerprintError:  # the threshold or the ranker has changed

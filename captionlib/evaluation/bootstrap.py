@@ -45,7 +45,10 @@ class Scores:
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
-    """Computes scores from metrics with one row per image. Scores that are undefined for the whole set are omitted."""
+    """Computes scores from metrics, whose rows are in the order of `image_ids`.
+
+    Scores that are undefined for the whole set are omitted.
+    """
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
     tail = (1 - config.confidence) / 2

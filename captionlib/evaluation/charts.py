@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Chart", "build_charts"]
+__all__ = ["Chart", "Sparkline", "build_charts", "build_sparkline"]
 
 # data_wait is the fraction of the time that training waited for data.
 _NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "data_wait"})
@@ -67,3 +67,28 @@ def _build_chart(name: str, series: Sequence[tuple[int, float]]) -> Chart:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Sparkline:
+    """An area chart of non-negative values at equal distances, in an SVG image that is stretched to the page's width.
+
+    `path` ends at the last value, and `area` closes it along the bottom. The highest value is plotted at the top.
+    """
+
+    path: str
+    area: str
+    high: float
+    width: int = 600
+    height: int = 100
+
+
+def build_sparkline(values: Sequence[float]) -> Sparkline:
+    """Builds a chart of at least one value. Each value is a horizontal step."""
+    high = max(values)
+    step = Sparkline.width / len(values)
+    heights = [round(Sparkline.height * (1 - value / (high or 1)), 1) for value in values]
+    path = "M" + " L".join(
+        f"{round(x, 1)} {y}" for index, y in enumerate(heights) for x in (index * step, (index + 1) * step)
+    )
+    return Sparkline(path, f"{path} L{Sparkline.width} {Sparkline.height} L0 {Sparkline.height} Z", high)

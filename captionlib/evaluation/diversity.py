@@ -21,7 +21,7 @@ def measure_captions(captions: Mapping[str, str], training_references: Iterable[
     Captions (by image id) and references are tokenized with captionlib's tokenizer before they are compared.
     """
     tokenized = [_tokenize(caption) for caption in captions.values()]
-    ones = [1] * len(tokenized)
+    ones = [1] * len(tokenized)  # denominators, so that the score is the mean over captions
     metrics = [compute_ratio(MEAN_LENGTH, [len(tokens) for tokens in tokenized], ones)]
     distinct, copied, has_references = set(tokenized), set(), False
     for reference in training_references:

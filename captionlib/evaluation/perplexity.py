@@ -37,7 +37,7 @@ def measure_perplexity(
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
-        A metric with one row per image, in the order of `references`.
+        A metric whose statistics are those of each image, in the order of `references`.
 
     Raises:
         CheckpointError: the folder is not a captioner, the captioner cannot score sentences, or the features come from
@@ -65,8 +65,8 @@ def measure_perplexity(
             f"{dataset.folder.uri}: {len(missing)} of {len(references)} images {reason}, such as {missing[0]}; pass "
             "features or a manifest that include all evaluated images"
         )
-    losses, tokens = zip(*(sums[image_id] for image_id in references), strict=True)
-    return compute_ratio("perplexity", losses, tokens, np.exp)
+    losses, token_counts = zip(*(sums[image_id] for image_id in references), strict=True)
+    return compute_ratio("perplexity", losses, token_counts, np.exp)
 
 
 def _read_referenced(dataset: ShardedDataset, references: Mapping[str, Sequence[str]]) -> Iterator[pa.RecordBatch]:

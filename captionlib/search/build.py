@@ -376,8 +376,9 @@ def plan_build(
     if their content has not changed. Centroids are trained again only if the index has too many rows for its layout. If
     `overwrite` is True, the index is built from scratch, whatever the folder contains.
 
-    Images that the dataset `duplicates` lists as duplicates of a kept image are left out, or marked as duplicates if
-    `config.keep_duplicates` is set. If that dataset changes, the affected shards are indexed again.
+    The dataset `duplicates` contains groups of duplicates. Only one image of each group is indexed or, if
+    `config.keep_duplicates` is set, the others are marked as its duplicates. If that dataset changes, the affected
+    shards are indexed again.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
@@ -482,7 +483,7 @@ def _find_duplicates(
 ) -> list[InputShard]:
     """Adds the hash of its duplicates to each shard. Subtracts those that are left out from the row count.
 
-    Skips reading the ids of a shard that the existing index contains, if the duplicates have not changed.
+    If the duplicates have not changed, the ids of the shards that the existing index contains are not read again.
     """
     kept_images = _read_kept_images(build.duplicates)
     if not kept_images:

@@ -1,6 +1,5 @@
 """Reads the captions and embeddings that an index is built from, and checks that they cover the same images."""
 
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from captionlib.data.sources.versions import find_modified_times
 from captionlib.errors import DatasetError, StorageError
 from captionlib.search.index_folder import InputShard
 from captionlib.search.rows import COLUMNS, DETAILS_BATCH_ROWS, DETAILS_SCHEMA, ROW_SCHEMA
-from captionlib.storage.folders import Folder
+from captionlib.storage.folders import Folder, scratch_folder
 
 __all__ = [
     "ManifestShards",
@@ -91,8 +90,8 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
         DatasetError: the shard has a different checksum, or does not exist.
     """
     name = f"{part_name(shard)}.parquet"
-    with tempfile.TemporaryDirectory(prefix="captionlib-") as temporary:
-        path = Path(temporary) / name
+    with scratch_folder() as temporary:
+        path = temporary / name
         try:
             if dataset.folder.is_local:
                 path = Path(dataset.folder.path(name))

@@ -39,7 +39,7 @@ def test_features_of_a_sample_equal_those_of_all_images_and_give_an_estimate(
     totals = extract_features(manifest.folder.uri, tmp_path / "sample", small_encoder, limit=5, run=QUIET)
     assert (totals.rows, totals.failures) == (3, 2)  # every other image, among them the two broken ones
     sample, everything = open_dataset(tmp_path / "sample"), open_dataset(features)
-    assert sample.lineage == everything.lineage
+    assert sample.manifest_id == everything.manifest_id
     rows = {row["image_id"]: row for shard in range(3) for row in everything.read(shard).to_pylist()}
     assert [rows[row["image_id"]] for row in sample.read(0).to_pylist()] == sample.read(0).to_pylist()
     assert not (tmp_path / "sample" / "__sample").exists()

@@ -48,8 +48,9 @@ class DecoderConfig:
 
     Attributes:
         processes: maximum number of decoder processes, which start on demand. If None, it is the number of CPUs.
-        timeout_seconds: limit on the time to decode an image. The limit on CPU time increases linearly with the number
-            of pixels, from a tenth of this to all of it for `max_image_pixels`. A process that takes longer is killed.
+        timeout_seconds: limit on the time to decode an image; a process that takes longer is killed. CPU time has a
+            second limit, which increases linearly with the number of pixels: from a tenth of `timeout_seconds` for the
+            smallest image to `timeout_seconds` for `max_image_pixels`.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
         max_memory_bytes: limit on the address space of a process. If None, it suffices for `max_image_pixels`.
@@ -193,8 +194,10 @@ class _Decoder:
 
     def __init__(self) -> None:
         paths = [path for path in sys.path if isinstance(path, str)]
+        # Ctrl-C reaches all processes of the terminal, even while they start. The parent handles it.
+        ignore_ctrl_c = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys; sys.path[:] = {paths!r}; from {_WORKER} import main; main()"],
+            [sys.executable, "-c", f"{ignore_ctrl_c}; sys.path[:] = {paths!r}; from {_WORKER} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -237,13 +240,13 @@ class _Decoder:
         self._responses.close()
 
     def _start_timeout(self, seconds: float) -> None:
-        """Starts a timeout of ten time slices. If this process is suspended meanwhile, that uses up only one slice."""
-        self._slice_milliseconds, self._slices = 100 * seconds, 10
+        """Starts a timeout of ten equal intervals. Time during which this process is suspended uses up only one."""
+        self._interval_milliseconds, self._intervals = 100 * seconds, 10
 
     def _wait_for(self, pipe: select.poll) -> None:
-        while not pipe.poll(self._slice_milliseconds):
-            self._slices -= 1
-            if not self._slices:
+        while not pipe.poll(self._interval_milliseconds):
+            self._intervals -= 1
+            if not self._intervals:
                 raise TimeoutError
 
     def _send(self, content: bytes) -> None:

@@ -5,10 +5,10 @@ are trained on the stored pixel values. Decoder processes import this module, so
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from captionlib.data.images.formats import FORMATS, ImageFormat, find_format, fi
 from captionlib.data.images.jpeg import append_end_marker, check_jpeg, decode_rgb_jpeg
 from captionlib.data.images.jxl import read_jxl_size
 from captionlib.data.images.png import find_transparent_pixels, remove_text
+from captionlib.data.images.shrinking import shrink_image
 from captionlib.errors import ConfigError, DecodeError
 
 with suppress(ImportError):
@@ -70,6 +71,10 @@ _RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST} | {
 }
 
 _FAST_SCALE = 2  # with `fast`, the decoded image is at least this many times as large as the resized image
+
+_NUMPY_SHRINKS_BY = 3  # Pillow shrinks less than this faster
+
+_Pixels: TypeAlias = Image.Image | npt.NDArray[np.uint8]  # arrays are `[height, width, 4]`, RGB and padding
 
 # Files with 32-bit gray values do not define white. The lowest of these levels that no value exceeds counts as white.
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
@@ -128,7 +133,7 @@ class Preprocessing:
 class SizeLimit:
     """Preprocessing that only shrinks large images: for display, or for models that preprocess images themselves.
 
-    It keeps the proportions, crops nothing and does not enlarge small images.
+    The proportions are kept, nothing is cropped, and small images are not enlarged.
 
     Attributes:
         max_size: maximum length of the longer side, in pixels.
@@ -232,7 +237,7 @@ def _preprocess(
         output_size = (preprocessing.crop_size, preprocessing.crop_size)
         _check_pixels(resized, limit, f"an image of {width} x {height} pixels has, after resizing,")
     if method == Image.Resampling.NEAREST:  # resizing a part of the image may select different pixels
-        pixels = pixels.resize(resized[::-1] if is_swapped else resized, method)
+        pixels = _resize(pixels, resized[::-1] if is_swapped else resized, method, ((0, 1), (0, 1)))
 
     # The part of the resized image that the crop keeps, in pixels of the resized image.
     spans, offsets = [], []
@@ -246,11 +251,10 @@ def _preprocess(
     kept_width, kept_height = (end - start for start, end in spans)
     if is_swapped:
         parts, (kept_width, kept_height) = parts[::-1], (kept_height, kept_width)
-    (left, right), (top, bottom) = (
+    parts = [
         (1 - end, 1 - start) if flag else (start, end) for (start, end), flag in zip(parts, is_reversed, strict=True)
-    )
-    box = (left * pixels.width, top * pixels.height, right * pixels.width, bottom * pixels.height)
-    kept = pixels.resize((kept_width, kept_height), method, box)
+    ]
+    kept = _resize(pixels, (kept_width, kept_height), method, parts)
     if transposition is not None:
         kept = kept.transpose(transposition)
     if kept.mode != "RGB":
@@ -262,8 +266,8 @@ def _preprocess(
     return DecodedImage(np.asarray(kept), width, height)
 
 
-def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | SizeLimit) -> Image.Image:
-    """Decodes the pixels in the mode RGB, RGBX or L."""
+def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | SizeLimit) -> _Pixels:
+    """Decodes the pixels of an image: the mode is RGB or L."""
     if image.mode == "RGB" and isinstance(image, JpegImagePlugin.JpegImageFile):
         min_size = None
         if isinstance(preprocessing, Preprocessing) and preprocessing.decode_scale == "fast":
@@ -273,6 +277,21 @@ def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | Siz
         if pixels is not None:
             return pixels
     return _to_rgb(content, image)
+
+
+def _resize(
+    pixels: _Pixels, size: tuple[int, int], method: Image.Resampling, part: Sequence[tuple[float, float]]
+) -> Image.Image:
+    """Resizes a part of an image, given by fractions of its width and of its height."""
+    width, height = pixels.size if isinstance(pixels, Image.Image) else pixels.shape[1::-1]
+    (left, right), (top, bottom) = part
+    box = (left * width, top * height, right * width, bottom * height)
+    if not isinstance(pixels, Image.Image):
+        shrinks_by = min((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
+        if method == Image.Resampling.BILINEAR and shrinks_by >= _NUMPY_SHRINKS_BY:
+            return Image.fromarray(shrink_image(pixels, size, box))
+        pixels = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
+    return pixels.resize(size, method, box)
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """An HTTP client that connects only to public hosts.
 
 The client checks the IP address of each connection just before it opens the socket. The check therefore covers resolved
-host names, IP literals and redirects, and a host name that later resolves to a different address cannot bypass it.
+host names, IP literals and redirects, and DNS rebinding (a host name that later resolves to a private address) cannot
+bypass it.
 """
 
 import ipaddress

@@ -58,7 +58,7 @@ class Comparison:
         self._database = database
         self._staged = staged
         self._dataset = dataset
-        self._read_existing(_CREATE_DIFFERENCES, str(staged.path))
+        self._execute_on_existing(_CREATE_DIFFERENCES, str(staged.path))
         database.execute(_CREATE_CHANGES)
         database.execute(_CREATE_GONE, [not append])
         database.execute("DROP TABLE differences")
@@ -76,7 +76,7 @@ class Comparison:
         an earlier verification appended to an image's version takes precedence. Images without an expected hash, and
         images that cannot be read, count as unchanged.
         """
-        self._read_existing("CREATE TABLE existing AS SELECT image_id, shard, version FROM existing_rows")
+        self._execute_on_existing("CREATE TABLE existing AS SELECT image_id, shard, version FROM existing_rows")
         schema = pa.schema([("image_id", pa.string()), ("content_hash", pa.string())])
         with self._register("hashes", schema, _read_hashes(hashed, schema)):
             self._database.execute("CREATE TABLE expected AS FROM hashes WHERE content_hash IS NOT NULL")
@@ -120,8 +120,11 @@ class Comparison:
         """Yields the new rows in the order of the source."""
         yield from map(_to_manifest_rows, self._read(_READ_NEW))
 
-    def _read_existing(self, sql: str, *parameters: str) -> None:
-        """Runs a statement on `existing_rows`, the manifest with shard numbers, which it can read only once."""
+    def _execute_on_existing(self, sql: str, *parameters: str) -> None:
+        """Runs an SQL statement that reads the table `existing_rows` once.
+
+        The table contains the rows of the manifest, each with the number of its shard.
+        """
         schema = pa.schema([*MANIFEST_SCHEMA, pa.field("shard", pa.int32())])
         batches = (
             rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
@@ -199,7 +202,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
         The number of shards after the update.
     """
     # A marker is the file that records that a shard is complete.
-    rows = {shard: marker.rows for shard, marker in dataset.read_markers().items()}
+    rows = {shard: marker.rows for shard, marker in dataset.require_all_markers().items()}
     touched, gone = comparison.list_touched_shards(), comparison.count_gone()
     remaining = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
     last = max((shard for shard, count in remaining.items() if count), default=0)  # empty shards after it are dropped

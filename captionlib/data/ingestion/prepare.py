@@ -2,11 +2,9 @@
 
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pydantic import PositiveInt
 
@@ -27,7 +25,7 @@ from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import Folder
+from captionlib.storage.folders import Folder, scratch_folder
 from captionlib.storage.lock import lock_folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
@@ -166,7 +164,7 @@ def _prepare(
     to_update = existing if existing is not None and existing.is_complete() else None
     source_format = _select_format(addresses, config)
     skips = SkipCounter(config.strict)
-    with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
+    with scratch_folder() as scratch:
         rows = _read(addresses, source_format, config, skips)
         if config.splits:
             rows = _select_splits(rows, config.splits, skips)
@@ -175,7 +173,7 @@ def _prepare(
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
             to_compare = None if config.verify_content is not None else to_update
-            staged = stage_rows(rows, Path(scratch) / "rows.parquet", to_compare, bar.update)
+            staged = stage_rows(rows, scratch / "rows.parquet", to_compare, bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         if to_update is not None:
@@ -266,7 +264,7 @@ def _create(
         MANIFEST_SCHEMA,
         config={"shard_size": shard_size},
         shards=shards,
-        lineage=staged.digest if existing is None else existing.lineage,
+        manifest_id=staged.digest if existing is None else existing.manifest_id,
         overwrite=True,
     )
     for shard, rows in enumerate(read_shards(staged, shard_size)):
@@ -300,8 +298,8 @@ def _update(
         if changes.gone > _MAX_GONE_RATIO * existing and not (config.allow_removal or dry_run):
             raise DatasetError(
                 f"{dataset.folder.uri}: {changes.gone} of {existing} images are not in the source; expected at most a "
-                "tenth, because an unmounted disk or a wrong path often causes this; check the source, or use --append "
-                "if it contains only new images, or --allow-removal to remove the missing ones"
+                "tenth; check that the path is correct and the disk is mounted, or use --append if the source contains "
+                "only new images, or --allow-removal to remove the missing ones"
             )
         if not dry_run and not changes.any:
             drop_uncommitted_updates(dataset.folder)
@@ -328,7 +326,7 @@ def _read(
 
 
 def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
-    """Raises DatasetError if none of the images exists, which means that the image folder is wrong."""
+    """Raises DatasetError if none of the images exists. The image folder is then probably wrong."""
     first_error: FetchError | None = None
     for row in rows:
         try:

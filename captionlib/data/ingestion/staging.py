@@ -37,7 +37,7 @@ class StagedRows:
         rows: number of rows.
         captions: number of captions in all rows.
         splits: number of rows by split.
-        digest: hash of all ids in order. It is the lineage of a new manifest.
+        digest: hash of all ids in order. It becomes the id of a new manifest.
         unchanged: whether the rows equal those of the existing manifest, in the same order. If so, the file is empty.
     """
 

@@ -1,9 +1,10 @@
 """Merges small shards and splits large ones, without computing any row again.
 
-First, the manifest is atomically divided into new shards. Then, in each dataset that was made from it, each row and
+A manifest lists the images, and other datasets are made from it. First, the manifest is atomically divided into new
+shards. Then, in each dataset that was made from it, each row and
 failure moves to the shard that now contains its image. Each compaction has an id, which the compacted datasets store as
-their `layout`. A dataset whose `layout` differs from that of its source still has the old shards. If compaction is
-interrupted, running the same command again moves the rows of these datasets.
+`compaction_id`. A dataset whose `compaction_id` differs from that of its source still has the old shards. If compaction
+is interrupted, running the same command again moves the rows of these datasets.
 """
 
 import math
@@ -18,7 +19,7 @@ import xxhash
 
 from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import Marker, compute_fingerprint
+from captionlib.data.shards.markers import STALE, Marker, compute_fingerprint
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.data.shards.stages import match_images, replace_columns
 from captionlib.data.shards.update import update_shards
@@ -30,8 +31,8 @@ __all__ = ["Compaction", "choose_shard_size", "plan_compaction"]
 _MIN_SHARD_SIZE = 1000
 _KINDS = ("manifest", "features", "captions", "embeddings")  # inputs before outputs
 
-Count = Callable[[int], None]
-"""Called with a number of moved rows, for a progress bar."""
+ReportMoved = Callable[[int], None]
+"""Called with the number of rows and failures that were moved since the last call, for a progress bar."""
 
 
 def choose_shard_size(images: int) -> int:
@@ -58,21 +59,21 @@ class Compaction:
     shard_size: int | None
     images: int
 
-    def run(self, count: Count = lambda rows: None) -> ShardedDataset:
+    def run(self, report_moved: ReportMoved = lambda rows: None) -> ShardedDataset:
         """Atomically replaces the shards of the dataset.
 
         Args:
-            count: called with numbers of moved rows and failures.
+            report_moved: shows progress.
 
         Returns:
             The new dataset. It is equal to `dataset` if there was nothing to do.
         """
         if self.shard_size is not None:
-            _divide(self.dataset, self.shard_size, self.images, count)
+            _divide(self.dataset, self.shard_size, self.images, report_moved)
         else:
             source = open_dataset(self.dataset.source).require_complete()
-            if source.layout != self.dataset.layout:
-                _match_shards(self.dataset, source, count)
+            if source.compaction_id != self.dataset.compaction_id:
+                _match_shards(self.dataset, source, report_moved)
         return open_dataset(self.dataset.folder.uri)
 
 
@@ -102,22 +103,22 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
 
 def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
-    markers = dataset.read_markers() if dataset.source else dataset.require_markers()
+    markers = dataset.read_markers() if dataset.source else dataset.require_all_markers()
     images = sum(marker.images for marker in markers.values())
     return Compaction(dataset, None if dataset.source else shard_size or choose_shard_size(images), images)
 
 
-def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> None:
+def _divide(dataset: ShardedDataset, size: int, images: int, report_moved: ReportMoved) -> None:
     """Divides all rows into shards of `size` rows, unless the dataset has these shards already."""
     shards = -(-images // size)
-    largest = max(marker.rows for marker in dataset.require_markers().values())
+    largest = max(marker.rows for marker in dataset.require_all_markers().values())
     if dataset.config.get("shard_size") == size and dataset.shards == shards and largest <= size:
         return
     config = {**dataset.config, "shard_size": size}
     changes = {
         "config": config,
         "fingerprint": compute_fingerprint(dataset.kind, config),
-        "layout": uuid.uuid4().hex,
+        "compaction_id": uuid.uuid4().hex,
     }
     buffer = RowBuffer(batch for shard in range(dataset.shards) for batch in dataset.read_batches(shard))
     with update_shards(dataset, shards, **changes) as staged:
@@ -126,16 +127,16 @@ def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> No
             with write_shard(staged, shard, rows) as writer:
                 for batch in buffer.take(rows):
                     writer.write(batch)
-                    count(batch.num_rows)
+                    report_moved(batch.num_rows)
 
 
-def _match_shards(dataset: ShardedDataset, source: ShardedDataset, count: Count) -> None:
+def _match_shards(dataset: ShardedDataset, source: ShardedDataset, report_moved: ReportMoved) -> None:
     """Moves each row and failure to the shard that contains its image in `source`."""
     locations = _ImageLocations.read(dataset)
     input_markers = source.read_markers()
-    with update_shards(dataset, source.shards, layout=source.layout) as staged:
+    with update_shards(dataset, source.shards, compaction_id=source.compaction_id) as staged:
         for shard, input_marker in sorted(input_markers.items()):
-            count(_write_moved_rows(dataset, locations, source, input_marker, staged, shard))
+            report_moved(_write_moved_rows(dataset, locations, source, input_marker, staged, shard))
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ def _write_moved_rows(
     """Writes a shard of `staged` with the rows and failures that `dataset` has for the images of the input shard.
 
     The marker (the file that records that the shard is complete) usually contains the checksum of the input shard. If
-    an image is missing or out of order, it contains `stale`, so that the next run of the stage corrects the shard.
+    an image is missing or out of order, it contains `STALE`, so that the next run of the stage corrects the shard.
 
     Returns:
         The number of moved rows and failures.
@@ -218,7 +219,7 @@ def _write_moved_rows(
     rows = _concatenate_found([match.rows for match in matches.values()])
     images = len(rows) + len(_concatenate_found([match.failures for match in matches.values()]))
     is_current = images == input_rows.num_rows and bool((np.diff(rows) > 0).all())
-    with write_shard(staged, shard, images, input_marker.checksum if is_current else "stale") as writer:
+    with write_shard(staged, shard, images, input_marker.checksum if is_current else STALE) as writer:
         failures: list[tuple[int, dict[str, str | None]]] = []
         for old, match in matches.items():
             start = 0

@@ -23,7 +23,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -41,14 +41,17 @@ from captionlib.data.shards.markers import (
     SUCCESS_FILE,
     UPDATE_FOLDER,
     Marker,
+    ShardProgress,
     Totals,
     compute_checksum,
     compute_fingerprint,
     decode_marker,
+    decode_progress,
     decode_record,
     decode_totals,
     encode_record,
     marker_file,
+    parse_time,
     part_name,
     progress_file,
     sum_markers,
@@ -82,13 +85,14 @@ class ShardedDataset:
         fingerprint: hash of kind, schema version and config.
         shards: number of shards of the complete dataset.
         schema: Arrow schema of the shards.
-        lineage: id of the manifest that the images come from. It stays the same when the manifest is updated.
+        manifest_id: id of the manifest that the images come from. It stays the same when the manifest is updated.
         source: path or URL of the dataset that this dataset was made from most recently; empty if there is none.
-        layout: id of the compaction that divided the images into these shards; empty if there was none. A dataset has
-            the layout of its source; see `captionlib.data.shards.compaction`.
+        compaction_id: id of the compaction that divided the images into these shards; empty if there was none. A
+            dataset has the compaction id of its source; see `captionlib.data.shards.compaction`.
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
         encoder_weights: path or URL of the weights file of the encoder that computed the features; empty if there is no
             such file. The fingerprint depends on a hash of the weights, not on this path.
+        created: when the dataset was created, as an ISO 8601 time in UTC. Empty if it has just been created.
     """
 
     folder: Folder
@@ -97,30 +101,29 @@ class ShardedDataset:
     fingerprint: str
     shards: int
     schema: pa.Schema
-    lineage: str
+    manifest_id: str
     source: str = ""
-    layout: str = ""
+    compaction_id: str = ""
     source_checksum: str = ""
     encoder_weights: str = ""
+    created: str = field(default="", compare=False)
 
     def done_shards(self) -> set[int]:
-        """Returns the numbers of the shards that have a marker and a data file. Lists the folders once.
+        """Returns the numbers of the shards that have a marker and a data file, from a listing of the folders.
 
-        The content of the markers is not read; see `read_markers`.
+        Some of them may be unfinished. `read_markers` also reads the markers, and returns only finished shards.
         """
         return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
 
-    def read_progress(self, shards: Iterable[int]) -> dict[int, int]:
-        """Returns the number of images processed so far by shard, for unfinished shards that report it.
-
-        See `ShardWriter`.
-        """
+    def read_progress(self, shards: Iterable[int]) -> dict[int, ShardProgress]:
+        """Returns the progress by shard, for unfinished shards that report it; see `ShardWriter`."""
         listed = sorted(self._list_parts(MARKERS_FOLDER, PROGRESS_EXTENSION) & set(shards))
-        counts = {}
-        for shard in listed:
-            for content in self.folder.read_many([progress_file(shard)]):
-                counts[shard] = int(content) if content.isdigit() else 0
-        return counts
+        reported = {}
+        for content in self.folder.read_many(map(progress_file, listed)):
+            with suppress(ValueError):  # damaged
+                progress = decode_progress(content)
+                reported[progress.shard] = progress
+        return reported
 
     def remove_progress(self) -> None:
         """Removes the files that `read_progress` reads. A run that was killed may have left some."""
@@ -158,6 +161,19 @@ class ShardedDataset:
         markers = self.read_markers()
         missing = set(range(self.shards)) - markers.keys()
         if missing and self.is_complete():
+            raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
+        return markers
+
+    def require_all_markers(self) -> dict[int, Marker]:
+        """Returns the markers of all shards, by shard.
+
+        Raises:
+            DatasetError: the dataset is not complete, or was removed.
+            DamagedShardError: the dataset is complete, but a marker is missing or damaged.
+        """
+        markers = self.read_markers()
+        if missing := set(range(self.shards)) - markers.keys():
+            self.require_complete()
             raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
         return markers
 
@@ -446,7 +462,7 @@ def create_dataset(
     config: Mapping[str, Any],
     shards: int | None = None,
     source: ShardedDataset | None = None,
-    lineage: str | None = None,
+    manifest_id: str | None = None,
     encoder_weights: str = "",
     overwrite: bool = False,
 ) -> ShardedDataset:
@@ -461,17 +477,17 @@ def create_dataset(
         config: everything that determines the rows, except for the input.
         shards: number of shards. If None, the dataset has as many shards as `source`.
         source: the dataset that this one is made from.
-        lineage: id of the manifest that the images come from. If None, the lineage of `source` is used or, without a
-            source, the fingerprint.
+        manifest_id: id of the manifest that the images come from. If None, the one of `source` or, without a source,
+            the fingerprint.
         encoder_weights: path or URL of the weights file of the encoder, if the dataset contains its features.
         overwrite: first delete an existing dataset in the folder.
 
     Raises:
         ConfigError: `uri` is the folder of `source`.
-        FingerprintError: the folder holds a dataset with a different fingerprint or lineage, and `overwrite` is not
-            set.
-        DatasetError: the folder holds files that captionlib did not write, or a dataset that was not compacted when
-            `source` was.
+        FingerprintError: the folder holds a dataset with a different fingerprint or of a different manifest, and
+            `overwrite` is not set.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset that still has the shards that
+            `source` had before it was compacted.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
@@ -480,8 +496,9 @@ def create_dataset(
     if shards is None:
         assert source is not None, "the number of shards is unknown"
         shards = source.shards
-    lineage = lineage or (source.lineage if source else fingerprint)
-    source_address, layout = (resolve_address(source.folder.uri), source.layout) if source else ("", "")
+    manifest_id = manifest_id or (source.manifest_id if source else fingerprint)
+    source_address = resolve_address(source.folder.uri) if source else ""
+    compaction_id = source.compaction_id if source else ""
     if source is not None and source_address == resolve_address(folder.uri):
         raise ConfigError(f"{folder.uri} is the input of this command; use another folder for the output")
     delete_existing = overwrite and folder.exists(DESCRIPTION_FILE)
@@ -491,8 +508,8 @@ def create_dataset(
     else:
         source_checksum = source.compute_content_checksum() if source else ""
     dataset = ShardedDataset(
-        *(folder, kind, config, fingerprint, shards, schema, lineage, source_address, layout, source_checksum),
-        encoder_weights,
+        *(folder, kind, config, fingerprint, shards, schema),
+        *(manifest_id, source_address, compaction_id, source_checksum, encoder_weights),
     )
     if delete_existing:
         _clear(folder)
@@ -500,8 +517,8 @@ def create_dataset(
         existing = _to_dataset(folder, description)
         _require_same(existing, dataset)
         if follows_source:
-            _require_same_layout(existing, dataset)
-        dataset = dataset if source else replace(dataset, layout=existing.layout)
+            _require_same_compaction(existing, dataset)
+        dataset = dataset if source else replace(dataset, compaction_id=existing.compaction_id)
         if existing == dataset:
             return dataset
         if existing.shards != dataset.shards:
@@ -517,12 +534,12 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
         "kind": dataset.kind,
         "schema_version": SCHEMA_VERSIONS[dataset.kind],
         "fingerprint": dataset.fingerprint,
-        "lineage": dataset.lineage,
+        "manifest_id": dataset.manifest_id,
         "source": dataset.source,
         "source_checksum": dataset.source_checksum,
         **({"encoder_weights": dataset.encoder_weights} if dataset.encoder_weights else {}),
         "shards": dataset.shards,
-        "layout": dataset.layout,
+        "compaction_id": dataset.compaction_id,
         "created": created or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "columns": {column.name: str(column.type) for column in dataset.schema},
         "config": dataset.config,
@@ -575,7 +592,7 @@ def _prepare_folder(folder: Folder) -> dict[str, Any] | None:
 
 
 def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
-    """Raises FingerprintError if a folder holds a dataset with a different fingerprint or lineage."""
+    """Raises FingerprintError if a folder holds a dataset with a different fingerprint or of a different manifest."""
     if existing.fingerprint != dataset.fingerprint:
         lines = describe_differences(
             {"kind": existing.kind, **existing.config}, {"kind": dataset.kind, **dataset.config}
@@ -584,17 +601,17 @@ def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
             f"{dataset.folder.uri} holds the output of a different configuration "
             f"({'; '.join(lines) or 'schema version'}); use another folder, or --overwrite to replace it"
         )
-    if existing.lineage != dataset.lineage:
+    if existing.manifest_id != dataset.manifest_id:
         raise FingerprintError(
-            f"{dataset.folder.uri} holds the output of a different manifest (expected lineage {dataset.lineage}, got "
-            f"{existing.lineage}); use another folder, or --overwrite to replace it. To add or change images, update "
-            "the manifest that this output was made from"
+            f"{dataset.folder.uri} holds the output of a different manifest (expected manifest_id "
+            f"{dataset.manifest_id}, got {existing.manifest_id}); use another folder, or --overwrite to "
+            "replace it. To add or change images, update the manifest that this output was made from"
         )
 
 
-def _require_same_layout(existing: ShardedDataset, dataset: ShardedDataset) -> None:
+def _require_same_compaction(existing: ShardedDataset, dataset: ShardedDataset) -> None:
     """Raises DatasetError if the source was compacted but the existing dataset was not."""
-    if existing.layout != dataset.layout:
+    if existing.compaction_id != dataset.compaction_id:
         raise DatasetError(
             f"{dataset.folder.uri} has the shards that {dataset.source} had before it was compacted; run `captionlib "
             f"compact {dataset.source} {dataset.folder.uri}` to move the rows to the new shards, then run this command "
@@ -618,6 +635,8 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
     try:
         stored = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(description["arrow_schema"])))
         kind, config, fingerprint = description["kind"], description["config"], description["fingerprint"]
+        if created := str(description.get("created", "")):
+            parse_time(created)
         return ShardedDataset(
             folder,
             kind,
@@ -625,18 +644,20 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
             fingerprint,
             int(description["shards"]),
             upgrade_schema(kind, stored),
-            description.get("lineage") or config.get("input") or fingerprint,
+            # The first release stored the id of the manifest as `input` in the configuration.
+            description.get("manifest_id") or config.get("input") or fingerprint,
             description.get("source", ""),
-            description.get("layout", ""),
+            description.get("compaction_id", ""),
             description.get("source_checksum", ""),
             str(description.get("encoder_weights", "")),
+            created,
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error
 
 
 def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
-    """Reads the description, after completing an update that was interrupted after its commit."""
+    """Reads the description. If an update was interrupted after its commit, completes the update first."""
     description = _read_description(folder)
     if description is None or not folder.exists(JOURNAL_FILE):
         return description

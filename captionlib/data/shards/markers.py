@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter
@@ -22,20 +23,26 @@ __all__ = [
     "PROGRESS_EXTENSION",
     "REMOVED_FILE",
     "SAMPLE_FOLDER",
+    "STALE",
     "SUCCESS_FILE",
     "UPDATE_FOLDER",
     "Marker",
+    "ShardProgress",
     "Totals",
     "compute_block_checksum",
     "compute_checksum",
     "compute_checksums",
     "compute_fingerprint",
     "decode_marker",
+    "decode_progress",
     "decode_record",
     "decode_totals",
+    "encode_progress",
     "encode_record",
+    "format_time",
     "from_json",
     "marker_file",
+    "parse_time",
     "part_name",
     "progress_file",
     "sum_markers",
@@ -52,6 +59,9 @@ JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
 REMOVED_FILE = "_removed.json"
 SAMPLE_FOLDER = "__sample"
+
+STALE = "stale"
+"""Stored in a marker as `input_checksum` to make the next run of the stage process the shard again."""
 
 BLOCK_BYTES = 256 << 10
 """Size of a block of a data file. Each block has a checksum, so a reader of one column verifies only what it reads."""
@@ -71,8 +81,10 @@ class Marker:
         bytes: size of the data file.
         checksum: checksum of the data file; see `compute_checksum`.
         seconds: time taken to write the shard.
+        finished: when the shard was finished, as an ISO 8601 time in UTC. Empty if unknown.
         fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
-        source: checksum of the data file of the input shard. Empty if the shard was not made from another dataset.
+        input_checksum: checksum of the data file of the input shard that this shard was made from. Empty if it was not
+            made from another dataset. Of duplicates, which are made from a whole dataset, the hash of its checksums.
         blocks: concatenated checksums of the blocks of the data file; see `compute_block_checksum`.
         failures_checksum: checksum of the failures file; empty if there is none.
         reasons: number of failures by reason.
@@ -87,14 +99,16 @@ class Marker:
     checksum: str
     seconds: float
     fingerprint: str
-    source: str = ""
+    input_checksum: str = ""
     blocks: str = ""
     failures_checksum: str = ""
     reasons: Mapping[str, int] = field(default_factory=dict)
     previous: "Marker | None" = None
+    finished: str = ""
 
     @property
     def images(self) -> int:
+        """Number of images of the input: those with an output row, and those that could not be read."""
         return self.rows + self.failures
 
     @property
@@ -104,6 +118,23 @@ class Marker:
         while marker is not None:
             yield marker
             marker = marker.previous
+
+
+@dataclass(frozen=True)
+class ShardProgress:
+    """What a worker has reported about a shard that it is writing.
+
+    Attributes:
+        shard: number of the shard.
+        images: number of images processed so far.
+        started: when the worker started the shard, as an ISO 8601 time in UTC.
+        updated: when the worker reported this.
+    """
+
+    shard: int
+    images: int
+    started: str
+    updated: str
 
 
 @dataclass(frozen=True)
@@ -124,6 +155,7 @@ class Totals:
 
     @property
     def images(self) -> int:
+        """Number of images of the input: those with an output row, and those that could not be read."""
         return self.rows + self.failures
 
     def exceeds(self, max_failure_ratio: float | None) -> bool:
@@ -149,11 +181,21 @@ def marker_file(shard: int) -> str:
 
 
 def progress_file(shard: int) -> str:
-    """Returns the name of the file that contains the number of processed images of an unfinished shard."""
+    """Returns the name of the file that contains the progress of an unfinished shard."""
     return f"{MARKERS_FOLDER}/{part_name(shard)}{PROGRESS_EXTENSION}"
 
 
-_MARKER, _TOTALS = TypeAdapter(Marker), TypeAdapter(Totals)
+def format_time(seconds: float) -> str:
+    """Returns a Unix time as an ISO 8601 time in UTC, such as `2026-06-01T12:00:00.000+00:00`."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def parse_time(text: str) -> float:
+    """Converts an ISO 8601 time to a Unix time. Raises ValueError if the text is not a time."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()  # Python 3.10 does not parse Z
+
+
+_MARKER, _PROGRESS, _TOTALS = TypeAdapter(Marker), TypeAdapter(ShardProgress), TypeAdapter(Totals)
 
 
 def decode_marker(content: bytes) -> Marker:
@@ -162,12 +204,32 @@ def decode_marker(content: bytes) -> Marker:
     Raises:
         ValueError: the content is damaged or not a marker.
     """
-    return _MARKER.validate_python(decode_record(content))
+    marker = _MARKER.validate_python(decode_record(content))
+    if marker.finished:
+        parse_time(marker.finished)
+    return marker
 
 
 def write_marker(folder: Folder, marker: Marker) -> None:
     """Writes the marker of a shard to the folder of a dataset."""
     folder.write(marker_file(marker.shard), encode_record(asdict(marker)))
+
+
+def encode_progress(progress: ShardProgress) -> bytes:
+    """Encodes the progress of a shard as the content of its progress file."""
+    return encode_record(asdict(progress))
+
+
+def decode_progress(content: bytes) -> ShardProgress:
+    """Reads the content of a progress file.
+
+    Raises:
+        ValueError: the content is damaged.
+    """
+    progress = _PROGRESS.validate_python(decode_record(content))
+    parse_time(progress.started)
+    parse_time(progress.updated)
+    return progress
 
 
 def decode_totals(content: bytes) -> tuple[Totals, str]:
@@ -200,7 +262,7 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
     """Returns a hash of the kind of a dataset, its schema version and its configuration.
 
-    These and the input determine the rows.
+    Kind, schema version, configuration and input together determine the rows.
     """
     identity = {"kind": kind, "schema_version": SCHEMA_VERSIONS.get(kind, 1), "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

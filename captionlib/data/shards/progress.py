@@ -27,7 +27,8 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
         return
     output = job.outputs[0]
     unfinished = set(job.unfinished_shards() if job.verify else pending)
-    # Shards to process again have markers, and an earlier run that was killed has left progress. Only changes count.
+    # A shard to process again has the marker of its old version, and a run that was killed may have left progress
+    # files. Both are ignored until they change.
     old_markers = output.read_markers(unfinished)
     old_progress = output.read_progress(unfinished)
     images = failures = shown = 0
@@ -46,13 +47,13 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
                     failures += marker.failures
                     images += marker.images
             progress = output.read_progress(shards - counted)
-            in_progress = sum(count for shard, count in progress.items() if count != old_progress.get(shard))
+            in_progress = sum(each.images for shard, each in progress.items() if each != old_progress.get(shard))
             added = max(0, images + in_progress - shown)
             shown += added
             add(added, f"{len(counted)}/{output.shards} shards, {failures} failed")
 
     def watch() -> None:
-        advance(bar.skip, set(range(output.shards)) - unfinished)  # do not count towards the rate
+        advance(bar.skip, set(range(output.shards)) - unfinished)  # finished shards do not count towards the rate
         pause = 1.0
         while not stop.wait(pause):
             started = time.monotonic()

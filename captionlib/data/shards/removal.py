@@ -14,16 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import REMOVED_FILE, decode_record, encode_record
+from captionlib.data.shards.markers import REMOVED_FILE, STALE, decode_record, encode_record
 from captionlib.data.shards.update import update_shards
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
 from captionlib.storage.folders import Folder
 
 __all__ = ["Removal", "RemovedImages", "list_removed", "plan_removal"]
-
-# Stored in a marker instead of the checksum of the input shard, so that the next run processes the shard again.
-_STALE = "stale"
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class Removal:
     def _find_input_checksum(self, source: ShardedDataset, shard: int) -> str:
         """Returns the checksum of the input shard, which the marker of the rewritten shard contains."""
         marker = source.read_marker(shard)
-        return marker.checksum if self.is_current[shard] and marker is not None else _STALE
+        return marker.checksum if self.is_current[shard] and marker is not None else STALE
 
     def _rewrite(self, staged: ShardedDataset, shard: int, input_checksum: str) -> None:
         rows = self.dataset.read(shard)
@@ -143,7 +140,7 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
         if matches:
             found.update(image_id for image_id, _ in matches)
             uris.update(uri for _, uri in matches)
-            is_current[shard] = source is None or (shard in source and source[shard].checksum == marker.source)
+            is_current[shard] = source is None or (shard in source and source[shard].checksum == marker.input_checksum)
     return Removal(dataset, wanted, is_current, frozenset(found), frozenset(uris), reason)
 
 

@@ -1,4 +1,7 @@
-"""Samples the input of a stage. From the output, estimates the time and size for the rest of the input."""
+"""Runs a stage on a sample of its input, and estimates the time and output size for the rest of the input.
+
+A stage is a step that reads one dataset and writes another, such as feature extraction.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -42,7 +45,7 @@ class Sample:
         """
         if self.limit is None:
             return {"source": self.dataset}
-        return {"shards": self.dataset.shards, "lineage": self.dataset.lineage}
+        return {"shards": self.dataset.shards, "manifest_id": self.dataset.manifest_id}
 
     @property
     def config(self) -> dict[str, int]:
@@ -88,7 +91,7 @@ def _write_sample(source: ShardedDataset, address: str, limit: int, workers: int
         source.schema,
         config=source.config,
         shards=len(parts),
-        lineage=source.lineage,
+        manifest_id=source.manifest_id,
         overwrite=True,
     )
     for shard, part in enumerate(parts):
@@ -137,7 +140,7 @@ def estimate_rest(source: ShardedDataset, outputs: Sequence[ShardedDataset], wor
 
     The time does not include the start of the workers and the loading of models.
     """
-    totals = outputs[0].compute_totals()
+    totals = outputs[0].compute_totals()  # `totals.images` is the number of images in the sample
     rest = max(0, source.compute_totals().rows - totals.images)
     ratio = rest / max(1, totals.images)
     rate = totals.images / max(totals.seconds, 1e-3) * workers

@@ -146,7 +146,7 @@ class ShardJob:
     def _is_finished(self, input_marker: Marker | None, markers: Sequence[Marker | None]) -> bool:
         return input_marker is not None and all(
             marker is not None
-            and marker.source == input_marker.checksum
+            and marker.input_checksum == input_marker.checksum
             and not (self.retry_failures and marker.failures)
             for marker in markers
         )

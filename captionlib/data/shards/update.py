@@ -50,7 +50,7 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
     Args:
         dataset: the dataset. If it is complete, it is complete after the update too.
         shards: number of shards after the update. Each of them must be written in the block or exist already.
-        changes: new values of `config`, `fingerprint` or `layout` (how images are divided into shards). A new
+        changes: new values of `config`, `fingerprint` or `compaction_id` (see `ShardedDataset`). A new
             fingerprint requires that all shards are written.
 
     Raises:
@@ -66,6 +66,11 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
     try:
         yield staged
         written = {part_name(shard): _join_checksums(marker) for shard, marker in sorted(staged.read_markers().items())}
+        staged_files = [*staging.list(), *staging.list(MARKERS_FOLDER)]
+        if written.keys() != {name.partition(".")[0] for name in staged_files if name.startswith("part-")}:
+            raise DatasetError(
+                f"{staging.uri} was changed or removed while it was being written; run the command again"
+            )
         if folder.exists(JOURNAL_FILE) or open_dataset(folder.uri).compute_content_checksum() != checksum_before:
             raise DatasetError(
                 f"{folder.uri}: another command updated this dataset at the same time; run this one again"

@@ -99,7 +99,10 @@ def select_column(available: Sequence[str], name: str | None, conventional: Sequ
 
 
 def select_caption_columns(available: Sequence[str], names: Sequence[str], table: str) -> tuple[str, ...]:
-    """Returns the caption columns: `names` or, if empty, a column with a conventional name, or caption_0, caption_1...
+    """Returns the columns that contain captions.
+
+    If `names` is not empty, these columns are returned. Otherwise, the column with a conventional name, such as
+    `captions`, is returned. If there is none, all numbered columns, such as `caption_0` and `caption_1`, are returned.
 
     Raises:
         ConfigError: a column is missing or ambiguous.

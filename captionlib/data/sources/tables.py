@@ -84,7 +84,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 def _parse_records(
     records: Iterable[_Record], root: str, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[ManifestRow, bool]]:
-    """Yields each row, and whether `_merge_captions` may merge it: it has captions, but no list of captions."""
+    """Yields each row, and whether it may be merged: whether it has captions, but no list of captions."""
     for origin, columns, values in records:
         try:
             uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()
@@ -129,7 +129,11 @@ def parse_caption_columns(
 
 
 def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]], skips: SkipCounter) -> Iterator[ManifestRow]:
-    """Merges adjacent mergeable rows of the same image. Other rows with equal ids are later reported as duplicates."""
+    """Merges adjacent rows of the same image into one row with all their captions.
+
+    A row is only merged if it is paired with True; see `_parse_records`. Rows of the same image that are not merged
+    have equal ids, which `prepare` rejects later.
+    """
     previous: ManifestRow | None = None
     previous_mergeable = False
     for row, mergeable in rows:

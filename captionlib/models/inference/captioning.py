@@ -159,7 +159,7 @@ def _caption_batches(
 def _prepare_once(
     checkpoint: CheckpointVersion, config: GenerationConfig, _datastore: str | None, device: str
 ) -> GenerateCaptions:
-    """Prepares a captioner once per process, and again if the fingerprint of its datastore changes."""
+    """Prepares a captioner once per process, and again if the fingerprint (hash) of its reranking datastore changes."""
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
 
 

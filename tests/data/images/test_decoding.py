@@ -91,7 +91,7 @@ def test_decode_equals_torchvision_preset(
 
 
 @pytest.mark.parametrize("weights", [VGG16_Weights.IMAGENET1K_V1, EfficientNet_B0_Weights.IMAGENET1K_V1])
-@pytest.mark.parametrize("size", [(500, 375), (375, 501), (1024, 768), (224, 224), (31, 977)])
+@pytest.mark.parametrize("size", [(500, 375), (375, 501), (1024, 768), (1100, 1000), (224, 224), (31, 977)])
 def test_decode_equals_weights_transforms_on_jpegs(weights: VGG16_Weights, size: tuple[int, int]) -> None:
     preset = weights.transforms()
     ours = Preprocessing(
@@ -294,6 +294,16 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     content = encode_image(make_image(), kind, exif=exif, **options)
     stored = np.asarray(Image.open(io.BytesIO(encode_image(make_image(), kind, **options))).convert("RGB"))
+    upright = Image.fromarray(np.ascontiguousarray(TURNED[orientation](stored)))
+    assert_close(decode(content, PREPROCESSING), decode(encode_image(upright, "PNG"), PREPROCESSING))
+
+
+@pytest.mark.parametrize("orientation", TURNED)
+def test_exif_orientation_of_large_images_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode_image(make_image(300, 200), "JPEG", exif=exif)
+    stored = np.asarray(Image.open(io.BytesIO(content)))
     upright = Image.fromarray(np.ascontiguousarray(TURNED[orientation](stored)))
     assert_close(decode(content, PREPROCESSING), decode(encode_image(upright, "PNG"), PREPROCESSING))
 
@@ -501,6 +511,13 @@ def test_jpeg_with_too_many_scans_is_rejected_before_decoding() -> None:
     assert reason(slow_jpeg(200)) == "TooManyScans"
     image = encode_image(make_image(), "JPEG", comment=b"\xff\xda" * 200)  # a comment is not a scan
     np.testing.assert_array_equal(decode(image + b"\xff\xda" * 200), decode(encode_image(make_image(), "JPEG")))
+
+
+def test_sequential_jpeg_with_too_many_scans_is_rejected_before_decoding() -> None:
+    content = encode_image(make_image(), "JPEG")
+    start = content.index(b"\xff\xda")
+    of_one_component = content[start:-2].replace(b"\0\x0c\3\1\0\2\x11\3\x11", b"\0\x08\1\1\0", 1)
+    assert reason(content[:start] + of_one_component * 200 + b"\xff\xd9") == "TooManyScans"
 
 
 def test_fast_scale_differs_little_and_reads_other_formats_exactly() -> None:

@@ -47,7 +47,7 @@ def test_prepare_is_deterministic_and_skips_a_second_run(tmp_path: Path) -> None
 def test_prepare_of_another_source_needs_permission(tmp_path: Path) -> None:
     prepare(write_csv(tmp_path / "a.csv", ["a"]), tmp_path / "manifest", UNCHECKED)
     other = write_csv(tmp_path / "b.csv", ["b"])
-    with pytest.raises(DatasetError, match=r"1 of 1 images are not in the source; .*unmounted.*--allow-removal"):
+    with pytest.raises(DatasetError, match=r"1 of 1 images are not in the source; .*mounted.*--allow-removal"):
         prepare(other, tmp_path / "manifest", UNCHECKED)
     assert read_image_ids(tmp_path / "manifest") == ["a"]
     prepare(other, tmp_path / "manifest", UNCHECKED, overwrite=True)

@@ -65,7 +65,7 @@ def make_rows(names: str) -> Rows:
 
 def test_update_writes_only_shards_that_changed(tmp_path: Path) -> None:
     update(tmp_path, make_rows("abcdefgh"))
-    lineage = open_dataset(tmp_path / "manifest").lineage
+    manifest_id = open_dataset(tmp_path / "manifest").manifest_id
     files = {path.name: path.stat().st_ino for path in (tmp_path / "manifest").glob("*.parquet")}
     rows = make_rows("xyabcdgh")  # new rows may come first, and e and f are gone
     rows["d"] = ("2", "a dog")
@@ -77,7 +77,7 @@ def test_update_writes_only_shards_that_changed(tmp_path: Path) -> None:
         path.name for path in (tmp_path / "manifest").glob("*.parquet") if files.get(path.name) != path.stat().st_ino
     }
     assert written == {"part-00001.parquet", "part-00002.parquet", "part-00003.parquet"}
-    assert open_dataset(tmp_path / "manifest").lineage == lineage
+    assert open_dataset(tmp_path / "manifest").manifest_id == manifest_id
     assert not (tmp_path / "manifest" / UPDATE_FOLDER).exists()
 
 

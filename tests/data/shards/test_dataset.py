@@ -70,10 +70,10 @@ def test_dataset_round_trip(place: str) -> None:
 
 
 def test_description_holds_everything_about_a_dataset(tmp_path: Path) -> None:
-    source = replace(create(tmp_path / "source"), layout="compacted")
+    source = replace(create(tmp_path / "source"), compaction_id="compacted")
     fill(source)
     output = create_dataset(
-        tmp_path / "output", "captions", captions_schema(), config={"a": 1}, source=source, lineage="manifest"
+        tmp_path / "output", "captions", captions_schema(), config={"a": 1}, source=source, manifest_id="manifest"
     )
     assert output.source_checksum == source.compute_content_checksum()
     assert open_dataset(tmp_path / "output") == output

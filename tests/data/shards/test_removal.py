@@ -64,7 +64,7 @@ def read_ids(folder: Path) -> list[str]:
 
 
 def read_sources(folder: Path) -> list[str]:
-    return [marker.source for _, marker in sorted(open_dataset(folder).read_markers().items())]
+    return [marker.input_checksum for _, marker in sorted(open_dataset(folder).read_markers().items())]
 
 
 @pytest.fixture

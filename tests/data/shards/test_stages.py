@@ -298,7 +298,9 @@ def test_missing_shards_and_shards_to_check_are_processed_together(
 def test_outputs_of_another_manifest_are_refused(source: ShardedDataset, tmp_path: Path) -> None:
     run_once(source, tmp_path)
     other = create_dataset(tmp_path / "other", "manifest", MANIFEST_SCHEMA, config={"other": 1}, shards=1)
-    with pytest.raises(FingerprintError, match=f"lineage {other.lineage}, got {source.lineage}.*update the manifest"):
+    with pytest.raises(
+        FingerprintError, match=f"manifest_id {other.manifest_id}, got {source.manifest_id}.*update the manifest"
+    ):
         create_job(other, tmp_path, Describe())
 
 

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,6 +82,18 @@ def test_nothing_changes_if_the_block_raises(dataset: ShardedDataset, tmp_path: 
         raise RuntimeError("died")
     assert read(tmp_path) == OLD
     assert dataset.folder.list(UPDATE_FOLDER) == []
+
+
+@pytest.mark.parametrize("lost", ["__shards/part-00002.json", "__shards", "part-00000.parquet"])
+def test_staged_files_that_are_removed_meanwhile_are_an_error(
+    dataset: ShardedDataset, tmp_path: Path, lost: str
+) -> None:
+    with pytest.raises(DatasetError, match="was changed or removed"), update_shards(dataset, 3) as staged:
+        write(staged, 0, ["a", "x"])
+        write(staged, 2, ["e"], ["y"])
+        path = Path(staged.folder.path(lost))
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert read(tmp_path) == OLD
 
 
 def test_readers_see_the_old_rows_until_the_commit(dataset: ShardedDataset, tmp_path: Path) -> None:
