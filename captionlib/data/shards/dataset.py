@@ -355,8 +355,8 @@ class ShardedDataset:
 
         Raises:
             DatasetError: a shard is not finished, or the folder was removed meanwhile.
-            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio` or, if that is
-                None, all images failed.
+            FailureRatioError: too many images could not be read: a fraction above `max_failure_ratio`, or all of them
+                if that is None.
         """
         totals = self.compute_totals()
         if totals.shards < self.shards:

@@ -9,7 +9,7 @@ from captionlib.errors import CaptionlibError
 
 __all__ = ["LineageStep", "describe_config", "read_lineage"]
 
-_MAX_STEPS = 10  # longer than any chain of stages, so that datasets that name each other as source do not loop
+_MAX_STEPS = 10  # more than any chain of stages; datasets that name each other as source would loop forever
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Computes the speed of a job from the times in the markers and progress files of its shards."""
+"""Computes the speed of a job from the times that its shards' markers and progress files contain.
+
+A marker records a finished shard, and a progress file records how much of an unfinished shard is processed; see
+`captionlib.data.shards.markers`.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +15,7 @@ from captionlib.data.shards.markers import Marker, ShardProgress, parse_time
 __all__ = ["IDLE_SECONDS", "Throughput", "measure_throughput"]
 
 IDLE_SECONDS = 300.0
-"""A job without any activity for longer counts as stopped. Workers report much more often; see `ShardWriter`."""
+"""A job without activity for longer than this counts as stopped. Workers report progress much more often."""
 
 _RATE_SECONDS = 900.0  # the current speed is an average over this time
 _CURVE_POINTS = 60

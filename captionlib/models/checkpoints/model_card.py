@@ -1,6 +1,7 @@
-"""Model cards: the `README.md` of a checkpoint, in the format of Hugging Face. They show data, recipe and scores.
+"""Model cards: the `README.md` of a checkpoint, in the format of Hugging Face.
 
-A card may be published, so it contains file names, but no paths.
+A card shows the training data, the recipe (training configuration) and the scores. A card may be published, so it
+contains file names, but no paths.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
