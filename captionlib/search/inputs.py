@@ -209,7 +209,7 @@ def _match_shards(stages: Sequence[ShardedDataset]) -> dict[int, str]:
     matches = {}
     for shard in markers[0]:
         path = [each[shard] for each in markers if shard in each]
-        if len(path) == len(markers) and all(made.source == given.checksum for made, given in pairwise(path)):
+        if len(path) == len(markers) and all(made.input_checksum == given.checksum for made, given in pairwise(path)):
             matches[shard] = path[-1].checksum
     return matches
 

@@ -61,6 +61,7 @@ _REASONS = {
     "DecoderDied": "decoding failed",
     "Empty": "the file is empty",
     "Forbidden": "access is denied",
+    "ForbiddenHost": "the server does not fetch images from private hosts",
     "MissingPackage": "a package that reads the address is not installed",
     "NotAnImage": "the file is not an image",
     "NotAFile": "the address is not a file",
@@ -197,8 +198,9 @@ def show_failures(
     pages: PageRenderer,
     reason: Annotated[str, Query(max_length=100)] = "",
     source: Annotated[str, Query(max_length=300)] = "",
-    page: Annotated[int, Query(ge=1, le=MAX_OFFSET // MAX_RESULTS)] = 1,
+    page: Annotated[int, Query(ge=1)] = 1,
 ) -> HTMLResponse:
+    page = min(page, MAX_OFFSET // MAX_RESULTS)
     first = (page - 1) * MAX_RESULTS
     key = make_failures_cursor(first, reason or None, source or None)
     response = service.find_failures(reason or None, source or None, key, MAX_RESULTS)

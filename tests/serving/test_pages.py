@@ -18,7 +18,13 @@ from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.errors import BusyError
+from captionlib.search.build import plan_build
+from captionlib.search.config import IndexConfig
+from captionlib.search.index import open_index
+from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.service import SearchService
+from tests.search.example_index import write_captions_dataset
 
 from .example_site import MALICIOUS, MODIFIED_NS, make_site
 
@@ -485,3 +491,18 @@ def test_first_visit_is_small(client: TestClient) -> None:
     html = client.get("/").text
     files = [client.get(file).content for file in re.findall('(?:src|href)="(/static/[^"]*)"', html)]
     assert len(html) + sum(map(len, files)) < 150_000
+
+
+def test_index_without_images_has_pages(tmp_path: Path) -> None:
+    write_captions_dataset(str(tmp_path / "captions"), {0: []}, 1, failed={0: ["broken"]})
+    build = plan_build(tmp_path / "captions", None, tmp_path / "index", IndexConfig())
+    build.add_shard(0)
+    build.finish()
+    limits = ServingConfig(allowed_hosts=("testserver",))
+    service = SearchService(open_index(tmp_path / "index", refresh_seconds=None), limits)
+    with TestClient(create_app(service, tmp_path / "thumbnails")) as client:
+        assert "The index has no images yet" in client.get("/").text
+        assert "No results for “dog”" in client.get("/?q=dog&split=val").text
+        assert "The index contains only text" in client.get("/?like=x").text
+        assert "<td>broken</td>" in client.get("/failures").text
+        assert client.get("/image?id=x").status_code == 404

@@ -62,6 +62,7 @@ async function loadNextPage() {
   const link = results.querySelector("a[rel=next]");
   const address = link.getAttribute("href");
   const html = await fetchFragment(address).catch(() => null);
+  await new Promise((resolve) => (window.requestIdleCallback ?? setTimeout)(resolve)); // between two frames
   if (html === null || !link.isConnected) return; // other results are shown by now
   const page = new DOMParser().parseFromString(html, "text/html");
   results.querySelector(".cards").append(...page.querySelectorAll(".cards li"));
