@@ -2,7 +2,7 @@
 
     python -m benchmarks.daily_portions flickr8k
     python -m benchmarks.daily_portions flickr8k --s3
-    python -m benchmarks.daily_portions flickr8k -- @.cluster/run/flink.yaml
+    python -m benchmarks.daily_portions flickr8k --beam-options .cluster/run/flink.yaml
 
 Every day, images are added to the source, some are replaced by other bytes under the same name, some are deleted, and
 some are withdrawn with `captionlib remove`, while their files stay in the source. `captionlib update` follows, and one
@@ -13,7 +13,7 @@ The checks read the Parquet, Arrow and JSON files without captionlib. On a disk,
 replaced by zeros, with the same size and modification time, before each update. An image that is read again thus
 becomes a failure. On S3, the requests are counted.
 
-`--s3` starts a local S3 server. Options after `--` go to Beam.
+`--s3` starts a local S3 server. The file of `--beam-options` names the runner; `make cluster-up` writes one.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +71,8 @@ def main() -> None:
         folder = "s3://bucket/days" if options.s3 else f"{scratch}/days"
         photographs = sorted((Path(options.data) / "images").glob("*.jpg"))[: options.days * options.portion]
         models = train_models(Path(options.data), photographs[:TRAINING_IMAGES], Path(scratch))
-        collection = Collection(Source(folder, server), f"{folder}/collection", models, options.beam_options)
+        beam_options = [f"@{options.beam_options}"] if options.beam_options else []
+        collection = Collection(Source(folder, server), f"{folder}/collection", models, beam_options)
         problems = run_days(collection, photographs, options.days, stack)
     sys.exit(not report("daily-portions-problems", problems, 0, at_least=False))
 
@@ -82,7 +83,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--days", type=int, default=10)
     parser.add_argument("--portion", type=int, default=300, help="new images per day")
     parser.add_argument("--s3", action="store_true", help="keep the source and the collection on a local S3 server")
-    parser.add_argument("beam_options", nargs="*", metavar="-- BEAM OPTIONS")
+    parser.add_argument("--beam-options", metavar="FILE", help="YAML file of Beam options, for each update")
     return parser.parse_args()
 
 
@@ -102,14 +103,14 @@ def train_models(data: Path, photographs: Sequence[Path], folder: Path) -> list[
         for number, path in enumerate(photographs)
     ]
     (folder / "dataset.json").write_text(json.dumps({"dataset": "flickr8k", "images": images}))
-    names = manifest, features, captioner, ranker = [
+    manifest, features, captioner, ranker = (
         str(folder / name) for name in ("manifest", "features", "captioner", "ranker")
-    ]
+    )
     run("prepare", str(folder / "dataset.json"), "--images", str(data / "images"), "-o", manifest)
     run("extract-features", manifest, "-o", features, *set_values(_ENCODER))
     run("train-captioner", features, "-o", captioner, *set_values(_CAPTIONER))
     run("train-ranker", features, "-o", ranker, *set_values(_RANKER))
-    return ["--captioner", names[2], "--ranker", names[3]]
+    return ["--captioner", captioner, "--ranker", ranker]
 
 
 def set_values(values: Sequence[str]) -> list[str]:
@@ -168,12 +169,14 @@ class Source:
 
 @dataclass
 class Day:
-    """What happened to the source on a day."""
+    """What happened to the source on a day, and what the update did."""
 
     new: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
+    encoded: int = 0
+    captioned: int = 0
     seconds: float = 0.0
 
 
@@ -244,11 +247,11 @@ def run_days(collection: Collection, photographs: Sequence[Path], days: int, sta
         collection.source.zero(sorted(unchanged))
         day.seconds = collection.update()
         server = server or stack.enter_context(run_server(collection.address))
-        encoded, captioned, found = check_datasets(collection, day, versions)
+        found = check_datasets(collection, day, versions)
         found += check_removed(collection, day) + check_server(server, collection, day)
         print(
-            f"# {number:3} {len(day.new):6} {len(day.changed):7} {len(day.gone):6} {len(day.removed):7} {encoded:7} "
-            f"{captioned:9} {len(collection.list_expected()):6} {day.seconds:7.1f}",
+            f"# {number:3} {len(day.new):6} {len(day.changed):7} {len(day.gone):6} {len(day.removed):7} "
+            f"{day.encoded:7} {day.captioned:9} {len(collection.list_expected()):6} {day.seconds:7.1f}",
             flush=True,
         )
         for problem in found:
@@ -283,52 +286,61 @@ def replace_image(path: Path, number: int) -> bytes:
     return content.getvalue()
 
 
-def check_datasets(collection: Collection, day: Day, versions: dict[str, str]) -> tuple[int, int, list[str]]:
-    """Compares all datasets with the source. Returns the numbers of encoded and of captioned images, and the problems.
+def check_datasets(collection: Collection, day: Day, versions: dict[str, str]) -> list[str]:
+    """Compares all datasets with the source, and returns the problems. Counts the images in `day`.
 
     `versions` holds the versions of the images on the previous day; the function replaces them.
     """
-    expected = collection.list_expected()
     rows = {kind: collection.read_dataset(kind) for kind in DATASETS} | {"index": collection.read_index()}
-    problems = []
-    for kind, found in rows.items():
-        ids = sorted(row["image_id"] for row in found)
-        if ids != expected:
-            problems.append(f"{kind}: {describe_difference(ids, expected)}")
     current = {row["image_id"]: row["version"] for row in rows["manifest"]}
-    different = {name for name, version in current.items() if versions.get(name) != version}
-    if different != {*day.new, *day.changed}:
-        problems.append(f"versions: {describe_difference(sorted(different), sorted([*day.new, *day.changed]))}")
+    different = [name for name, version in current.items() if versions.get(name) != version]
+    day.captioned = sum(row["image_id"] in set(different) for row in rows["captions"])
+    versions.clear()
+    versions.update(current)
+    names = {kind: [row["image_id"] for row in found] for kind, found in rows.items()}
+    return [
+        *(problem for kind in names for problem in compare(kind, names[kind], collection.list_expected())),
+        *compare("new and changed versions", different, [*day.new, *day.changed]),
+        *check_versions(collection.source, rows, current),
+        *check_encoded(collection, day, different),
+    ]
+
+
+def check_versions(source: Source, rows: Mapping[str, list[dict[str, Any]]], current: Mapping[str, str]) -> list[str]:
+    """Checks that each row is that of the current bytes of its image, and each caption in the index the current one."""
+    captions = {row["image_id"]: row["caption"] for row in rows["captions"]}
+    problems = []
     for kind in ("captions", "embeddings"):
         for row in rows[kind]:
-            content = collection.source.contents.get(row["image_id"], b"")
+            content = source.contents.get(row["image_id"], b"")
             if row["content_hash"] != f"{xxhash.xxh3_64_intdigest(content):016x}":
                 problems.append(f"{kind}: {row['image_id']} has the row of other bytes")
             if row["version"] != current.get(row["image_id"]):
                 problems.append(f"{kind}: {row['image_id']} has the row of another version")
-    captions = {row["image_id"]: row["caption"] for row in rows["captions"]}
-    problems += [
-        f"index: {row['image_id']} has another caption"
-        for row in rows["index"]
-        if row["caption"] != captions.get(row["image_id"])
-    ]
-    captioned = sum(versions.get(row["image_id"]) != row["version"] for row in rows["captions"])
+    for row in rows["index"]:
+        if row["caption"] != captions.get(row["image_id"]):
+            problems.append(f"index: {row['image_id']} has another caption")
+    return problems
+
+
+def check_encoded(collection: Collection, day: Day, different: Sequence[str]) -> list[str]:
+    """Checks that no image failed, and that only the images with a new version were read. Counts them in `day`."""
     failures = collection.read_failures()
-    problems += [f"failed: {name}" for name in failures]
-    encoded = captioned + len(failures)
+    day.encoded = day.captioned + len(failures)
+    problems = [f"failed: {name}" for name in failures]
     if collection.source.counts_requests:
         requests = collection.source.count_requested()
-        encoded = len(requests)
-        if set(requests) != different:
-            problems.append(f"requests: {describe_difference(sorted(requests), sorted(different))}")
-    versions.clear()
-    versions.update(current)
-    return encoded, captioned, problems
+        day.encoded = len(requests)
+        problems += compare("requested images", list(requests), different)
+    return problems
 
 
-def describe_difference(found: Sequence[str], expected: Sequence[str]) -> str:
+def compare(what: str, found: Sequence[str], expected: Sequence[str]) -> list[str]:
+    """Returns a problem if two lists differ in more than their order."""
     missing, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
-    return f"{missing.total()} missing {list(missing)[:3]}, {extra.total()} extra {list(extra)[:3]}"
+    if not missing and not extra:
+        return []
+    return [f"{what}: {missing.total()} missing {list(missing)[:3]}, {extra.total()} extra {list(extra)[:3]}"]
 
 
 def check_removed(collection: Collection, day: Day) -> list[str]:
@@ -394,16 +406,15 @@ def check_server(get: Callable[[str], tuple[int, Any]], collection: Collection, 
     problems = []
     for name in [*day.new, *day.changed]:
         status, content = get(f"/api/v1/image?id={quote(name)}")
-        if status != 200 or content["caption"] != rows[name]["caption"]:
+        if status != 200 or content["caption"] != rows.get(name, {}).get("caption"):
             problems.append(f"serve: status {status} for the new image {name}, or an old caption")
     absent = {*day.gone, *collection.removed}
     problems += [f"serve: {name} is still there" for name in absent if get(f"/api/v1/image?id={quote(name)}")[0] != 404]
     words = {name: set(re.findall(r"\w+", row["caption"].lower())) for name, row in rows.items()}
-    for word in sorted(set().union(*(words[name] for name in day.new)), key=len)[-3:]:
-        expected = sorted(name for name, contained in words.items() if word in contained)
+    for word in sorted(set().union(*(words.get(name, ()) for name in day.new)), key=len)[-3:]:
+        expected = [name for name, contained in words.items() if word in contained]
         found = search(get, word)
-        if sorted(found) != expected:
-            problems.append(f"serve, search for {word}: {describe_difference(found, expected)}")
+        problems += compare(f"serve, search for {word}", found, expected)
     return problems
 
 

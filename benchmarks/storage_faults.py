@@ -317,6 +317,7 @@ def _decode(pool: DecoderPool, content: bytes) -> Any:
 
 
 def find_message_problem(code: int, output: str, errors: str) -> str:
+    """Returns what is wrong with the messages of a command. An empty string means nothing."""
     if "Traceback" in output + errors:
         return f"stack trace: {errors}"
     lines = [line for line in errors.splitlines() if line.strip() and not line.startswith("Note: ")]

@@ -105,11 +105,10 @@ def _find_datasets(
             collection = open_collection(folder)
             if not dry_run:
                 stack.enter_context(lock_folder(collection.folder, command_name))
-            addresses = [*collection.list_datasets(), collection.duplicates]
-            existing = [address for address in addresses if Folder(address).list()]
-            if not existing:
+            found = collection.find_datasets()
+            if not found:
                 raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
-            datasets += existing
+            datasets += found
             indexes += [collection.index] if Folder(collection.index).exists(DESCRIPTION) else []
         elif Folder(folder).exists(DESCRIPTION):
             indexes.append(folder)

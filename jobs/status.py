@@ -36,6 +36,9 @@ def command(collection: str) -> None:
         finished = _show_duplicates(opened, opened.config.duplicates, finished)
     if not _show_index(opened, finished):
         click.echo(f"To finish: captionlib update {collection}")
+    for address in opened.find_datasets():
+        if address not in (*opened.list_datasets(), opened.duplicates):
+            click.echo(f"{address}: no longer part of the collection; delete the folder to free its space")
 
 
 def _show_dataset(address: str) -> bool:

@@ -110,6 +110,14 @@ def test_several_sources_are_indexed_together(tmp_path: Path, trained: Path, ran
     index = open_index(tmp_path / "both" / "index")
     for name in ("one", "two"):
         assert index.get_image(f"{name}.png")["uri"].endswith(f"{name}/{name}.png")
+    configuration = tmp_path / "both" / "collection.yaml"
+    configuration.write_text(
+        configuration.read_text().replace(f"- name: two\n  addresses:\n  - {tmp_path}/two\n  prepare: {{}}\n", "")
+    )
+    assert "index: 1 captions" in update(tmp_path / "both").output
+    assert "both/two/captions: no longer part of the collection" in run("status", tmp_path / "both").output
+    run("remove", tmp_path / "both", "--id", "two.png", "--thumbnails", tmp_path / "thumbnails")
+    assert find_files_with("two.png", tmp_path / "both") == [], "also in the datasets of the earlier source"
 
 
 def test_configuration_holds_absolute_addresses(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

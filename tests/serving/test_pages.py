@@ -23,6 +23,8 @@ from captionlib.search.config import IndexConfig
 from captionlib.search.index import open_index
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.pages import _format_ratio
+from captionlib.serving.responses import SearchResult
 from captionlib.serving.service import SearchService
 from tests.search.example_index import write_captions_dataset
 
@@ -491,6 +493,14 @@ def test_first_visit_is_small(client: TestClient) -> None:
     html = client.get("/").text
     files = [client.get(file).content for file in re.findall('(?:src|href)="(/static/[^"]*)"', html)]
     assert len(html) + sum(map(len, files)) < 150_000
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [(40, 30, "r135"), (30, 40, "r75"), (9, 1, "r250"), (1, 9, "r50"), (None, 30, ""), (40, None, "")],
+)
+def test_class_of_an_aspect_ratio(width: int | None, height: int | None, expected: str) -> None:
+    assert _format_ratio(SearchResult.model_construct(width=width, height=height)) == expected
 
 
 def test_index_without_images_has_pages(tmp_path: Path) -> None:

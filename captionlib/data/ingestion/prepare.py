@@ -40,13 +40,13 @@ class PrepareConfig:
     """How to convert a source to a manifest.
 
     Attributes:
-        source_format: key of `SOURCE_FORMATS`, or `auto` to detect the format.
+        source_format: `folder`, `coco`, `karpathy`, `flickr`, `table`, `webdataset` or `hf-parquet`, or `auto` to
+            detect the format.
         options: how to read the source.
         splits: splits to include. If empty, all splits are included.
         limit: maximum number of images, from the start of the source.
         shard_size: rows per shard. After an interruption, later jobs repeat only unfinished shards. If None, an
-            existing manifest keeps its shard size, and `captionlib.data.shards.compaction.choose_shard_size` chooses
-            the size for a new one.
+            existing manifest keeps its shard size, and the size for a new one grows with the number of images.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
         append: keep images of an existing manifest that are not in the source, which then only needs to list new ones.

@@ -6,13 +6,14 @@ a dataset that a job on a cluster is writing.
 
 import os
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.lineage import LineageStep, describe_config, read_lineage
+from captionlib.data.shards.lineage import LineageStep, describe_config, list_sources, read_lineage
 from captionlib.data.shards.markers import (
     JOURNAL_FILE,
     SUCCESS_FILE,
@@ -26,7 +27,15 @@ from captionlib.data.shards.throughput import IDLE_SECONDS, Throughput, measure_
 from captionlib.errors import CaptionlibError, DamagedShardError
 from captionlib.storage.folders import TEMPORARY_FOLDER
 
-__all__ = ["DatasetReport", "FailureExample", "FailureReport", "JobReport", "ShardState", "inspect_dataset"]
+__all__ = [
+    "DatasetReport",
+    "FailureExample",
+    "FailureReport",
+    "JobReport",
+    "ShardState",
+    "collect_failures",
+    "inspect_dataset",
+]
 
 ShardState = Literal["done", "failures", "stale", "in progress", "open"]
 """`failures`: done, but some images could not be read. `stale`: done, but the input shard has changed since."""
@@ -45,7 +54,7 @@ class FailureExample:
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The number of failures with the same reason, and a few of them. If their files are missing, there are none."""
+    """The number of failures with the same reason, and a few examples; none if their files are missing."""
 
     count: int
     examples: list[FailureExample]
@@ -60,8 +69,9 @@ class JobReport:
             the dataset is complete.
         images: number of images of the input; None if it is unknown because the input cannot be read.
         images_done: number of images of the finished shards.
-        images_in_progress: number of images that workers have processed of shards that are not finished.
-        shard_states: the states of all shards in order. Neighbors with the same state are one entry with their number.
+        images_in_progress: number of images of unfinished shards that workers have already processed.
+        shard_states: the states of all shards in order. Adjacent shards with the same state are one entry: the
+            state and their number.
         throughput: the speed; None if it is unknown.
         seconds_left: estimate of the time that the job still needs; None unless it is running at a known speed.
         updated: time of this report, as a Unix time.
@@ -103,7 +113,7 @@ class DatasetReport:
         failures: failures by reason (the category of the error), the most frequent first.
         job: the progress of the job that writes the dataset.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
-        interrupted_update: whether an update was interrupted, which the next command that reads the dataset completes.
+        interrupted_update: whether an update was interrupted. The next command that reads the dataset completes it.
         problems: inconsistencies, including wrong checksums if `inspect_dataset` was called with `verify`.
     """
 
@@ -171,6 +181,20 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         interrupted_update=dataset.folder.exists(JOURNAL_FILE),
         problems=problems,
     )
+
+
+def collect_failures(dataset: ShardedDataset) -> dict[str, FailureReport]:
+    """Returns the images that could not be read when this dataset and the datasets before it were made, by reason.
+
+    The datasets before it are only included as far as they can be read.
+    """
+    counts, examples = Counter[str](), defaultdict[str, list[FailureExample]](list)
+    for each in [*list_sources(dataset)[0], dataset]:
+        markers = each.read_markers()
+        for reason, failure in _summarize_failures(each, markers, sum_markers(markers.values())).items():
+            counts[reason] += failure.count
+            examples[reason] += failure.examples
+    return {reason: FailureReport(count, examples[reason][:_EXAMPLES]) for reason, count in counts.most_common()}
 
 
 def _compare_with_source(
