@@ -434,8 +434,8 @@ def _list_shards(build: IndexBuild) -> list[InputShard]:
     shards = []
     for index, captions in enumerate(build.captions):
         embeddings = build.embeddings[index] if build.embeddings else None
-        markers = captions.read_markers()  # a marker is the JSON file that records that a shard is complete
-        embedding_markers: dict[int, Marker] = embeddings.read_markers() if embeddings else {}
+        markers = captions.require_markers()  # a marker is the JSON file that records that a shard is complete
+        embedding_markers: dict[int, Marker] = embeddings.require_markers() if embeddings else {}
         complete = sorted(markers.keys() & embedding_markers.keys() if embeddings else markers)
         manifest = build.manifests[index]
         for shard in complete:
