@@ -124,11 +124,14 @@ def test_bytes_do_not_extend_the_timeout() -> None:
 
 def test_requests_in_time_keep_a_connection_open() -> None:
     async def test() -> None:
-        async with serve(QuickConnection) as open_connection:
+        class Connection(QuickConnection):
+            headers_timeout_seconds = idle_timeout_seconds = 4 * TIMEOUT  # more than a busy machine delays a request
+
+        async with serve(Connection) as open_connection:
             reader, writer = await open_connection(REQUEST)
             for _ in range(3):
                 await read_response(reader)
-                await asyncio.sleep(TIMEOUT / 2)
+                await asyncio.sleep(1.5 * TIMEOUT)
                 writer.write(REQUEST)
             await read_response(reader)
 

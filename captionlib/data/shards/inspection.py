@@ -6,13 +6,14 @@ a dataset that a job on a cluster is writing.
 
 import os
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.lineage import LineageStep, describe_config, read_lineage
+from captionlib.data.shards.lineage import LineageStep, describe_config, list_sources, read_lineage
 from captionlib.data.shards.markers import (
     JOURNAL_FILE,
     SUCCESS_FILE,
@@ -26,7 +27,15 @@ from captionlib.data.shards.throughput import IDLE_SECONDS, Throughput, measure_
 from captionlib.errors import CaptionlibError, DamagedShardError
 from captionlib.storage.folders import TEMPORARY_FOLDER
 
-__all__ = ["DatasetReport", "FailureExample", "FailureReport", "JobReport", "ShardState", "inspect_dataset"]
+__all__ = [
+    "DatasetReport",
+    "FailureExample",
+    "FailureReport",
+    "JobReport",
+    "ShardState",
+    "collect_failures",
+    "inspect_dataset",
+]
 
 ShardState = Literal["done", "failures", "stale", "in progress", "open"]
 """`failures`: done, but some images could not be read. `stale`: done, but the input shard has changed since."""
@@ -172,6 +181,20 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         interrupted_update=dataset.folder.exists(JOURNAL_FILE),
         problems=problems,
     )
+
+
+def collect_failures(dataset: ShardedDataset) -> dict[str, FailureReport]:
+    """Returns the images that could not be read, by reason, in a dataset and in those that it was made from.
+
+    Datasets that cannot be read are left out.
+    """
+    counts, examples = Counter[str](), defaultdict[str, list[FailureExample]](list)
+    for each in [*list_sources(dataset)[0], dataset]:
+        markers = each.read_markers()
+        for reason, failure in _summarize_failures(each, markers, sum_markers(markers.values())).items():
+            counts[reason] += failure.count
+            examples[reason] += failure.examples
+    return {reason: FailureReport(count, examples[reason][:_EXAMPLES]) for reason, count in counts.most_common()}
 
 
 def _compare_with_source(

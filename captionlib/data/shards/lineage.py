@@ -7,7 +7,7 @@ from typing import Any
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.errors import CaptionlibError
 
-__all__ = ["LineageStep", "describe_config", "read_lineage"]
+__all__ = ["LineageStep", "describe_config", "list_sources", "read_lineage"]
 
 _MAX_STEPS = 10  # more than any chain of stages; datasets that name each other as source would loop forever
 
@@ -37,20 +37,33 @@ class LineageStep:
 
 
 def read_lineage(dataset: ShardedDataset) -> list[LineageStep]:
-    """Returns the datasets that this dataset was made from, the first one first, without the dataset itself."""
-    steps: list[LineageStep] = []
-    address = dataset.source
-    while address and len(steps) < _MAX_STEPS:
-        try:
-            source = open_dataset(address, complete_update=False)
-            totals = source.read_totals() or source.compute_totals()
-        except (CaptionlibError, OSError) as error:
-            steps.append(LineageStep(address, problem=str(error)))
-            break
+    """Describes the datasets that this dataset was made from, in the order in which they were made."""
+    sources, unreadable = list_sources(dataset)
+    steps = [] if unreadable is None else [unreadable]
+    for source in sources:
+        totals = source.read_totals() or source.compute_totals()
         description = describe_config(source.kind, source.config)
-        steps.append(LineageStep(address, source.kind, description, source.created, totals.rows, totals.failures))
-        address = source.source
-    return steps[::-1]
+        steps.append(
+            LineageStep(source.folder.uri, source.kind, description, source.created, totals.rows, totals.failures)
+        )
+    return steps
+
+
+def list_sources(dataset: ShardedDataset) -> tuple[list[ShardedDataset], LineageStep | None]:
+    """Returns the datasets that this dataset was made from, in the order in which they were made.
+
+    If one of them cannot be read, this one and all earlier ones are left out, and a step with the problem is returned
+    too.
+    """
+    sources: list[ShardedDataset] = []
+    address = dataset.source
+    while address and len(sources) < _MAX_STEPS:
+        try:
+            sources.insert(0, open_dataset(address, complete_update=False))
+        except (CaptionlibError, OSError) as error:
+            return sources, LineageStep(address, problem=str(error))
+        address = sources[0].source
+    return sources, None
 
 
 def describe_config(kind: str, config: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ function listSections(page) {
   return page.querySelectorAll("[data-live]");
 }
 function replaceSection(section) {
-  if (shown.get(section.id) === section.outerHTML) return;
-  shown.set(section.id, section.outerHTML);
+  if (section.isEqualNode(shown.get(section.id) ?? null)) return;
+  shown.set(section.id, section.cloneNode(true));
   const current = document.getElementById(section.id);
   for (const details of current?.querySelectorAll("details") ?? []) {
     const same = section.querySelector(`#${CSS.escape(details.id)}`);
@@ -34,5 +34,5 @@ async function update() {
   }
   setTimeout(update, SECONDS * 1000);
 }
-for (const section of listSections(document)) shown.set(section.id, section.outerHTML);
+for (const section of listSections(document)) shown.set(section.id, section.cloneNode(true));
 setTimeout(update, SECONDS * 1000);

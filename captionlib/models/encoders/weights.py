@@ -5,7 +5,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from urllib.error import URLError
 
@@ -17,7 +17,7 @@ from fsspec.implementations.cached import SimpleCacheFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
-from captionlib.data.images.decoding import DecodeScale, Preprocessing
+from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.shards.markers import from_json
 from captionlib.errors import CaptionlibError, ConfigError
 from captionlib.storage.file_systems import open_file_system
@@ -97,33 +97,26 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def resolve_preprocessing(
-    model: str, weights: str, resize_size: int | None = None, decode_scale: DecodeScale | None = None
-) -> Preprocessing:
+def resolve_preprocessing(model: str, weights: str) -> Preprocessing:
     """Returns the preprocessing that a model needs with these weights.
 
     The preprocessing is taken from the header of a weights file, from torchvision's named weights, or otherwise from
-    the model's default weights. `load_weights` lists the possible values of `weights`. `resize_size` overrides the
-    length of the image's shorter side in pixels, and `decode_scale` overrides how JPEG files are decoded.
+    the model's default weights. `load_weights` lists the possible values of `weights`.
 
     Raises:
         ConfigError: the weights file cannot be read.
     """
     preprocessing = _read_preprocessing(weights)
-    if preprocessing is None:
-        entries = torchvision.models.get_model_weights(model)
-        preset = (entries[weights] if weights in entries.__members__ else entries.DEFAULT).transforms()
-        preprocessing = Preprocessing(
-            resize_size=preset.resize_size[0],
-            crop_size=preset.crop_size[0],
-            interpolation=preset.interpolation.value,
-            mean=tuple(preset.mean),
-            std=tuple(preset.std),
-        )
-    return replace(
-        preprocessing,
-        resize_size=resize_size or preprocessing.resize_size,
-        decode_scale=decode_scale or preprocessing.decode_scale,
+    if preprocessing is not None:
+        return preprocessing
+    entries = torchvision.models.get_model_weights(model)
+    preset = (entries[weights] if weights in entries.__members__ else entries.DEFAULT).transforms()
+    return Preprocessing(
+        resize_size=preset.resize_size[0],
+        crop_size=preset.crop_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
     )
 
 

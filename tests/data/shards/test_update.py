@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.simulated_kills import WRITES, Killed
+from captionlib.data.shards import update as update_module
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
@@ -214,6 +215,23 @@ def test_journal_without_its_shards_is_dropped(dataset: ShardedDataset, tmp_path
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_after_commit(dataset, patch, 0)
     dataset.folder.remove(UPDATE_FOLDER)
+    with pytest.raises(DatasetError, match="expected the new version of part-00000, got no file"):
+        open_dataset(tmp_path)
+    assert read(tmp_path) == OLD
+
+
+def test_staged_shards_that_vanish_while_they_are_moved_are_an_error(
+    dataset: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_shard = update_module._move_shard
+
+    def remove_and_move(folder: Folder, *arguments: str) -> None:
+        folder.remove(UPDATE_FOLDER)
+        move_shard(folder, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(DatasetError, match="the new version of part-00000, got no"):
+        patch.setattr(update_module, "_move_shard", remove_and_move)
+        update(dataset)
     with pytest.raises(DatasetError, match="expected the new version of part-00000, got no file"):
         open_dataset(tmp_path)
     assert read(tmp_path) == OLD
