@@ -1,10 +1,10 @@
 """Merges small shards and splits large ones, without computing any row again.
 
 A manifest lists the images, and other datasets are made from it. First, the manifest is atomically divided into new
-shards. Then, in each dataset that was made from it, each row and
-failure moves to the shard that now contains its image. Each compaction has an id, which the compacted datasets store as
-`compaction_id`. A dataset whose `compaction_id` differs from that of its source still has the old shards. If compaction
-is interrupted, running the same command again moves the rows of these datasets.
+shards. Then, in each dataset that was made from it, each row and failure moves to the shard that now contains its
+image. Each compaction has an id, which the compacted datasets store as `compaction_id`. A dataset whose `compaction_id`
+differs from that of its source still has the old shards. If compaction is interrupted, running the same command again
+moves the rows of these datasets.
 """
 
 import math

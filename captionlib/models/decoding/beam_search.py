@@ -75,12 +75,9 @@ class _BeamSearch:
         self._group = torch.arange(groups, device=device)  # group number of each hypothesis, ascending
         # Groups, log-probabilities, and words (END included) of the hypotheses that finished at each time step.
         self._finished: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._open_width = torch.full(
-            (groups, 1), self._width, device=device
-        )  # maximum number of unfinished hypotheses
-        self._best_scores = torch.full(
-            (groups, config.candidate_count), -torch.inf, device=device
-        )  # of finished hypotheses
+        # The maximum number of unfinished hypotheses, and the best scores of finished ones.
+        self._open_width = torch.full((groups, 1), self._width, device=device)
+        self._best_scores = torch.full((groups, config.candidate_count), -torch.inf, device=device)
         self._ranks = torch.arange(self._width, device=device)
 
     @property
@@ -162,8 +159,7 @@ class _BeamSearch:
         self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.candidate_count, dim=1).values
 
     def _can_improve(self, log_prob: Tensor) -> Tensor:
-        """Returns which hypotheses can still be among the `candidate_count` best of their group, `[groups, width]
-        bool`.
+        """Returns whether each hypothesis can still be among the `candidate_count` best of its group.
 
         Log-probabilities only decrease as a sentence grows, so the final score is at most the current log-probability
         divided by max_tokens ** length_penalty. A less probable hypothesis has a lower bound. Therefore, if a
