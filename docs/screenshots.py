@@ -43,18 +43,23 @@ def _take_pages(browser: WebDriver, demo: Path) -> None:
     site = f"http://127.0.0.1:{PORT}"
     with urlopen(f"{site}/api/v1/search?q=red+ring") as response:
         image_id = json.load(response)["results"][0]["image_id"]
-    search = f"{site}/?q=red+ring"
-    _take(browser, search, "search")
-    _take(browser, search, "search-dark", scheme="dark")
-    _take(browser, search, "search-phone", device="phone")
-    _take(browser, f"{site}/image?{urlencode({'q': 'red ring', 'id': image_id, 'at': 0})}", "image")
-    _take(browser, f"{site}/docs", "api")
+    pages = {
+        "home": "/",
+        "search": "/?q=red+ring",
+        "image": f"/image?{urlencode({'q': 'red ring', 'id': image_id, 'at': 0})}",
+        "no-results": "/?q=%2Bmagneta+%2Bhoop",
+        "api": "/docs",
+    }
+    for name, path in pages.items():
+        _take(browser, site + path, name)
+        _take(browser, site + path, f"{name}-dark", scheme="dark")
+        _take(browser, site + path, f"{name}-phone", device="phone")
     _take(browser, (demo / "report" / "index.html").resolve().as_uri(), "report")
 
 
 def _take_comparison(browser: WebDriver, demo: Path) -> None:
     """Compares captions of beam search with sampled captions."""
-    sampling = "--set", "decoding.strategy=sample", "--set", "decoding.n_best=1"
+    sampling = "--set", "decoding.strategy=sample", "--set", "decoding.temperature=0.9", "--set", "decoding.n_best=1"
     sampled = demo / "captions-sampled"
     _run("generate-captions", demo / "features", "-c", demo / "captioner", "-o", sampled, *sampling, "--no-progress")
     options = "-m", demo / "manifest", "--split", "test", "--compare", sampled, "-o", demo / "comparison"

@@ -55,7 +55,7 @@ def command(
     require_checkpoint_files(checkpoint, weights)
     from captionlib.config import load_config
     from captionlib.data.sources.folder import find_images
-    from captionlib.evaluation.crop_and_attention import build_crop_and_attention
+    from captionlib.evaluation.image_display import build_image_display
     from captionlib.evaluation.predictions import Prediction
     from captionlib.evaluation.report import write_report
     from captionlib.models.families.captioner import open_captioner
@@ -78,7 +78,7 @@ def command(
             "Captions",
             [Prediction.from_row(row) for row in rows],
             note=f"{len(rows):,} images, captioned by {checkpoint}.",
-            crop_and_attention=build_crop_and_attention(rows, captioner.encoder),
+            display=build_image_display(rows, captioner.encoder),
         )
         click.echo(f"{page}: {len(rows):,} images", err=as_json)  # with --json, standard output contains only JSON
     sys.exit(1 if failures else 0)

@@ -23,7 +23,7 @@ from captionlib.data.shards.inspection import FailureReport
 from captionlib.errors import DatasetError, ImageError
 from captionlib.evaluation.charts import build_charts
 from captionlib.evaluation.comparison import Comparison
-from captionlib.evaluation.crop_and_attention import CropAndAttention
+from captionlib.evaluation.image_display import ImageDisplay
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
 from captionlib.progress import progress_bar
@@ -52,19 +52,27 @@ def write_report(
     cider: Mapping[str, float] | None = None,
     attributes: Mapping[str, Mapping[str, bool]] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
-    crop_and_attention: CropAndAttention = CropAndAttention(),
+    display: ImageDisplay = ImageDisplay(),
     failures: Mapping[str, FailureReport] | None = None,
     comparison: Comparison | None = None,
     progress: bool = False,
 ) -> str:
     """Writes the page, its data and its thumbnails, replaces an earlier report, and returns the page's path or URI.
 
-    Below the title, the page shows `note`, then `scores` (name, value, and a detail such as a confidence interval), the
-    curves of a training `history` (one row per epoch), and the predictions. `cider` maps image ids to the CIDEr of the
-    caption. `attributes` maps image ids to the attributes that the caption mentions, such as `color`, and each of these
-    to whether it is correct. `crop_and_attention` selects the part of the image to show, and adds attention maps.
-    `failures` are images without a caption, by reason. With `comparison`, of the same predictions, the page shows the
-    captions of the baseline beside them. If `progress` is True, a progress bar is shown.
+    Args:
+        folder: folder of the report.
+        title: title of the page.
+        predictions: the captions to show.
+        note: text below the title.
+        scores: name, value and detail of each score. The detail is, for example, a confidence interval.
+        cider: CIDEr of each caption by image id.
+        attributes: for each image id, the attributes that the caption mentions, such as `color`, and whether each of
+            them is correct.
+        history: metrics of each training epoch, shown as curves.
+        display: the part of each image to show, and the attention maps.
+        failures: images without a caption, by reason.
+        comparison: captions of a baseline for the same images, to show beside the captions.
+        progress: show a progress bar.
 
     Raises:
         DatasetError: the folder contains files that do not belong to a report.
@@ -73,11 +81,11 @@ def write_report(
     _clear(output)
     items = []
     with progress_bar("report", len(predictions), "images", progress) as bar:
-        crop = _crop_for_thumbnails(crop_and_attention.preprocessing)
+        crop = _crop_for_thumbnails(display.preprocessing)
         thumbnails = bar.track(_write_thumbnails(output, predictions, crop))
         for prediction, thumbnail in zip(predictions, thumbnails, strict=True):
             image_id = prediction.image_id
-            maps = crop_and_attention.attention_maps.get(image_id, ())
+            maps = display.attention_maps.get(image_id, ())
             items.append(
                 {
                     **_to_item(prediction),

@@ -4,7 +4,8 @@ from uuid import uuid4
 
 import pytest
 
-from captionlib.errors import CheckpointError, ConfigError, DatasetError, FingerprintError
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.errors import CheckpointError, ConfigError, DamagedShardError, DatasetError, FingerprintError
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.search.index import open_index
@@ -117,7 +118,7 @@ def test_files_of_a_version_are_removed_two_builds_later(root: str) -> None:
     assert sum(name.startswith("text-") for name in names) == 2
     description = read_description(Folder(f"{root}/index"))
     assert description is not None
-    assert set(names) == {"index.json", "rows", "candidates", description.text, *description.previous}
+    assert set(names) == {"index.json", "rows", "details", description.text, *description.previous}
 
 
 @pytest.mark.parametrize("step", ["train", "add_shard", "finish"])
@@ -238,6 +239,16 @@ def test_unsuitable_folders_are_rejected(tmp_path: Path) -> None:
         IndexConfig("klingon")
 
 
+@pytest.mark.parametrize("damaged", ["captions", "embeddings"])
+def test_missing_marker_is_an_error_rather_than_a_smaller_index(tmp_path: Path, damaged: str) -> None:
+    captions, embeddings = write_both(str(tmp_path))
+    for folder in (captions, embeddings):
+        open_dataset(folder).finish(max_failure_ratio=1)
+    (tmp_path / damaged / "__shards" / "part-00001.json").unlink()
+    with pytest.raises(DamagedShardError, match="its marker is missing"):
+        plan_build(captions, embeddings, tmp_path / "index", IndexConfig())
+
+
 def test_opening_with_another_ranker_is_rejected(root: str) -> None:
     captions, embeddings = write_both(root)
     build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
@@ -259,7 +270,7 @@ def test_remote_index_is_copied_once_and_replaces_its_old_copy(tmp_path: Path, m
     description = read_description(Folder(f"{address}/index"))
     assert description is not None
     copies = {str(path.relative_to(root)) for path in root.rglob("*") if "text-" not in path.parent.name}
-    assert copies == {*description.files, "rows", "candidates"}
+    assert copies == {*description.files, "rows", "details"}
     for name in description.files:
         Folder(f"{address}/index").remove(name)
     assert open_index(f"{address}/index", cache=tmp_path).search_text("dog", 40).num_rows > 0
