@@ -75,8 +75,8 @@ def load_config(
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
     """Creates a configuration from a mapping of keys to values. Nested mappings fill nested sections.
 
-    A key that a nested mapping omits keeps the value that the enclosing class sets by default for the section, not the
-    default of the section's own class. Error messages begin with `origin`, which names the source of the values.
+    If a section is only partly given, its other keys come from the enclosing class's default for this section. Error
+    messages begin with `origin`, which names the source of the values.
 
     Raises:
         ConfigError: a key is unknown or a value is invalid.

@@ -20,7 +20,9 @@ __all__ = ["command"]
     help="Path, URL or glob of images or of a table; see `captionlib prepare`. Repeatable.",
 )
 @captioner_option(
-    "--captioner", "init {collection} --source {sources}", "Captioner (caption model), or a model such as hf:FOLDER."
+    "--captioner",
+    "init {collection} --source {sources}",
+    "Folder of a captioner (caption model), or a model such as hf:FOLDER.",
 )
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder), for search by sentence and image.")
 @click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")

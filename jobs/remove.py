@@ -39,11 +39,12 @@ def command(
     dry_run: bool,
     thumbnails: str | None,
 ) -> None:
-    """Remove images from a collection, or from the manifest (list of images), datasets and indexes in FOLDER.
+    """Remove images from each FOLDER: a collection, a manifest (list of images), another dataset, or an index.
 
-    Afterwards, none of these contains the ids. Later updates of the manifest skip the images, because its file
+    Afterwards, no FOLDER contains the ids. Later updates of the manifest skip the images, because its file
     `_removed.json` lists hashes of their ids. The image files themselves are not deleted. Models that were trained on
-    the images do not change. To remove the images from a model, train it again and run `build-datastore` again.
+    the images do not change. To remove the images from a model, train it again, and run `build-datastore` again, which
+    stores training captions for decoding.
 
     \b
     Examples:
@@ -145,7 +146,7 @@ def _rebuild_index(address: str) -> None:
 
 
 def _regroup_duplicates(description: IndexDescription) -> str | None:
-    """Returns the duplicates dataset whose images an index leaves out, or None if it leaves out none.
+    """Returns the duplicates dataset that an index was built with, or None if there is none.
 
     Writes the dataset again if images were removed from it.
     """

@@ -52,9 +52,9 @@ def build_index(
         FingerprintError: see `plan_build`.
     """
     build = plan_build(captions, embeddings, output, config, duplicates=duplicates, overwrite=run.overwrite)
-    choose_runner(run)
+    choose_runner(run)  # checks the options before the index is changed
     if build.is_done():
-        build.clean()
+        build.remove_unused_files()
     else:
         run_pipeline(BuildIndex(build), "build-index", run)
     description = read_description(build.folder)

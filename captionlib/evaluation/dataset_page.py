@@ -44,13 +44,13 @@ def render_dataset_page(report: DatasetReport, *, live: bool = False) -> bytes:
 
 
 def _describe_state(report: DatasetReport) -> tuple[str, str]:
-    """Returns the state as a name for the style, and in words."""
+    """Returns the CSS class and the label of the state."""
     if report.complete:
         return ("complete", "Complete") if not report.stale else ("stopped", "Out of date")
     if report.job.state == "running":
         return "running", "Running"
     if report.shards_done == report.shards:
-        return "failed", "Not accepted" if report.failed else "Not finished"
+        return "failed", "Too many failures" if report.failed else "Not finished"
     return "stopped", "Stopped"
 
 

@@ -209,7 +209,7 @@ class IndexBuild:
             DatasetError: a file of `base` is damaged, or a concurrent build has removed files of this one.
         """
         if self.is_done():
-            self.clean()
+            self.remove_unused_files()
             return
         previous = self._read_current()
         try:
@@ -221,9 +221,9 @@ class IndexBuild:
             ) from error
         previous_files = set(previous.files if previous else ()) - set(description.files)
         write_description(self.folder, replace(description, previous=tuple(sorted(previous_files))))
-        self.clean()
+        self.remove_unused_files()
 
-    def clean(self) -> None:
+    def remove_unused_files(self) -> None:
         """Removes the files of interrupted builds, and of versions before the previous one."""
         current = self._read_current()
         used = {*current.files, *current.previous} if current is not None else set()
@@ -237,7 +237,7 @@ class IndexBuild:
         current = self._read_current()
         if current is not None and current.previous:
             write_description(self.folder, replace(current, previous=()))
-        self.clean()
+        self.remove_unused_files()
 
     def _merge(self) -> IndexDescription:
         shards = self._list_indexed_shards()

@@ -33,8 +33,7 @@ class IndexConfig:
             stores one byte per dimension, `pq` one byte per four dimensions. `auto` chooses by the number of rows.
         nlist: number of inverted lists. If None, it is about twice the square root of the number of rows.
         nprobe: number of inverted lists to search per query. If None, it is chosen for a recall@10 of about 0.95.
-        keep_duplicates: whether to index the duplicates of kept images, marked as duplicates, instead of leaving them
-            out.
+        keep_duplicates: whether images that `deduplicate` found to be duplicates are indexed, with a mark, or left out.
     """
 
     language: str = "english"
@@ -90,9 +89,9 @@ class VectorLayout:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
         This is the case if `auto` would choose a different encoding for `rows`. It is also the case if there are
-        inverted lists and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of
-        rows has decreased, the layout is kept. Otherwise, an index whose number of rows varies around a limit would be
-        built again with every update.
+        inverted lists and `rows` exceeds four times the number of rows that the layout was chosen for. A layout is kept
+        when the number of rows decreases, so that an index whose size varies around a limit is not built again with
+        every update.
         """
         if rows <= self.rows:
             return False

@@ -60,8 +60,8 @@ class FacetCounts:
         splits: number of images by split.
         sources: number of images by the name of the captions dataset.
         months: number of images by month, such as `2026-03`, or by year. Images without a known date are not counted.
-        kept: number of images without the duplicates of kept images.
-        duplicates: number of images that are duplicates of kept images.
+        kept: number of images that are not marked as duplicates of another image.
+        duplicates: number of images that are marked as duplicates.
     """
 
     total: int
@@ -89,9 +89,9 @@ class Facets:
         return len(self._groups)
 
     def select(self, where: Filter) -> list[int] | None:
-        """Returns the numbers of the groups that match a filter, or None if all groups match.
+        """Returns the indices of the groups that match a filter, or None if all groups match.
 
-        `where.where` and `where.min_log_prob` are ignored.
+        The SQL condition and the minimum log-probability of the filter are ignored.
         """
         tests = self._make_tests(where)
         selected = [number for number, group in enumerate(self._groups) if all(test(group) for test in tests.values())]

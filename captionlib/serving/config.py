@@ -17,7 +17,7 @@ class ServingConfig:
         max_upload_bytes: maximum total size of the images uploaded by a request.
         max_concurrent_uploads: maximum number of uploaded images that are processed at once.
         max_waiting_uploads: maximum number of uploaded images that wait to be processed. Clients take turns. If too
-            many images wait, the latest image of the client with the most of them is rejected with status 503.
+            many images wait, the latest image of the client with the most waiting images is rejected with status 503.
         max_concurrent_fetches: maximum number of images to fetch at once for thumbnails. At most a quarter of them can
             be from the same host. A request that waits for more than five seconds fails with status 503.
         max_requests_per_client: maximum number of requests of one client at once. Further requests fail with status
@@ -26,11 +26,11 @@ class ServingConfig:
         max_image_pixels: maximum number of pixels (width x height) of images to decode.
         image_timeout_seconds: timeout for fetching an image, and separately for decoding it.
         max_thumbnail_bytes: maximum total size of thumbnails on disk, enforced after every 200 new thumbnails.
-        max_exported_images: maximum number of images of a selection that is saved.
-        max_export_bytes: maximum total size of the images of a selection that is saved as a WebDataset. The tar lists
-            the images that would exceed it.
-        max_concurrent_exports: maximum number of selections that are saved as WebDatasets at once. Further requests
-            fail with status 503.
+        max_exported_images: maximum number of images that a visitor can select and save.
+        max_export_bytes: maximum total size of the images of a saved WebDataset. Further images are left out, and a
+            file in the tar lists them.
+        max_concurrent_exports: maximum number of WebDatasets that are saved at once. Further requests fail with status
+            503.
         allow_private_hosts: whether to also fetch images from hosts that are not public. Enable this only if you trust
             the author of the dataset, who chose the image URLs: visitors can view the images at these URLs.
         log_requests: whether to write a line of JSON to standard error for each request.

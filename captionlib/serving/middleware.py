@@ -92,10 +92,10 @@ class RequestLimits:
         return _LimitedBody(receive, self._config.body_timeout_seconds, self._max_body_bytes, self._too_large_message)
 
     async def _reject(self, error: "_RejectedError", scope: Scope, body: "_LimitedBody", send: Send) -> None:
-        """Sends an error, and closes the connection because the rest of the body may be too large to read.
+        """Sends an error, discards what arrives of the body for a few seconds, and then closes the connection.
 
-        The connection stays open for a few seconds, because a client that is still sending its body would otherwise not
-        receive the error.
+        The body may be too large to read. If the connection was closed at once, a client that is still sending its body
+        would not receive the error.
         """
 
         async def send_and_discard_body(message: Message) -> None:

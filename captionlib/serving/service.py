@@ -68,13 +68,13 @@ class Search:
 
     Attributes:
         query: words, or a description.
-        mode: what the query is compared with.
+        mode: what the query is compared with: words of captions (`text`), images (`sentence`), or both (`hybrid`).
         split: dataset split of the images; None for all splits.
         min_log_prob: minimum log-probability of a caption.
         sort: order of the results in mode `text`.
         source: name of the captions dataset of the images; None for all.
         date: year or month in which the files of the images were last modified; None for all.
-        kept_only: whether to leave out the duplicates of kept images.
+        kept_only: whether to leave out images that are marked as duplicates.
         like: id of an image in the index, to find similar images. It is used only if there is no query.
     """
 
@@ -365,12 +365,12 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
 
 
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
-    """Converts the candidate captions of a row. The index stores the number of tokens only for the best one.
+    """Converts the candidate captions of a row.
 
-    If that is the number of words plus an end token, tokens are words, and they are counted for all candidates.
-    Otherwise, `word_probability` is None.
+    The index stores the number of tokens only for the best candidate. If it is the number of words plus an end token,
+    tokens are words, so the words of the other candidates are counted. Otherwise, `word_probability` is None.
     """
-    has_words = row["tokens"] == len(row["caption"].split()) + 1  # the column `tokens` is their number
+    has_words = row["tokens"] == len(row["caption"].split()) + 1
     return [
         CaptionCandidate(
             **each,

@@ -38,6 +38,7 @@ _PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {
 _FAILURE_SECONDS = 30.0
 _MAX_FAILURES = 10_000
 _PRUNE_EVERY = 200
+_BATCH = 200  # thumbnails that wait in the queue of the thread pool
 _HOST_DIVISOR = 4  # one host can use a quarter of the threads
 _WAITING_PER_THREAD = 4
 _MAX_WAIT_SECONDS = 5.0
@@ -176,8 +177,8 @@ def create_thumbnails(folder: Path, uris: Sequence[str], config: ServingConfig, 
         ThreadPoolExecutor(threads, thread_name_prefix="thumbnails") as pool,
         progress_bar("thumbnails", len(uris), "images", progress) as bar,
     ):
-        for start in range(0, len(uris), _PRUNE_EVERY):  # limits the calls that wait
-            batch = uris[start : start + _PRUNE_EVERY]
+        for start in range(0, len(uris), _BATCH):
+            batch = uris[start : start + _BATCH]
             failures += sum(not created for created in pool.map(thumbnails.create_ahead, batch))
             bar.update(len(batch))
     return failures

@@ -40,7 +40,7 @@ _TEMPORARY_ERRNO = {  # raised by network file systems, and by object store clie
 
 
 def is_temporary_error(error: BaseException) -> bool:
-    """Returns whether the same request may succeed if it is retried later."""
+    """Returns whether the same request may succeed if it is retried later. Fetches raise FetchError after retries."""
     if isinstance(error, FetchError | FileNotFoundError | PermissionError | ssl.SSLCertVerificationError):
         return False
     status = get_http_status(error)

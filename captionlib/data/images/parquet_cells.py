@@ -36,8 +36,8 @@ class ParquetCellReader:
         # With the condition, one thread reads a value, and other threads that need it wait.
         footers: LRUCache[object, pq.FileMetaData] = LRUCache(_CACHED_FOOTERS)
         self._get_footer = cached(footers, condition=Condition())(self._read_footer)
-        # Concurrent reads alternate between two chunks at a row group boundary. A chunk counts as half the cache at
-        # most, so that both always fit.
+        # At a row group boundary, concurrent reads alternate between two chunks. A larger chunk counts as half of the
+        # cache, so that two chunks always stay in it; they may exceed `cache_bytes`.
         half = cache_bytes // 2
         chunks: LRUCache[object, pa.ChunkedArray] = LRUCache(cache_bytes, lambda chunk: min(chunk.nbytes, half))
         self._get_chunk = cached(chunks, condition=Condition())(self._read_chunk)

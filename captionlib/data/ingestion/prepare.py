@@ -52,7 +52,7 @@ class PrepareConfig:
         append: keep images of an existing manifest that are not in the source, which then only needs to list new ones.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
         verify_content: path or URL of features, captions or embeddings made from the manifest. If set, an update reads
-            each image whose file seems unchanged, and compares a hash of its content with the column `content_hash`.
+            each image whose file seems unchanged, and compares a hash of its content with `content_hash` there.
     """
 
     source_format: str = "auto"
@@ -158,7 +158,10 @@ def _prepare(
     report: Callable[[Changes], None],
     progress: bool,
 ) -> PrepareSummary:
-    """Writes or updates a manifest. Invalid sources create no folder: a new one is locked after they are checked."""
+    """Writes or updates a manifest.
+
+    Locking creates the folder, so a new folder is locked after the sources were checked: invalid ones create no folder.
+    """
     is_new = not Folder(output).exists(DESCRIPTION_FILE)
     existing = _open_output(output, config, overwrite)
     to_update = existing if existing is not None and existing.is_complete() else None
@@ -344,7 +347,7 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
 
 
 def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: SkipCounter) -> Iterator[ManifestRow]:
-    selected = add_split_aliases(splits)
+    selected = add_split_aliases(splits)  # val and dev are the same split
     for row in rows:
         if row.split in selected:
             yield row

@@ -1,4 +1,4 @@
-"""Stages manifest rows (one per image) in a local Parquet file, to count, hash and check them before the output."""
+"""Stages manifest rows (one per image) in a local Parquet file, to count, hash and check them first."""
 
 import hashlib
 import itertools
@@ -152,7 +152,7 @@ def check_unique_ids(staged: StagedRows) -> None:
                 first, second = (f"{uri} at {origin}" if origin else uri for uri, origin in rows)
                 raise DuplicateIdError(
                     f"expected one row per image id, got {count} with {image_id!r}: {first}, and {second}; remove one, "
-                    "or choose a different id column; if each row has one caption, make the rows of an image adjacent"
+                    "or choose a different id column; rows with one caption each are merged if they are adjacent"
                 )
 
 

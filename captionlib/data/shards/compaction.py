@@ -51,7 +51,8 @@ class Compaction:
 
     Attributes:
         dataset: the dataset, as it was when the compaction was planned.
-        shard_size: images per shard of a dataset that was not made from another one; otherwise None.
+        shard_size: new number of images per shard. None if the dataset was made from another one, whose shards it
+            adopts.
         images: number of rows and failures of the dataset.
     """
 
@@ -181,7 +182,7 @@ def _read_failures(dataset: ShardedDataset, shard: int) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Matches:
-    """For each image of an old shard, its position in the input of a new shard; -1 if it does not belong there.
+    """The position of each image of an old shard in a shard of the source; -1 if it is not in that shard.
 
     Attributes:
         rows: `[rows] int64`, positions of the rows.
@@ -208,7 +209,8 @@ def _write_moved_rows(
     """Writes a shard of `staged` with the rows and failures that `dataset` has for the images of the input shard.
 
     The marker (the file that records that the shard is complete) usually contains the checksum of the input shard. If
-    an image is missing or out of order, it contains `STALE`, so that the next run of the stage corrects the shard.
+    an image is missing or out of order, the marker contains `STALE` instead, and the next run of the command that made
+    the dataset corrects the shard.
 
     Returns:
         The number of moved rows and failures.

@@ -18,7 +18,7 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
 
     Args:
         job: the job. Progress is read from the folder of its first output, where workers write it.
-        pending: numbers of the shards that the job processes. Ignored if the job verifies all shards.
+        pending: numbers of the shards that the job processes. Ignored if the job also verifies finished shards.
         label: text before the bar.
         enabled: whether to show the bar.
     """

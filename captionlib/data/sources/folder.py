@@ -49,7 +49,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
         for name, version in names:
             if _is_image_name(name, skips):
                 uri = f"{root.address}/{name}"
-                if names_part_of_file(uri) and not root.is_local:
+                if names_part_of_file(uri) and not root.is_local:  # such as x.parquet#row=1&column=y
                     skips.reject_image("name that looks like the address of a part of a file", uri)
                     continue
                 yield ManifestRow(name, uri, options.default_split, (), uri, version)

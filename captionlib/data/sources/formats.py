@@ -54,7 +54,7 @@ SOURCE_FORMATS: Mapping[str, SourceFormat] = {
     ),
     "coco": SourceFormat(read_coco, "entries of `images`", references_images=True),
     "karpathy": SourceFormat(read_karpathy, "entries of `images`", references_images=True),
-    "flickr": SourceFormat(read_flickr, "lines of NAME.jpg#K, a tab and a caption, in a split", references_images=True),
+    "flickr": SourceFormat(read_flickr, "lines `NAME.jpg#K<tab>caption` of images in a split", references_images=True),
     "table": SourceFormat(read_tables, "rows below the header", references_images=True),
     "webdataset": SourceFormat(read_webdataset, "NAME.jpg, NAME.png etc. in the tars", references_images=False),
     "hf-parquet": SourceFormat(read_hf_parquet, "rows with a column of images", references_images=False),

@@ -50,7 +50,7 @@ def export_checkpoint(
         weights: path of the encoder's weights file; required only if the file has moved.
         with_encoder: include the weights of the encoder if they were loaded from a file. Otherwise, the model card
             contains the name of the file or model folder and the hash of the weights.
-        with_datastore: include the datastore for reranking. It contains the captions of the training images.
+        with_datastore: include the datastore for reranking: features and captions of the training images.
         notes: what the model card says about license, data and scores.
 
     Returns:
@@ -118,14 +118,18 @@ def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -
 
 
 def _contains(target: Folder, contents: Mapping[str, bytes]) -> bool:
-    """Returns whether an earlier run, which failed after it had written all files, wrote the same export."""
+    """Returns whether a folder already contains exactly this export, such as from a run that failed at its end."""
     return set(target.list()) - {TEMPORARY_FOLDER} == contents.keys() and all(
         target.read(name) == content for name, content in contents.items()
     )
 
 
 def _clear(target: Folder) -> None:
-    """Removes the files of an interrupted export, which lack CONFIG. Raises CheckpointError if there are others."""
+    """Empties a folder that an interrupted export left, without CONFIG, which is written last.
+
+    Raises:
+        CheckpointError: the folder contains other files.
+    """
     names = [name for name in target.list() if name != TEMPORARY_FOLDER]
     if others := sorted(set(names) - (CHECKPOINT_FILES - {CONFIG})):
         raise CheckpointError(f"{target.uri}: expected a new or empty folder, got files ({', '.join(others[:3])})")

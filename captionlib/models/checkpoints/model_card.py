@@ -175,7 +175,7 @@ def _render_data(config: Mapping[str, Any], description: str) -> Iterator[str]:
     yield from ["", f"Vocabulary: {describe_vocabulary(vocabulary)}."]
     for name in ("features", "manifest", "source"):
         if name in provenance:
-            yield f"Checksum of the {name}: `{provenance[name]}`."
+            yield f"Checksum of the {'training text' if name == 'source' else name}: `{provenance[name]}`."
     if "init_from" in provenance:
         yield f"Initialized from the checkpoint with the fingerprint `{provenance['init_from'].get('fingerprint')}`."
 

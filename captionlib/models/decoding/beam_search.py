@@ -162,9 +162,9 @@ class _BeamSearch:
         """Returns whether each hypothesis can still be among the `candidate_count` best of its group.
 
         Log-probabilities only decrease as a sentence grows, so the final score is at most the current log-probability
-        divided by max_tokens ** length_penalty. A less probable hypothesis has a lower bound. Therefore, if a
-        hypothesis is pruned, all less probable ones of its group are pruned too, and none of them takes its place in
-        the beam.
+        divided by max_tokens ** length_penalty. Of two hypotheses, the less probable one has the smaller limit.
+        Therefore, if a hypothesis is pruned, all less probable ones of its group are pruned too, and none of them takes
+        its place in the beam.
         """
         bound = log_prob / self._max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]

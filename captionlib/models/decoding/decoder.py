@@ -31,7 +31,8 @@ class Decoder:
         config: how to decode captions. If None, `DecodingConfig()` is used.
         dtype: dtype of the captioner's computation, float32 or bfloat16; log-probabilities are summed in float32.
         vocabulary: the captioner's vocabulary; required if `forbidden_words` is set, or if tokens are not words.
-        datastore: features and references of the captioner's training images; required only for `rerank.neighbors`.
+        datastore: features and references of the captioner's training images; required only for `rerank.neighbors`,
+            which compares candidates with the references of similar training images.
 
     Raises:
         ConfigError: `forbidden_words` or `rerank` cannot be applied; see `find_forbidden_ids` and `Reranker`.

@@ -121,7 +121,11 @@ def require_weights(location: str, missing: Collection[str]) -> None:
 
 
 def require_pixels(address: str, expected: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Rejects features for a model whose input is pixels and whose `encoder` is `expected`; see `ImageModel`."""
+    """Checks that the input of a model is images. Features have another `description` of their encoder than `expected`.
+
+    Raises:
+        CheckpointError: the input is features.
+    """
     if description != expected:
         raise CheckpointError(
             f"{address}: expected images, the input of this model, got features; specify the manifest that the "

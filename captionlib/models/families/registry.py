@@ -42,7 +42,7 @@ def resolve_model_address(address: str | os.PathLike[str]) -> str:
 
 
 def find_family(group: Group, prefix: str) -> Callable[..., Any]:
-    """Returns the function that loads models of a family. It raises only errors of captionlib.
+    """Returns the function that loads models of a family. It raises CheckpointError if the family's code fails.
 
     Raises:
         ConfigError: no installed package has such a family, or a package that the family needs is missing.
