@@ -14,6 +14,7 @@ BENCHMARKS = {
     "dense-beam-search": "benchmarks.dense_beam_search",
     "nucleus-sampling": "benchmarks.nucleus_sampling",
     "command-help": "benchmarks.command_help",
+    "caption-photo": "benchmarks.caption_photo",
     "neuraltalk-decoder": "benchmarks.neuraltalk_decoder",
     "transformers-captioner": "benchmarks.transformers_captioner",
     "training-throughput": "benchmarks.training_throughput",
