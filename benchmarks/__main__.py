@@ -10,6 +10,7 @@ BENCHMARKS = {
     "prepare-memory": "benchmarks.prepare_memory",
     "manifest-update": "benchmarks.manifest_update",
     "decode-jpeg": "benchmarks.decode_jpeg",
+    "photo-throughput": "benchmarks.photo_throughput",
     "decoding-speed": "benchmarks.decoding_speed",
     "dense-beam-search": "benchmarks.dense_beam_search",
     "nucleus-sampling": "benchmarks.nucleus_sampling",

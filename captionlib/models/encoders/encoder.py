@@ -157,7 +157,8 @@ class Encoder:
         self.preprocessing = preprocessing
         self.device = device
         crop = preprocessing.crop_size
-        self.shape: list[int] = list(self.encode(np.zeros((1, crop, crop, 3), np.uint8)).shape[1:])
+        with torch.inference_mode():  # a batch without images costs nothing
+            self.shape = list(self.network(torch.zeros(0, crop, crop, 3, dtype=torch.uint8, device=device)).shape[1:])
         self.description: dict[str, Any] = {
             "model": config.model,
             "node": config.node,
@@ -224,7 +225,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     with choose_build_device(config.weights, config.missing_weights):
         network = truncate_network(config.model, config.node)
     weights, config = load_network_weights(network, config)
-    network.to_empty(device="cpu").load_state_dict(weights)
+    network.load_state_dict(weights, assign=True)
     preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
     return build_encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
 
