@@ -28,6 +28,7 @@ BENCHMARKS = {
     "histories": "benchmarks.histories",
     "collection-update": "benchmarks.collection_update",
     "storage-faults": "benchmarks.storage_faults",
+    "flipped-bits": "benchmarks.flipped_bits",
     "repeated-bundles": "benchmarks.repeated_bundles",
     "shard-overhead": "benchmarks.shard_overhead",
     "resume": "benchmarks.resume",

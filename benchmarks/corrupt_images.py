@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.bars import report
+from benchmarks.killed_commands import wait_for_processes
 from benchmarks.synthetic_images import write_images
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.data.images.decoding import Preprocessing
@@ -27,16 +28,16 @@ from captionlib.data.images.formats import FORMATS
 from captionlib.data.images.loading import LoadingConfig, open_loader
 from captionlib.errors import ImageError
 
-VALID, FLIPPED = 200, 500
+VALID, MUTATED = 200, 500
 LOADING = LoadingConfig(decode=DecoderConfig(processes=2))
 PREPROCESSING = Preprocessing(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
-# The expected outcome of each kind of file; a file with flipped bits may become either.
+# The expected outcome of each kind of file; a mutated file may become either.
 IMAGE = {"valid", "misnamed", "cmyk", "16-bit", "animated", "palette", "alpha", "rotated"}
 FAILURE = {"truncated", "empty", "text", "enormous", "other-format"}
 
 
-def write_files(folder: Path, flipped: int, seed: int) -> None:
+def write_files(folder: Path, mutated: int, seed: int) -> None:
     """Writes valid files to `valid/`, and files of all kinds to `mixed/`. Most are named `KIND-NUMBER.EXTENSION`."""
     valid = [path.rename(path.with_name(f"valid-{path.name}")) for path in write_images(folder / "valid", VALID)]
     mixed = folder / "mixed"
@@ -48,9 +49,7 @@ def write_files(folder: Path, flipped: int, seed: int) -> None:
     contents = list(formats.values())
     print(f"# formats: {', '.join(formats)}")
     files = {f"truncated-{kind}{part}": c[: len(c) * part // 10] for kind, c in formats.items() for part in (1, 5, 9)}
-    files |= {
-        f"flipped-{number}": flip_bits(contents[number % len(contents)], seed + number) for number in range(flipped)
-    }
+    files |= {f"mutated-{number}": mutate(contents[number % len(contents)], seed + number) for number in range(mutated)}
     files |= {f"misnamed-{number}.txt": content for number, content in enumerate(contents)}
     files |= {
         "empty-1.jpg": b"",
@@ -78,13 +77,19 @@ def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def flip_bits(content: bytes, seed: int) -> bytes:
-    """Returns the content with one to eight bits flipped."""
+def mutate(content: bytes, seed: int) -> bytes:
+    """Flips up to eight bits of a file, or overwrites, removes, repeats or clears a part of it, or cuts its end off."""
     generator = np.random.default_rng(seed)
-    corrupt = bytearray(content)
-    for position in generator.integers(0, len(content), generator.integers(1, 9)):
-        corrupt[position] ^= 1 << int(generator.integers(8))
-    return bytes(corrupt)
+    start, end = sorted(generator.integers(0, len(content), 2))
+    part = content[start:end]
+    kind = generator.integers(10)
+    if kind < 5:
+        corrupt = bytearray(content)
+        for position in generator.integers(0, len(content), generator.integers(1, 9)):
+            corrupt[position] ^= 1 << int(generator.integers(8))
+        return bytes(corrupt)
+    replacement = (generator.bytes(len(part)), b"", 2 * part, bytes(len(part)), part)[kind - 5]
+    return content[:start] + replacement + (b"" if kind == 9 else content[end:])
 
 
 def build_black_png(side: int, bits: int) -> bytes:
@@ -117,6 +122,20 @@ def load_folder(folder: Path) -> None:
     print(json.dumps({"outcomes": outcomes, "peak": peak}))
 
 
+def load_in_subprocess(folder: Path) -> dict[str, Any]:
+    """Loads a folder in a process of its own, which must print no errors and leave no process."""
+    command = [sys.executable, "-m", "benchmarks.corrupt_images", "--load", str(folder)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    output, errors = process.communicate()
+    left = wait_for_processes(process.pid)
+    if process.returncode or errors or left:
+        raise RuntimeError(f"exit code {process.returncode}, processes left: {left}, errors: {errors}")
+    result: dict[str, Any] = json.loads(output)
+    return result
+
+
 def read_peak_memory(process: str) -> int:
     match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
     assert match is not None
@@ -125,8 +144,8 @@ def read_peak_memory(process: str) -> int:
 
 def is_accounted(name: str, outcome: str | None) -> bool:
     """Returns whether a file has the expected outcome of its kind. A failure must have a reason."""
-    kind = next(kind for kind in (*IMAGE, *FAILURE, "flipped") if name.startswith(kind))
-    if kind == "flipped":
+    kind = next(kind for kind in (*IMAGE, *FAILURE, "mutated") if name.startswith(kind))
+    if kind == "mutated":
         return bool(outcome)
     return outcome == "image" if kind in IMAGE else bool(outcome) and outcome != "image"
 
@@ -135,18 +154,17 @@ def main() -> None:
     """Loads the valid files and then all files, in separate processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--load", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--flipped", type=int, default=FLIPPED, help="number of files with flipped bits")
+    parser.add_argument("--mutated", type=int, default=MUTATED, help="number of mutated files")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.load is not None:
         load_folder(options.load)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        write_files(Path(scratch), options.flipped, options.seed)
+        write_files(Path(scratch), options.mutated, options.seed)
         results = []
         for name in ("valid", "mixed"):
-            command = [sys.executable, "-m", "benchmarks.corrupt_images", "--load", str(Path(scratch) / name)]
-            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            results.append(load_in_subprocess(Path(scratch) / name))
             print(f"# {name}: {results[-1]['peak'] / 1024:.0f} MB, {dict(Counter(results[-1]['outcomes'].values()))}")
         names = sorted(path.name for path in (Path(scratch) / "mixed").iterdir())
     outcomes = results[1]["outcomes"]

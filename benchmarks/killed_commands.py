@@ -1,11 +1,10 @@
 """Kills or suspends commands of all stages at random moments; run again, they must give the same output.
 
-No process may be left a few seconds after a command was killed.
+No process may be left a few seconds after a command was killed, and none may print a stack trace.
 """
 
 import argparse
 import contextlib
-import hashlib
 import io
 import multiprocessing
 import os
@@ -20,9 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from benchmarks.bars import report
-from benchmarks.tiny_project import COMMANDS, Command, call, create_project, read_outputs, set_up
-from captionlib.search.index_folder import read_description
-from captionlib.storage.folders import Folder
+from benchmarks.tiny_project import COMMANDS, Command, call, create_project, read_output, set_up
 
 RUNS = 200
 STAGES = (
@@ -69,9 +66,11 @@ def count_identical_outputs(folder: Path, runs: int, seed: int = 0) -> int:
         left = wait_for_processes(process.pid or 0)
         start_command(context, command, project, output).join()
         same = read_output(command, output) == expected[command]
+        errors = _error_file(output).read_text()
         result = f"{'identical' if same else 'DIFFERENT'}{', PROCESSES LEFT: ' if left else ''}{', '.join(left)}"
         print(f"# {command.name}: {action.__name__} after {moment:.2f} s, {result}", flush=True)
-        identical += same and not left
+        print(errors if not same or "Traceback" in errors else "", end="", flush=True)
+        identical += same and not left and "Traceback" not in errors
     return identical
 
 
@@ -110,26 +109,22 @@ def list_processes(session: int) -> list[str]:
 
 
 def start_command(context: ForkServerContext, command: Command, project: Path, output: Path) -> BaseProcess:
-    """Starts a command in a separate process."""
+    """Starts a command in a separate process. Its errors, and those of its processes, are appended to a file."""
     process = context.Process(target=_run, args=(command, project, output))
     process.start()
     return process
 
 
-def read_output(command: Command, output: Path) -> dict[str, str]:
-    """Returns hashes of the Parquet files, of the weights and of exported files, and of what an index contains."""
-    if command.name == "build-index":
-        index = read_description(Folder(output / "index"))
-        return {} if index is None else {"index": f"{index.captions_count} {index.vectors_count} {index.fingerprint}"}
-    files = [*output.glob("*/model.safetensors"), *output.glob("*.json"), *output.glob("export/part-*/*")]
-    digests = {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    return read_outputs(output) | digests
-
-
 def _run(command: Command, project: Path, output: Path) -> None:
     os.setsid()  # identifies the processes that the command starts
+    with _error_file(output).open("ab") as errors:
+        os.dup2(errors.fileno(), 2)
     with contextlib.redirect_stdout(io.StringIO()):
         sys.exit(call(command, project, output))
+
+
+def _error_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.err")
 
 
 def _make(folder: Path) -> Path:

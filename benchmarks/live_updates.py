@@ -1,6 +1,6 @@
 """Counts wrong and failed results while readers query a dataset and its index during 50 updates.
 
-Every update rewrites a few shards and builds the index again. The captions of version N name N, so a reader can tell
+Every update rewrites a few shards and builds the index again. The captions of version N contain N, which shows
 whether a result mixes versions. Readers are an open `Index`, the web application, `captionlib.query_sql`, and DuckDB
 reading the Parquet files without captionlib. An index searches one version. A dataset is updated shard by shard, so
 a result may combine shards of two versions, but each shard must be whole.

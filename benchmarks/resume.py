@@ -4,21 +4,15 @@ A marker is a file that marks a shard as complete. The time is measured on a dis
 latency is a tenth of the latency of a remote server.
 """
 
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
-
-import fsspec
 
 from benchmarks.bars import report
+from benchmarks.s3_server import run_s3_server
 from benchmarks.synthetic_shards import create_job, make_rows, write_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import MARKERS_FOLDER, Marker, encode_record, part_name
@@ -78,29 +72,6 @@ def time_resume(folder: str) -> float:
         return float(first_row_file.read_text()) - began
 
 
-@contextmanager
-def run_s3_server() -> Iterator[None]:
-    """Runs a local S3 server with a bucket, and configures fsspec to use it for `s3://`."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(1000):
-            try:
-                urlopen(url).close()
-                break
-            except URLError:
-                time.sleep(0.1)
-        fsspec.config.conf["s3"] = {"key": "x", "secret": "x", "endpoint_url": url}
-        fsspec.filesystem("s3").mkdir("bucket")
-        yield
-    finally:
-        server.terminate()
-        server.wait()
-
-
 def measure(name: str, folder: str) -> float:
     """Returns the ratio for one file system."""
     prepare(folder)
@@ -117,7 +88,7 @@ def main() -> None:
         warm = write_rows(f"{scratch}/warm", 1, ROWS)  # loads lazily imported modules
         run_job(create_job(warm, f"{scratch}/warmed"), "warm", RunConfig(progress=False))
         measure("disk", f"{scratch}/disk")
-    with run_s3_server():
+    with run_s3_server() as server, server.as_default():
         sys.exit(not report("resume", measure("s3", "s3://bucket/resume"), 0.05, at_least=False))
 
 

@@ -1,85 +1,194 @@
-"""Makes every access of every command to files fail in turn; the result must be an error of one line or right."""
+"""Causes a fault at every access of every command to files; the result must be an error of one line or right.
+
+An access fails once, or the disk is full or read-only from then on, or the output folder is removed.
+"""
 
 import argparse
 import errno
 import io
+import mmap
 import os
 import random
 import shutil
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow.parquet as pq
+import tenacity.nap
 
 from benchmarks.bars import report
-from benchmarks.tiny_project import COMMANDS, Command, call, create_project, read_outputs, set_up
+from benchmarks.tiny_project import COMMANDS, Command, call, create_project, read_output, set_up
+from captionlib.data.images.decoder_pool import DecoderPool
+from captionlib.data.images.decoding import decode_image
 from captionlib.data.shards.dataset import open_dataset
+from captionlib.data.shards.markers import JOURNAL_FILE, SUCCESS_FILE
 
-__all__ = ["FAULTS", "FaultWalk", "Outcome"]
+__all__ = ["FAULTS", "Fault", "FaultWalk", "Outcome", "Point", "find_message_problem"]
 
 # Audit events of the interpreter for accesses to the file system. The first argument of each is a path.
-_EVENTS = {"open", "os.listdir", "os.scandir", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+_READ_EVENTS = {"os.listdir", "os.scandir"}
+_WRITE_EVENTS = {"os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree"}
 
-FAULTS: dict[str, Callable[[], OSError]] = {
-    "EIO": lambda: OSError(errno.EIO, os.strerror(errno.EIO)),
-    "EACCES": lambda: PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
-    "ENOSPC": lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    "ENOENT": lambda: FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)),
-    "ECONNRESET": lambda: ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET)),
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at an access to a file.
+
+    Attributes:
+        code: number of the error that the access raises; 0 if it raises none.
+        lasting: whether all later accesses that write raise the error too.
+        output_only: whether only accesses to the output folder raise the error.
+        removes_output: whether the output folder is removed before the access.
+    """
+
+    code: int
+    lasting: bool = False
+    output_only: bool = False
+    removes_output: bool = False
+
+
+FAULTS = {
+    "EIO": Fault(errno.EIO),
+    "EACCES": Fault(errno.EACCES),
+    "ENOSPC": Fault(errno.ENOSPC),
+    "ENOENT": Fault(errno.ENOENT),
+    "ECONNRESET": Fault(errno.ECONNRESET),
+    "full disk": Fault(errno.ENOSPC, lasting=True),
+    "read-only output": Fault(errno.EROFS, lasting=True, output_only=True),
+    "removed output": Fault(0, removes_output=True),
 }
+
+UNREACHED = "(not reached)"
+
+Point = tuple[Command, str, int]
+"""A command, the name of a fault, and the number of the access at which it happens."""
+
+
+def _close_writer(_close: Callable[..., None], writer: pq.ParquetWriter) -> None:
+    """Prevents a second attempt when the writer is deleted, as if PyArrow had raised the error."""
+    writer.is_open = False
+
+
+def _write_half(write_bytes: Callable[[Path, bytes], int], path: Path, content: bytes) -> None:
+    """Writes the first half of the content, like a disk that becomes full."""
+    write_bytes(path, content[: len(content) // 2])
+
+
+def _write_nothing(*_arguments: Any) -> None:
+    """Leaves the file as it is."""
+
+
+# Functions that access files without audit events. If one that writes must fail, the last function is called first.
+_READ_FUNCTIONS = ((pq.ParquetFile, "iter_batches"), (pq.ParquetFile, "read"))
+_WRITE_FUNCTIONS: tuple[tuple[Any, str, Callable[..., None]], ...] = (
+    (pq.ParquetWriter, "write_table", _write_nothing),
+    (pq.ParquetWriter, "close", _close_writer),
+    (os, "fsync", _write_nothing),
+    (Path, "write_bytes", _write_half),
+)
+
+
+@dataclass(frozen=True)
+class _Access:
+    name: str
+    path: str
+    writes: bool
 
 
 class _Accesses:
-    """Counts the accesses to files of a folder, and raises an error at one of them."""
+    """Counts the accesses to files of a folder, and causes a fault at one of them.
 
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self._root: str | None = None
+    The accesses of forked child processes are counted too.
+    """
+
+    def __init__(self, folder: Path, output: Path) -> None:
+        self._root, self._output = str(folder), str(output)
+        self._counts = False
         self._position = -1
-        self._make_error: Callable[[], OSError] = FAULTS["EIO"]
-        sys.addaudithook(self._audit)  # cannot be removed, but does nothing without a folder
-        self._wrap(pq.ParquetWriter, "write_table")
-        self._wrap(pq.ParquetWriter, "close")
-        self._wrap(pq.ParquetFile, "iter_batches")
-        self._wrap(pq.ParquetFile, "read")
+        self._fault = Fault(0)
+        self._count = memoryview(mmap.mmap(-1, 8)).cast("Q")  # shared with child processes
+        self._log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # shared too
+        sys.addaudithook(self._audit)  # cannot be removed
+
+    @property
+    def names(self) -> list[str]:
+        """The accesses since the last call of `fail_at`. Those that write begin with `write: `."""
+        self._log.seek(0)
+        return self._log.read().decode().splitlines()
 
     @contextmanager
-    def fail_at(self, root: Path, position: int, make_error: Callable[[], OSError]) -> Iterator[None]:
-        """Raises an error at the access with this number. If it is -1, the accesses are only counted."""
-        self.names, self._position, self._make_error = [], position, make_error
-        self._root = str(root)
-        try:
-            yield
-        finally:
-            self._root = None
+    def fail_at(self, position: int, fault: Fault) -> Iterator[None]:
+        """Causes a fault at the access with this number. If it is -1, the accesses are only counted."""
+        self._count[0], self._position, self._fault = 0, position, fault
+        self._log.seek(0)
+        self._log.truncate()
+        with ExitStack() as patches:
+            for owner, name in _READ_FUNCTIONS:
+                patches.enter_context(self._count_calls(owner, name))
+            for owner, name, fail in _WRITE_FUNCTIONS:
+                patches.enter_context(self._count_calls(owner, name, fail))
+            self._counts = True
+            try:
+                yield
+            finally:
+                self._counts = False
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self._root is not None and event in _EVENTS and isinstance(arguments[0], str | bytes | os.PathLike):
-            path = os.fsdecode(arguments[0])
-            if path.startswith(self._root):
-                mode = f" {arguments[1]}" if event == "open" else ""
-                self._access(f"{event}{mode} {path.removeprefix(self._root)}")
+        if not self._counts or event not in {"open", *_READ_EVENTS, *_WRITE_EVENTS}:
+            return
+        if not isinstance(arguments[0], str | bytes | os.PathLike):  # a file descriptor
+            return
+        path = os.fsdecode(arguments[0])
+        if path.startswith(self._root):
+            writes = event in _WRITE_EVENTS or (event == "open" and bool(arguments[2] & _WRITE_FLAGS))
+            self._handle(_Access(f"{event} {path.removeprefix(self._root)}", path, writes))
 
-    def _wrap(self, cls: type, method: str) -> None:
-        """Counts a method of PyArrow, which accesses files without audit events."""
-        call_method = getattr(cls, method)
+    def _count_calls(
+        self, owner: Any, name: str, fail: Callable[..., None] | None = None
+    ) -> AbstractContextManager[Any]:
+        """Counts the calls of a function that accesses files without audit events.
 
-        def wrapped(instance: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._root is not None:
-                self._access(f"{cls.__name__}.{method}")
-            return call_method(instance, *args, **kwargs)
+        If it writes, and must fail, `fail` is called first with its arguments.
+        """
+        function = getattr(owner, name)
+        access = _Access(f"{owner.__name__}.{name}", "", writes=fail is not None)
 
-        setattr(cls, method, wrapped)
+        def count(*args: Any, **kwargs: Any) -> Any:
+            if self._counts:
+                self._handle(access, lambda: fail and fail(function, *args))
+            return function(*args, **kwargs)
 
-    def _access(self, name: str) -> None:
-        self.names.append(name)
-        if len(self.names) - 1 == self._position:
-            raise self._make_error()
+        return patch.object(owner, name, count)
+
+    def _handle(self, access: _Access, fail: Callable[[], None] = lambda: None) -> None:
+        position = self._count[0]
+        self._count[0] = position + 1
+        self._log.write(f"{'write: ' if access.writes else ''}{access.name!r}\n".encode())
+        if self._position == -1 or not self._is_affected(access, position):
+            return
+        if self._fault.removes_output:
+            self._counts = False
+            shutil.rmtree(self._output, ignore_errors=True)
+            self._counts = True
+        else:
+            fail()
+            raise OSError(self._fault.code, os.strerror(self._fault.code))
+
+    def _is_affected(self, access: _Access, position: int) -> bool:
+        if self._fault.output_only and not access.path.startswith(self._output):
+            return False
+        return position == self._position or (self._fault.lasting and access.writes and position > self._position)
 
 
 @dataclass(frozen=True)
@@ -97,57 +206,76 @@ class FaultWalk:
 
     A fault is acceptable if the command fails with one line and the same command then succeeds, or if it succeeds with
     the right output. An output that looks complete must be right in any case.
+
+    For speed, images are decoded in this process, and nothing waits before it retries an access.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "walk"
         self._clean = create_project(_make(folder / "clean"))
-        self._accesses = _Accesses()
+        self._setups = _make(folder / "setups")
+        self._temporary = _make(folder / "temporary")
         self._output = self._folder / "output"
-        self._before: dict[str, dict[str, str]] = {}
-        self._expected: dict[str, dict[str, str]] = {}
-        self._images: dict[str, dict[str, int]] = {}
+        self._accesses = _Accesses(folder, self._output)
+        self._expected: dict[Command, dict[str, str]] = {}
+        self._images: dict[Command, dict[str, int]] = {}
 
-    def list_points(self, commands: Sequence[Command] = COMMANDS) -> list[tuple[Command, str, int]]:
+    def list_points(self, commands: Sequence[Command] = COMMANDS) -> list[Point]:
         """Runs each command without a fault. Returns all pairs of a fault and an access of a command."""
         points = []
         for command in commands:
-            self._reset(command)
-            self._before[command.arguments] = read_outputs(self._output)
-            code, _, errors = self._run(command, -1, "EIO")
+            shutil.rmtree(self._folder, ignore_errors=True)
+            set_up(command, self._clean, self._output)
+            self._folder.rename(self._get_setup(command))
+            for _ in range(2):  # the first run also accesses files that are cached in this process afterwards
+                self._reset(command)
+                code, _, errors = self._run(command, -1, Fault(0))
             if code != 0:
                 raise RuntimeError(f"{command.name} failed without a fault: {errors}")
-            self._expected[command.arguments] = read_outputs(self._output)
-            self._images[command.arguments] = self._count_images()
-            points += [(command, fault, position) for fault in FAULTS for position in range(len(self._accesses.names))]
+            self._expected[command] = read_output(command, self._output)
+            self._images[command] = self._count_images()
+            points += [
+                (command, name, position)
+                for position, access in enumerate(self._accesses.names)
+                for name, fault in FAULTS.items()
+                if access.startswith("write: ") or not fault.lasting  # it would affect the next access that writes
+            ]
         return points
 
     def run(self, command: Command, fault: str, position: int) -> Outcome:
         """Runs a command with a fault at one access, and then without a fault."""
-        expected = self._expected[command.arguments]
         self._reset(command)
-        code, output, errors = self._run(command, position, fault)
-        access = self._accesses.names[position] if position < len(self._accesses.names) else "(not reached)"
-        problem = _find_message_problem(code, output, errors)
+        before = read_output(command, self._output)
+        code, output, errors = self._run(command, position, FAULTS[fault])
+        names = self._accesses.names
+        access = names[position] if position < len(names) else UNREACHED
+        problem = find_message_problem(code, output, errors)
         if not problem:
-            problem = self._find_output_problem(command, code, {} if "/images/" in access else expected)
-        if not problem and command.dataset and code != 0:
-            again, _, errors = self._run(command, -1, fault)
-            if again != 0 or read_outputs(self._output) != expected:
+            problem = self._find_output_problem(command, code, before, access, FAULTS[fault])
+        if not problem and code != 0 and self._expected[command]:
+            if FAULTS[fault].removes_output:
+                self._reset(command)
+            again, _, errors = self._run(command, -1, Fault(0))
+            if again != 0 or read_output(command, self._output) != self._expected[command]:
                 problem = f"not resumed: exit code {again}: {errors}"
         return Outcome(command.arguments, fault, access, problem)
 
-    def _find_output_problem(self, command: Command, code: int, expected: dict[str, str]) -> str:
-        if not command.dataset:
+    def _find_output_problem(
+        self, command: Command, code: int, before: dict[str, str], access: str, fault: Fault
+    ) -> str:
+        images = self._count_images() if code == 0 else {}  # completes an update that another process could complete
+        result = read_output(command, self._output)
+        if code == 0 and fault.removes_output and not result:  # removed after the command had written everything
             return ""
         folders = [file.parent for file in self._output.rglob("_dataset.json")]
-        complete = bool(folders) and all((folder / "_SUCCESS").exists() for folder in folders)
-        if code == 0 and not complete:
+        complete = bool(folders) and all(_is_complete(folder) for folder in folders)
+        if code == 0 and command.dataset and not complete:
             return "exit code 0, but the output is not complete"
-        if code == 0 and self._count_images() != self._images[command.arguments]:
-            return f"expected {self._images[command.arguments]} rows and failures, got {self._count_images()}"
-        acceptable = [expected] if code == 0 else [expected, self._before[command.arguments]]
-        if (code == 0 or complete) and expected and read_outputs(self._output) not in acceptable:
+        if code == 0 and images != self._images[command]:
+            return f"expected {self._images[command]} rows and failures, got {images}"
+        expected = self._expected[command]
+        acceptable = [expected] if code == 0 else [expected, before]
+        if (code == 0 or complete) and "/images/" not in access and result not in acceptable:
             return f"exit code {code}, and the output looks complete, but differs"
         return ""
 
@@ -156,24 +284,40 @@ class FaultWalk:
         folders = [file.parent for file in self._output.rglob("_dataset.json")]
         return {str(folder): open_dataset(folder).compute_totals().images for folder in folders}
 
+    def _get_setup(self, command: Command) -> Path:
+        return self._setups / str(COMMANDS.index(command))
+
     def _reset(self, command: Command) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
-        set_up(command, self._clean, self._output)
+        shutil.copytree(self._get_setup(command), self._folder)
 
-    def _run(self, command: Command, position: int, fault: str) -> tuple[int, str, str]:
+    def _run(self, command: Command, position: int, fault: Fault) -> tuple[int, str, str]:
         """Returns the exit code, the output and the errors of a command."""
         output, errors = io.TextIOWrapper(io.BytesIO()), io.StringIO()
         with (
             redirect_stdout(output),
             redirect_stderr(errors),
-            self._accesses.fail_at(self._folder.parent, position, FAULTS[fault]),
+            patch.object(tempfile, "tempdir", str(self._temporary)),
+            patch.object(tenacity.nap, "time"),
+            patch.object(DecoderPool, "decode", _decode),
+            self._accesses.fail_at(position, fault),
         ):
             code = call(command, self._clean, self._output)
         output.flush()
         return code, output.buffer.getvalue().decode(), errors.getvalue()
 
 
-def _find_message_problem(code: int, output: str, errors: str) -> str:
+def _is_complete(folder: Path) -> bool:
+    """Returns whether other programs may read a dataset: it is complete, and no update of it is unfinished."""
+    return (folder / SUCCESS_FILE).exists() and not (folder / JOURNAL_FILE).exists()
+
+
+def _decode(pool: DecoderPool, content: bytes) -> Any:
+    return decode_image(content, pool._preprocessing, pool.config.max_image_pixels, pool.config.max_jpeg_scans)
+
+
+def find_message_problem(code: int, output: str, errors: str) -> str:
+    """Returns what is wrong with the messages of a command. An empty string means nothing."""
     if "Traceback" in output + errors:
         return f"stack trace: {errors}"
     lines = [line for line in errors.splitlines() if line.strip() and not line.startswith("Note: ")]
@@ -191,25 +335,42 @@ def _make(folder: Path) -> Path:
     return folder
 
 
+def choose_faults(points: Sequence[Point], faults_per_access: int, seed: int) -> list[Point]:
+    """Returns some of the faults of each access, in random order."""
+    generator = random.Random(seed)
+    chosen: list[Point] = []
+    for _, group in groupby(points, key=lambda point: (point[0], point[2])):
+        faults = list(group)
+        chosen += generator.sample(faults, min(faults_per_access, len(faults)))
+    return generator.sample(chosen, len(chosen))
+
+
 def main() -> None:
     """Reports the fraction of faults with an acceptable result."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults-per-access", type=int, default=len(FAULTS), help="number of faults of each access")
     parser.add_argument("--sample", type=int, help="number of faults. [default: all]")
-    parser.add_argument("--command", help="walk only this command")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
+    parser.add_argument("--command", action="append", help="walk only this command; can be repeated")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ["PATH"] = ""  # without Java, which takes seconds to start
-    commands = [command for command in COMMANDS if options.command in (None, command.name)]
+    commands = [command for command in COMMANDS if options.command is None or command.name in options.command]
+    outcomes = []
     with tempfile.TemporaryDirectory() as scratch:
         walk = FaultWalk(Path(scratch))
         points = walk.list_points(commands)
-        count = len(points) if options.sample is None else min(options.sample, len(points))
-        chosen = random.Random(options.seed).sample(points, count)
-        outcomes = [walk.run(*point) for point in chosen]
-    for outcome in outcomes:
-        if outcome.problem:
-            print(f"# {outcome.command.split()[0]}, {outcome.fault} at {outcome.access}: {outcome.problem}", flush=True)
-    print(f"# {len(outcomes)} of {len(points)} faults", flush=True)
+        end = time.monotonic() + options.seconds
+        for point in choose_faults(points, options.faults_per_access, options.seed)[: options.sample]:
+            if time.monotonic() > end:
+                break
+            outcomes.append(outcome := walk.run(*point))
+            if outcome.problem:
+                name = outcome.command.split()[0]
+                print(f"# {name}, {outcome.fault} at {outcome.access}: {outcome.problem}", flush=True)
+    unreached = sum(outcome.access == UNREACHED for outcome in outcomes)
+    print(f"# {len(outcomes)} of {len(points)} faults, {unreached} of them {UNREACHED}")
+    print(f"# {dict(Counter(outcome.command.split()[0] for outcome in outcomes))}", flush=True)
     sys.exit(not report("storage-faults", sum(not outcome.problem for outcome in outcomes) / len(outcomes), 1.0))
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +11,11 @@ import numpy as np
 import scipy.io
 
 from benchmarks.synthetic_images import write_images
+from captionlib.search.index_folder import read_description
+from captionlib.storage.folders import Folder
 from jobs.cli import main
 
-__all__ = ["COMMANDS", "Command", "call", "create_project", "read_outputs", "set_up"]
+__all__ = ["COMMANDS", "IMAGES", "Command", "call", "create_project", "read_output", "set_up"]
 
 IMAGES = 8
 _SHARD_SIZE = 4
@@ -53,6 +55,7 @@ _RANKER = _set(*_TRAINING, *(f"ranker.{setting}" for setting in (*_TINY_MODEL, "
 _LANGUAGE_MODEL = _set("training.epochs=1", "min_count=1", *(f"model.{setting}" for setting in _TINY_MODEL))
 _QUIET = "--device cpu --no-progress"
 _PREPARE = f"prepare {{project}}/dataset.json -o {{output}}/manifest --shard-size {_SHARD_SIZE} --no-progress"
+_EXPORT_CHECKPOINT = "export-checkpoint {project}/captioner -o {output}/shared --license cc-by-4.0"
 _INIT = "init {output}/collection --source {project}/images -c {project}/captioner -r {project}/ranker"
 
 COMMANDS = [
@@ -67,7 +70,7 @@ COMMANDS = [
     Command(f"train-captioner {{project}}/features -o {{output}}/captioner {_CAPTIONER} {_QUIET}"),
     Command(f"train-ranker {{project}}/features -o {{output}}/ranker {_RANKER} {_QUIET}"),
     Command(f"train-language-model {{project}}/manifest -o {{output}}/model {_LANGUAGE_MODEL} {_QUIET}"),
-    Command("build-datastore {project}/features -c {project}/captioner --no-progress"),
+    Command("build-datastore {project}/features -c {output}/shared --no-progress", setup=_EXPORT_CHECKPOINT),
     Command(
         "generate-captions {project}/features -c {project}/captioner -o {output}/captions --ranker {project}/ranker "
         f"--embeddings {{output}}/embeddings {_QUIET}",
@@ -76,7 +79,7 @@ COMMANDS = [
     Command(f"embed {{project}}/features -r {{project}}/ranker -o {{output}}/embeddings {_QUIET}", True),
     Command("caption {project}/images/000000.jpg -c {project}/captioner --device cpu --report {output}/page"),
     Command("sample {project}/model --length 5 --device cpu"),
-    Command("export-checkpoint {project}/captioner -o {output}/shared --license cc-by-4.0"),
+    Command(_EXPORT_CHECKPOINT),
     Command("export {project}/captions --to coco -o {output}/results.json"),
     Command("export {project}/captions --to metadata -o {output}/export --no-progress"),
     Command("evaluate {project}/captions -m {project}/manifest -o {output}/scores --bootstrap-samples 0"),
@@ -138,18 +141,27 @@ def call(command: Command, project: Path, output: Path) -> int:
     return _call(command.arguments, project, output)
 
 
-def read_outputs(output: Path) -> dict[str, str]:
-    """Returns the hashes of the Parquet files that readers of the datasets see."""
+def read_output(command: Command, output: Path) -> dict[str, str]:
+    """Returns hashes of the files that a command wrote and that are the same in every run, and the content of an index.
+
+    Of a dataset, these are the Parquet files that readers see.
+    """
+    if command.name == "build-index":
+        index = read_description(Folder(output / "index"))
+        return {} if index is None else {"index": f"{index.captions_count} {index.vectors_count} {index.fingerprint}"}
+    patterns = ("*/model.safetensors", "shared/*.parquet", "*.json", "export/part-*/*")
+    files = [file for pattern in patterns for file in output.glob(pattern)]
     folders = [file.parent for file in output.rglob("_dataset.json")]
-    files = [file for folder in folders for file in folder.glob("*.parquet")]
+    files += [file for folder in folders for file in folder.glob("*.parquet")]
     return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _require_success(arguments: str, project: Path, output: Path) -> None:
-    with redirect_stdout(io.StringIO()):
+    errors = io.StringIO()
+    with redirect_stdout(io.StringIO()), redirect_stderr(errors):
         code = _call(arguments, project, output)
     if code != 0:
-        raise RuntimeError(f"captionlib {arguments} failed")
+        raise RuntimeError(f"captionlib {arguments} failed: {errors.getvalue()}")
 
 
 def _call(arguments: str, project: Path, output: Path) -> int:

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from captionlib.config import build_config, configclass, parse_yaml, to_dict
 from captionlib.data.ingestion.prepare import PrepareConfig
+from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.families.registry import resolve_model_address
 from captionlib.search.config import IndexConfig
@@ -41,6 +42,7 @@ COLLECTION_FILE = "collection.yaml"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = {"index", "duplicates"}
+_KINDS = ("manifest", "captions", "embeddings")
 
 
 @configclass
@@ -130,10 +132,27 @@ class Collection:
         """Returns the path or URL of the embeddings of a source."""
         return self.folder.address(f"{source.name}/embeddings")
 
+    def list_captions(self) -> list[str]:
+        """Returns the paths or URLs of the captions of all sources."""
+        return [self.captions(source) for source in self.config.sources]
+
+    def list_embeddings(self) -> list[str]:
+        """Returns the paths or URLs of the embeddings of all sources, or an empty list without a ranker."""
+        return [self.embeddings(source) for source in self.config.sources] if self.config.ranker else []
+
     def list_datasets(self) -> list[str]:
         """Returns the paths or URLs of the datasets of all sources, in the order in which they are written."""
         getters = [self.manifest, self.captions, *([self.embeddings] if self.config.ranker else [])]
         return [get_address(source) for source in self.config.sources for get_address in getters]
+
+    def find_datasets(self) -> list[str]:
+        """Returns the paths or URLs of all datasets in the folder, also those of sources that it had earlier."""
+        names = [f"{name}/{kind}" for name in self.folder.list() for kind in _KINDS if name not in _RESERVED]
+        return [
+            self.folder.address(name)
+            for name in [*names, "duplicates"]
+            if self.folder.exists(f"{name}/{DESCRIPTION_FILE}")
+        ]
 
 
 def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) -> Collection:

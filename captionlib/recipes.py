@@ -16,7 +16,7 @@ def recipes_folder() -> Path:
 def list_recipes(command: str | None = None) -> dict[str, Path]:
     """Returns recipes by name, such as `train-captioner/talk-lstm`, or `talk-lstm` if `command` is `train-captioner`.
 
-    Files whose names start with `_` are omitted, because they are only bases that recipes extend.
+    Files whose names start with `_` are omitted: they are bases that recipes extend.
     """
     folder = recipes_folder() / command if command else recipes_folder()
     files = sorted(file for file in folder.rglob("*.yaml") if not file.name.startswith("_"))

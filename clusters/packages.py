@@ -3,6 +3,7 @@
 Each package is downloaded once into a cache folder. A package in the cache is always complete.
 """
 
+import os
 import shutil
 import sys
 import tarfile
@@ -103,7 +104,10 @@ def fetch_prism() -> Path:
 
 def find_uv() -> str:
     """Returns the path of the uv that the Makefile uses."""
-    return shutil.which("uv") or str(CACHE.parent / ".uv" / "bin" / "uv")
+    path = shutil.which("uv", path=f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{CACHE.parent / '.uv' / 'bin'}")
+    if path is None:
+        raise ClusterError("uv was not found: expected uv on PATH or in .uv/bin; run `make setup`")
+    return path
 
 
 def _fetch_go_program(module: str) -> Path:

@@ -10,11 +10,11 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import click
 import griffe
-import pyarrow as pa
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import captionlib
+from captionlib.collection import CollectionConfig, SourceConfig
 from captionlib.config import to_dict
 from captionlib.data.shards import schemas
 from captionlib.recipes import list_recipes
@@ -103,7 +103,15 @@ def render_configuration() -> str:
                     lines += ["Recipes: " + ", ".join(f"`{name}`" for name in names), ""]
                 lines += ["| Key | Type | Default | Description |", "|---|---|---|---|"]
                 lines += [*_render_keys(config_type, to_dict(config_type())), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_render_collection()])
+
+
+def _render_collection() -> Iterator[str]:
+    config = CollectionConfig(sources=(SourceConfig(name="images", addresses=("images/",)),), captioner="captioner")
+    yield from ["## collection.yaml", "", "The configuration of a [collection](../how-to/collections.md).", ""]
+    yield from ["| Key | Type | Default | Description |", "|---|---|---|---|"]
+    yield from _render_keys(SourceConfig, to_dict(config.sources[0]), "sources[].")
+    yield from (row for row in _render_keys(CollectionConfig, to_dict(config)) if not row.startswith("| `sources` |"))
 
 
 def find_config_types(command: str) -> list[type[Any]]:
@@ -128,7 +136,9 @@ def _render_keys(config_type: type[Any], defaults: dict[str, Any], prefix: str =
             assert isinstance(hint, type)
             yield from _render_keys(hint, default, f"{prefix}{field.name}.")
         else:
-            cells = [f"`{prefix}{field.name}`", f"`{_describe_type(hint)}`", f"`{_to_yaml(default)}`"]
+            required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            shown = "required" if required else f"`{_to_yaml(default)}`"
+            cells = [f"`{prefix}{field.name}`", f"`{_describe_type(hint)}`", shown]
             yield f"| {' | '.join(cells)} | {_escape(descriptions.get(field.name, ''))} |"
 
 
@@ -136,7 +146,12 @@ def _read_attributes(config_type: type[Any]) -> dict[str, str]:
     docstring = griffe.Docstring(inspect.getdoc(config_type) or "")
     sections = docstring.parse("google", warnings=False)
     attributes = (section.value for section in sections if section.kind is griffe.DocstringSectionKind.attributes)
-    return {item.name: " ".join(item.description.split()) for section in attributes for item in section}
+    return {item.name: _write_for_yaml(item.description) for section in attributes for item in section}
+
+
+def _write_for_yaml(description: str) -> str:
+    text = re.sub(r"\bNone\b", "null", " ".join(description.split()))
+    return text[:1].upper() + text[1:]
 
 
 def _describe_type(hint: Any) -> str:
@@ -149,7 +164,11 @@ def _describe_type(hint: Any) -> str:
         return " | ".join(str(argument) for argument in arguments)
     if arguments and type(None) in arguments:
         return " | ".join("null" if argument is type(None) else _describe_type(argument) for argument in arguments)
-    return hint.__name__ if isinstance(hint, type) and not arguments else str(hint).replace("typing.", "")
+    if get_origin(hint) is tuple:
+        return f"list of {_describe_type(arguments[0])}"
+    if isinstance(get_origin(hint), type):
+        return "mapping"
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _read_bounds(constraint: Any) -> Iterator[tuple[str, Any]]:
@@ -172,25 +191,43 @@ def _to_yaml(value: Any) -> str:
 def render_schemas() -> str:
     """Returns the page of the columns of every dataset."""
     datasets = {
-        "manifest": schemas.MANIFEST_SCHEMA,
-        "features": schemas.features_schema(4096, "float16"),
-        "captions": schemas.captions_schema(positions=196),
-        "embeddings": schemas.embeddings_schema(512),
-        "__failures": schemas.FAILURES_SCHEMA,
+        "manifest": ("One row per image. Written by `prepare`.", schemas.MANIFEST_SCHEMA),
+        "features": (
+            "One row per encoded image. Written by `extract-features` and `import-features`. The list has as many "
+            "values as the encoder's output; VGG-16 at `fc7` has 4,096.",
+            schemas.features_schema(4096, "float16"),
+        ),
+        "captions": (
+            "One row per captioned image. Written by `generate-captions`. The column `image_text_score` exists with "
+            "`--ranker`, the column `attention` with `attention_maps=true`.",
+            schemas.captions_schema(positions=196, has_scores=True),
+        ),
+        "embeddings": (
+            "One row per embedded image. Written by `embed`, and by `generate-captions` with `--embeddings`.",
+            schemas.embeddings_schema(512),
+        ),
+        "duplicates": (
+            "One row per image that has duplicates. Written by `deduplicate`.",
+            schemas.DUPLICATES_SCHEMA,
+        ),
+        "__failures": (
+            "One row per image that could not be read, in the folder `__failures` of a dataset.",
+            schemas.FAILURES_SCHEMA,
+        ),
     }
-    lines = ["# Schemas", "", "The columns of every dataset that captionlib writes.", ""]
-    for name, schema in datasets.items():
-        lines += [f"## {name}", "", "| Column | Type | Description |", "|---|---|---|"]
+    lines = [
+        *("# Schemas", ""),
+        "The columns of every dataset that captionlib writes. [Analyze the Parquet files](../how-to/parquet.md) shows",
+        "how to read them with other tools.",
+        "",
+    ]
+    for name, (description, schema) in datasets.items():
+        lines += [f"## {name}", "", description, "", "| Column | Type | Description |", "|---|---|---|"]
         lines += [
-            f"| `{field.name}` | `{_describe_column(field)}` | {schemas.COLUMN_DESCRIPTIONS[field.name]} |"
-            for field in schema
+            f"| `{field.name}` | `{field.type}` | {schemas.COLUMN_DESCRIPTIONS[field.name]} |" for field in schema
         ]
         lines.append("")
     return "\n".join(lines)
-
-
-def _describe_column(field: pa.Field) -> str:
-    return str(field.type)
 
 
 # Python API

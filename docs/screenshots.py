@@ -1,11 +1,12 @@
-"""Takes screenshots of the pages of `serve` and of the report: `make screenshots`."""
+"""Takes screenshots of the pages of `serve`, `report` and `inspect`: `make screenshots`."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -14,8 +15,8 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from tests.browser import open_browser
 
 IMAGES = Path(__file__).parent / "images"
-PORT = 8642
-
+PORT, JOB_PORT = 8642, 8643
+JOB_SHARDS = 12  # shards of the job that are done when its page is shown
 
 SIZES = {"desktop": (1200, 900), "phone": (390, 780)}
 
@@ -28,9 +29,11 @@ def main(demo: Path) -> None:
     _run("build-index", demo / "captions", "--embeddings", demo / "embeddings", "-o", demo / "index", *thumbnails)
     server = _start("serve", demo / "index", "--ranker", demo / "ranker", "--port", PORT, *thumbnails)
     try:
-        _wait_for_server()
+        _wait_for_server(PORT)
         with open_browser(demo / "profile") as browser:
             _take_pages(browser, demo)
+            _take_comparison(browser, demo)
+            _take_job(browser, demo)
     finally:
         server.terminate()
         server.wait()
@@ -49,6 +52,47 @@ def _take_pages(browser: WebDriver, demo: Path) -> None:
     _take(browser, (demo / "report" / "index.html").resolve().as_uri(), "report")
 
 
+def _take_comparison(browser: WebDriver, demo: Path) -> None:
+    """Compares captions of beam search with sampled captions."""
+    sampling = "--set", "decoding.strategy=sample", "--set", "decoding.n_best=1"
+    sampled = demo / "captions-sampled"
+    _run("generate-captions", demo / "features", "-c", demo / "captioner", "-o", sampled, *sampling, "--no-progress")
+    options = "-m", demo / "manifest", "--split", "test", "--compare", sampled, "-o", demo / "comparison"
+    _run("report", demo / "captions", *options, "--no-progress")
+    page = (demo / "comparison" / "index.html").resolve().as_uri()
+    _take(browser, page, "comparison")
+    _take(browser, page, "comparison-phone", device="phone", scheme="dark")
+
+
+def _take_job(browser: WebDriver, demo: Path) -> None:
+    """Extracts features of the demo's images, some of which are damaged, and shows the page of the running job."""
+    scenes = demo / "damaged"
+    shutil.copytree(demo / "scenes", scenes, dirs_exist_ok=True)
+    for number, path in enumerate(sorted(scenes.rglob("*.jpg")) or sorted(scenes.rglob("*.png"))):
+        if number % 45 == 7:
+            path.write_bytes(path.read_bytes()[:400])
+        elif number % 80 == 11:
+            path.unlink()
+    _run("prepare", scenes / "dataset.json", "-o", demo / "damaged-manifest", "--shard-size", 20)
+    features = demo / "damaged-features"
+    job = _start(
+        "extract-features", demo / "damaged-manifest", "-o", features, "--weights", "random:0", "--no-progress"
+    )
+    server = None
+    try:
+        while job.poll() is None and len(list(features.glob("__shards/*.json"))) < JOB_SHARDS:
+            time.sleep(1)
+        server = _start("inspect", features, "--serve", "--port", JOB_PORT)
+        _wait_for_server(JOB_PORT)
+        site = f"http://127.0.0.1:{JOB_PORT}/"
+        _take(browser, site, "job")
+        _take(browser, site, "job-phone", device="phone", scheme="dark")
+    finally:
+        for process in filter(None, (server, job)):
+            process.terminate()
+            process.wait()
+
+
 def _run(*command: object) -> None:
     subprocess.run([sys.executable, "-m", "jobs.cli", *map(str, command)], check=True)
 
@@ -57,11 +101,13 @@ def _start(*command: object) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-m", "jobs.cli", *map(str, command)])
 
 
-def _wait_for_server() -> None:
+def _wait_for_server(port: int) -> None:
     for _ in range(600):
         try:
-            with urlopen(f"http://127.0.0.1:{PORT}/health"):
+            with urlopen(f"http://127.0.0.1:{port}/health"):
                 return
+        except HTTPError:  # the page of a job has no such address
+            return
         except URLError:
             time.sleep(0.1)
     raise TimeoutError("the server did not start within a minute")

@@ -46,6 +46,7 @@ def command(
 
     \b
     Examples:
+      captionlib caption image.jpg -c hf:Salesforce/blip-image-captioning-large@main
       captionlib caption image.jpg -c captioner
       captionlib caption *.jpg https://example.org/cat.png -c captioner --n-best 3
       captionlib caption images/ -c captioner --report page

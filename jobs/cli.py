@@ -166,7 +166,11 @@ def captionlib() -> None:
     s3://bucket/captions. To resume an interrupted stage, run the same command again.
 
     \b
-    From images with captions to a searchable index:
+    From a folder of images to a search page:
+      captionlib init holidays --source images/ -c hf:Salesforce/blip-image-captioning-large@main --serve
+
+    \b
+    From images with reference captions to a captioner of your own:
       captionlib prepare dataset.json --output manifest
       captionlib extract-features manifest --output features
       captionlib train-captioner features --output captioner

@@ -43,7 +43,7 @@ def command(embeddings: tuple[str, ...], output: str, threshold: float, overwrit
             collection = open_collection(folder)
             if collection.config.ranker is None:
                 raise ConfigError(f"{folder} has no embeddings; set ranker in its collection.yaml, and update it")
-            addresses += map(collection.embeddings, collection.config.sources)
+            addresses += collection.list_embeddings()
         else:
             addresses.append(folder)
     summary = find_duplicates(addresses, output, threshold, overwrite=overwrite, progress=progress)

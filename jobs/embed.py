@@ -38,6 +38,7 @@ def command(
 
     \b
     Examples:
+      captionlib embed manifest -r hf:google/siglip-base-patch16-224@main -o embeddings
       captionlib embed features -r ranker -o embeddings
       captionlib embed manifest -r ranker -o embeddings --workers 2
       captionlib embed s3://b/features -r s3://b/ranker -o s3://b/embeddings -- --runner=FlinkRunner

@@ -26,7 +26,7 @@ _JSON = ("coco", "neuraltalk")
 
 
 @click.command()
-@click.argument("captions", nargs=-1, required=True, metavar="CAPTIONS...")
+@click.argument("captions", nargs=-1, required=True, metavar="CAPTIONS|COLLECTION...")
 @click.option(
     "--to",
     type=click.Choice(list(_FORMATS)),
@@ -51,9 +51,10 @@ def command(
 ) -> None:
     """Export CAPTIONS for other programs, with or without the images.
 
-    CAPTIONS are captions datasets. Manifests and features datasets are accepted too: their references are exported.
+    CAPTIONS are captions datasets. COLLECTION stands for the captions of all its sources. Manifests and features
+    datasets are accepted too: their references are exported.
     webdataset, metadata and txt copy the images unchanged. Images that cannot be read are left out and counted. To
-    resume an interrupted export, run the same command again.
+    resume an interrupted export, or to bring it up to date after CAPTIONS has changed, run the same command again.
 
     coco and neuraltalk write one JSON file without images, and also accept JSON files in these formats as CAPTIONS. You
     can submit COCO's results file for the test split, whose references are secret, because the file contains no
@@ -64,12 +65,14 @@ def command(
       captionlib export captions --to webdataset -o tars
       captionlib export captions --to metadata -o imagefolder --split train --duplicates duplicates
       captionlib export captions --to txt -o images --where "log_prob > -10 AND tokens < 20"
+      captionlib export holidays --to txt -o images --duplicates holidays/duplicates
       captionlib export captions --to coco -o captions_test2014_results.json --split test
       captionlib export manifest --to coco -o captions_val2014.json --split val
       captionlib export captions --to neuraltalk -o result_struct.json --manifest manifest
     """
     if to not in _JSON and manifest is not None:
         raise click.UsageError(f"--manifest is for --to {' and '.join(_JSON)}; {to} exports the captions of CAPTIONS.")
+    captions = tuple(dataset for address in captions for dataset in _list_datasets(address))
     selection = _select(captions, splits, where, duplicates)
     if to in _JSON:
         from captionlib.evaluation.json_exports import export_json
@@ -84,6 +87,13 @@ def command(
     if summary.failures:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary.failures.items())
         click.echo(f"{sum(summary.failures.values()):,} images were not exported ({reasons})", err=True)
+
+
+def _list_datasets(address: str) -> list[str]:
+    """Returns the captions of all sources if the address is a collection, and otherwise the address."""
+    from captionlib.collection import is_collection, open_collection
+
+    return open_collection(address).list_captions() if is_collection(address) else [address]
 
 
 def _select(

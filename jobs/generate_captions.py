@@ -60,6 +60,7 @@ def command(
 
     \b
     Examples:
+      captionlib generate-captions manifest -c hf:Salesforce/blip-image-captioning-large@main -o captions
       captionlib generate-captions features -c captioner -o captions
       captionlib generate-captions features -c captioner -o sample --limit 500
       captionlib generate-captions features -c captioner -o captions --set decoding.beam_width=7 --set decoding.n_best=3

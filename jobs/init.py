@@ -50,8 +50,8 @@ def command(
 
     \b
     Examples:
-      captionlib init holidays --source images/ --captioner captioner
-      captionlib init holidays --source images/ --captioner captioner --serve
+      captionlib init holidays --source images/ -c hf:Salesforce/blip-image-captioning-large@main --serve
+      captionlib init holidays --source images/ -c captioner
       captionlib init archive --source s3://bucket/2025 --source web=pages.csv -c captioner -r ranker
       captionlib update archive
       captionlib serve archive

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +14,7 @@ import click
 from captionlib.errors import DatasetError
 
 if TYPE_CHECKING:
-    from captionlib.data.shards.inspection import DatasetReport
+    from captionlib.data.shards.inspection import DatasetReport, JobReport
     from captionlib.search.index_folder import IndexDescription
 
 __all__ = ["command"]
@@ -23,26 +24,42 @@ __all__ = ["command"]
 @click.argument("folder")
 @click.option("--json", "as_json", is_flag=True, help="Print all details as JSON.")
 @click.option("--verify", is_flag=True, help="Read every file of a dataset and verify its checksum.")
-def command(folder: str, as_json: bool, verify: bool) -> None:
-    """Summarize FOLDER, a dataset, search index or checkpoint. For datasets, also show progress and failed images.
+@click.option("--html", metavar="FILE.html", help="Write a self-contained page about a dataset.")
+@click.option("--serve", is_flag=True, help="Serve a page about a dataset that follows the job that writes it.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), default=8001, show_default=True, help="The port to listen on with --serve."
+)
+def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: bool, port: int) -> None:
+    """Summarize FOLDER, a dataset, search index or checkpoint.
+
+    For datasets, also show progress, speed and failed images. The command only reads the folder, so you can inspect a
+    dataset that a job on another machine is writing.
 
     \b
     Examples:
       captionlib inspect features
-      captionlib inspect s3://bucket/captions --verify
+      captionlib inspect s3://bucket/captions --serve
+      captionlib inspect features --html features.html
+      captionlib inspect captions --verify
       captionlib inspect captioner --json
     """
+    from captionlib.collection import COLLECTION_FILE
     from captionlib.config import to_dict
-    from captionlib.data.shards.inspection import inspect_dataset
     from captionlib.data.shards.markers import DESCRIPTION_FILE
     from captionlib.search.index_folder import DESCRIPTION as INDEX_FILE, read_description
     from captionlib.storage.folders import Folder
 
+    if serve and (html or as_json or verify):
+        raise click.UsageError("--serve cannot be combined with --html, --json or --verify.")
     names = Folder(folder).list()
     if DESCRIPTION_FILE in names:
-        report = inspect_dataset(folder, verify)
-        click.echo(_to_json(dataclasses.asdict(report)) if as_json else _describe_dataset(report, verify))
-        sys.exit(1 if report.problems else 0)
+        if serve:
+            _serve(folder, port)
+        else:
+            _inspect_dataset(folder, as_json, verify, html)
+        return
+    if (html or serve) and names:
+        raise DatasetError(f"{folder}: --html and --serve need a dataset, a folder with {DESCRIPTION_FILE}")
     if INDEX_FILE in names and (index := read_description(Folder(folder))) is not None:
         click.echo(_to_json(to_dict(index)) if as_json else _describe_index(folder, index))
         return
@@ -54,6 +71,8 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
             _to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_format_values(checkpoint, "  ")])
         )
         return
+    if COLLECTION_FILE in names:
+        raise DatasetError(f"{folder} is a collection; see `captionlib status {folder}`, or inspect one of its folders")
     if "_training" in names:
         raise DatasetError(
             f"{folder} is a training run without a checkpoint; wait until its first epoch ends, or run the training "
@@ -65,11 +84,24 @@ def command(folder: str, as_json: bool, verify: bool) -> None:
     )
 
 
+def _inspect_dataset(folder: str, as_json: bool, verify: bool, html: str | None) -> None:
+    """Prints a dataset, and exits with status 1 if it has problems."""
+    from captionlib.data.shards.inspection import inspect_dataset
+    from captionlib.evaluation.dataset_page import write_dataset_page
+
+    report = inspect_dataset(folder, verify)
+    if html is not None:
+        write_dataset_page(html, report)
+    click.echo(_to_json(dataclasses.asdict(report)) if as_json else _describe_dataset(report, verify))
+    sys.exit(1 if report.problems else 0)
+
+
 def _describe_dataset(report: DatasetReport, verified: bool) -> str:
     lines = [
         f"{report.folder}: {report.kind}, {'complete' if report.complete else f'not complete: {report.explanation}'}",
         f"  rows         {report.rows:,} in {report.shards_done:,} of {report.shards:,} shards",
         f"  size         {report.size / 1e6:,.1f} MB, written in {report.seconds:,.0f} worker seconds",
+        *_describe_job(report.job),
         f"  fingerprint  {report.fingerprint}",
         "  columns",
         *(f"    {name:<12} {kind}" for name, kind in report.columns.items()),
@@ -85,8 +117,8 @@ def _describe_dataset(report: DatasetReport, verified: bool) -> str:
         images = report.rows + report.failed
         lines.append(f"  failures     {report.failed:,} of {images:,} images ({report.failed / images:.1%})")
     for reason, failure in report.failures.items():
-        example = f"such as {failure.image_id} ({failure.uri}): {failure.message}"
-        lines.append(f"    {failure.count:>7,} {reason}, {example}")
+        found = [f", such as {each.image_id} ({each.uri}): {each.message}" for each in failure.examples[:1]]
+        lines.append(f"    {failure.count:>7,} {reason}{''.join(found)}")
     if report.temporary_files and not report.complete:
         lines.append(
             f"  temporary    {report.temporary_files:,} files of running or failed runs; a successful run removes them"
@@ -96,6 +128,34 @@ def _describe_dataset(report: DatasetReport, verified: bool) -> str:
     if report.problems:
         lines += ["  PROBLEMS", *(f"    {problem}" for problem in report.problems)]
     return "\n".join(lines)
+
+
+def _describe_job(job: JobReport) -> list[str]:
+    """Returns a line about the job that writes a dataset, or none if the dataset is complete."""
+    if job.state == "complete":
+        return []
+    parts = [f"{job.images_done + job.images_in_progress:,}{f' of {job.images:,}' if job.images else ''} images"]
+    if job.throughput is not None:
+        parts.append(f"{job.throughput.images_per_second:,.1f} images/s")
+    if job.seconds_left is not None:
+        parts.append(f"about {timedelta(seconds=round(job.seconds_left))} left")
+    if in_progress := job.count_shards("in progress"):
+        parts.append(f"{in_progress:,} shards in progress")
+    return [f"  {job.state:<12} {', '.join(parts)}"]
+
+
+def _serve(folder: str, port: int) -> None:
+    """Serves the page until Ctrl-C. Only this machine can connect."""
+    import uvicorn
+
+    from captionlib.serving.config import ServingConfig
+    from captionlib.serving.job_page import create_job_app
+    from captionlib.serving.server import configure_server, listen
+
+    with listen("127.0.0.1", port) as listening:
+        click.echo(f"Serving a page about {folder} at http://127.0.0.1:{port}/. Press Ctrl-C to stop.")
+        app = create_job_app(folder, ServingConfig.allowed_hosts)
+        uvicorn.Server(configure_server(app)).run([listening])
 
 
 def _describe_index(folder: str, index: IndexDescription) -> str:

@@ -114,14 +114,13 @@ def command(
 ) -> None:
     """Search an index, or query captions or any other dataset in FOLDER. Several datasets are queried as one.
 
-    An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob, tokens
-    and image_text_score. A remote index is copied to this machine once.
+    An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob, tokens,
+    image_text_score, width and height. A remote index is copied to this machine once.
 
     A dataset is queried with SQL. Its rows are in a view named after its kind: captions, features, manifest, embeddings
     or duplicates. A second view, named failures, contains the images that could not be processed. Both include only
-    finished shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else, and
-    runs in a process that is killed if it takes longer than --timeout or uses 512 MiB more than --memory. The same
-    limits apply to --where.
+    finished shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else. A
+    query is stopped after --timeout, or when it uses 512 MiB more than --memory. The same limits apply to --where.
 
     \b
     Examples:

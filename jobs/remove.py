@@ -39,7 +39,7 @@ def command(
     dry_run: bool,
     thumbnails: str | None,
 ) -> None:
-    """Remove images from a collection, or from the manifest, datasets and indexes in FOLDER.
+    """Remove images from a collection, or from the manifest (list of images), datasets and indexes in FOLDER.
 
     Afterwards, none of these contains the ids. Later updates of the manifest skip the images, because its file
     `_removed.json` lists hashes of their ids. The image files themselves are not deleted. Models that were trained on
@@ -47,7 +47,7 @@ def command(
 
     \b
     Examples:
-      captionlib remove holidays --id 2024/beach.jpg --reason "asked by the person shown"
+      captionlib remove holidays --id 2024/beach.jpg --reason "requested by the person shown"
       captionlib remove holidays --ids ids.txt --dry-run
       captionlib remove manifest features captions embeddings index --ids ids.txt
     """
@@ -105,11 +105,10 @@ def _find_datasets(
             collection = open_collection(folder)
             if not dry_run:
                 stack.enter_context(lock_folder(collection.folder, command_name))
-            addresses = [*collection.list_datasets(), collection.duplicates]
-            existing = [address for address in addresses if Folder(address).list()]
-            if not existing:
+            found = collection.find_datasets()
+            if not found:
                 raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
-            datasets += existing
+            datasets += found
             indexes += [collection.index] if Folder(collection.index).exists(DESCRIPTION) else []
         elif Folder(folder).exists(DESCRIPTION):
             indexes.append(folder)

@@ -11,7 +11,9 @@ import click
 from jobs.options import progress_option
 
 if TYPE_CHECKING:
+    from captionlib.evaluation.comparison import Comparison
     from captionlib.evaluation.evaluate import Evaluation
+    from captionlib.evaluation.predictions import Prediction
 
 __all__ = ["command"]
 
@@ -24,7 +26,8 @@ __all__ = ["command"]
 @click.option("--checkpoint", "-c", metavar="FOLDER", help="Folder of the captioner, to show its training curves.")
 @click.option("--images", metavar="FOLDER", help="The folder that image paths are relative to.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Show the first N images only.")
-@click.option("--title", help="The title of the page. [default: the name of CAPTIONS]")
+@click.option("--compare", metavar="OTHER", help="Other captions of the same images, to show beside CAPTIONS.")
+@click.option("--title", help="The title of the page. [default: the name of CAPTIONS and the split]")
 @progress_option
 def command(
     captions: str,
@@ -34,6 +37,7 @@ def command(
     checkpoint: str | None,
     images: str | None,
     limit: int | None,
+    compare: str | None,
     title: str | None,
     progress: bool,
 ) -> None:
@@ -43,50 +47,129 @@ def command(
     the images. The page opens from disk or from any web server and loads nothing from other sites. If the
     captions were generated with attention_maps, the page also shows the attention map of each word.
 
+    With --compare, the page shows CAPTIONS (A) and OTHER (B) side by side: which caption is better by CIDEr, the
+    largest differences both ways, and the difference of each score with a paired bootstrap interval.
+
     \b
     Examples:
       captionlib report captions -o report
       captionlib report captions -o report --manifest manifest --split val --checkpoint captioner
+      captionlib report captions -o report --manifest manifest --compare captions-greedy
       captionlib report result_struct.json -o report --images images/
     """
-    from captionlib.data.sources.locations import locate, resolve_uri
-    from captionlib.evaluation.crop_and_attention import read_crop_and_attention
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.data.shards.inspection import collect_failures
+    from captionlib.evaluation.comparison import compare_predictions
+    from captionlib.evaluation.crop_and_attention import CropAndAttention, read_crop_and_attention
     from captionlib.evaluation.evaluate import evaluate_predictions
-    from captionlib.evaluation.predictions import load_predictions
+    from captionlib.evaluation.predictions import is_dataset, load_predictions
     from captionlib.evaluation.report import write_report
     from captionlib.models.families.captioner import open_captioner
 
     predictions = load_predictions(captions, manifest, splits)
-    with_references = [prediction for prediction in predictions if prediction.references]
-    evaluation = evaluate_predictions(with_references) if with_references else None
-    if images is not None:
-        root = locate(images).address
-        predictions = [replace(prediction, uri=resolve_uri(prediction.uri, root)) for prediction in predictions]
-    predictions = predictions[:limit]
+    evaluation = comparison = None
+    if compare is not None:
+        others = load_predictions(compare, manifest, splits)
+        comparison = compare_predictions(predictions, others, _name_runs(captions, compare))
+        predictions = list(comparison.predictions)
+    elif with_references := [prediction for prediction in predictions if prediction.references]:
+        evaluation = evaluate_predictions(with_references)
+    predictions = _resolve_images(predictions, images)[:limit]
+    cider = comparison.cider if comparison else evaluation.scores.per_image["CIDEr"] if evaluation else None
     history = [] if checkpoint is None else open_captioner(checkpoint).history
+    crop_and_attention = read_crop_and_attention(captions, [prediction.image_id for prediction in predictions])
+    if comparison is not None:  # the captions of the page are not those of a single run
+        crop_and_attention = CropAndAttention(crop_and_attention.preprocessing)
     page = write_report(
         output,
-        title or f"Captions from {captions}",
+        title or _make_title(captions, compare, splits),
         predictions,
-        note=_describe(len(predictions), splits, evaluation),
+        note=_describe(captions, len(predictions), splits, evaluation, comparison),
         scores=[] if evaluation is None else _format_scores(evaluation),
-        cider=None if evaluation is None else evaluation.scores.per_image["CIDEr"],
+        cider=cider,
         history=history,
-        crop_and_attention=read_crop_and_attention(captions, [prediction.image_id for prediction in predictions]),
+        crop_and_attention=crop_and_attention,
+        failures=collect_failures(open_dataset(captions)) if is_dataset(captions) else {},
+        comparison=comparison,
         progress=progress,
     )
+    notes = [*(evaluation.notes if evaluation else []), *(comparison.notes if comparison else [])]
     if checkpoint is not None and not history:
-        click.echo(f"Note: {checkpoint} has no training history, so the page shows no curves", err=True)
-    for note in [] if evaluation is None else evaluation.notes:
+        notes.insert(0, f"{checkpoint} has no training history, so the page shows no curves")
+    for note in notes:
         click.echo(f"Note: {note}", err=True)
-    click.echo(f"{page}: {len(predictions):,} images")
+    click.echo(f"{page}: {len(predictions):,} images{_summarize(comparison)}")
 
 
-def _describe(images: int, splits: Sequence[str], evaluation: Evaluation | None) -> str:
-    description = f"{images:,} images{' of split ' if splits else ''}{' and '.join(splits)}."
-    if evaluation is None:
-        return description
-    return f"{description} Scores of {len(evaluation.predictions):,} images, with 95% bootstrap confidence intervals."
+def _resolve_images(predictions: list[Prediction], images: str | None) -> list[Prediction]:
+    """Resolves relative image paths against the folder `images`."""
+    from captionlib.data.sources.locations import locate, resolve_uri
+
+    if images is None:
+        return predictions
+    root = locate(images).address
+    return [replace(prediction, uri=resolve_uri(prediction.uri, root)) for prediction in predictions]
+
+
+def _make_title(captions: str, compare: str | None, splits: Sequence[str]) -> str:
+    split = f", {' and '.join(splits)} split" if splits else ""
+    name = _name_run(captions) if compare is None else " compared with ".join(_name_runs(captions, compare))
+    return f"{name}{split}"
+
+
+def _name_run(address: str) -> str:
+    """Returns the last two parts of an address, such as `holidays/captions`."""
+    return "/".join(_split_address(address)[-2:])
+
+
+def _name_runs(address: str, other: str) -> tuple[str, str]:
+    """Returns the ends of two addresses, from where they differ. Equal addresses are returned whole."""
+    parts, others = _split_address(address), _split_address(other)
+    length = 1
+    while parts[-length:] == others[-length:] and length < max(len(parts), len(others)):
+        length += 1
+    return "/".join(parts[-length:]), "/".join(others[-length:])
+
+
+def _split_address(address: str) -> list[str]:
+    from captionlib.storage.folders import resolve_address
+
+    return [part for part in resolve_address(address).split("/") if part]
+
+
+def _describe(
+    captions: str,
+    images: int,
+    splits: Sequence[str],
+    evaluation: Evaluation | None,
+    comparison: Comparison | None,
+) -> str:
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.data.shards.lineage import describe_config
+    from captionlib.evaluation.predictions import is_dataset
+
+    sentences = [f"{images:,} images{' of split ' if splits else ''}{' and '.join(splits)}."]
+    if comparison is not None:
+        sentences += [
+            f"{count:,} images of {name} are not in the other run and are left out."
+            for count, name in zip(comparison.not_compared, comparison.names, strict=True)
+            if count
+        ]
+    elif is_dataset(captions):
+        dataset = open_dataset(captions)
+        sentences.append(f"{describe_config(dataset.kind, dataset.config)}.")
+    if evaluation is not None:
+        scored = len(evaluation.predictions)
+        sentences.append(f"Scores of {scored:,} images, with 95% bootstrap confidence intervals.")
+    return " ".join(sentences)
+
+
+def _summarize(comparison: Comparison | None) -> str:
+    if comparison is None or not comparison.scores:
+        return ""
+    better, ties, worse = comparison.wins
+    first, second = comparison.names
+    return f"; better caption by CIDEr: {first} {better:,}, {second} {worse:,}, equal {ties:,}"
 
 
 def _format_scores(evaluation: Evaluation) -> list[tuple[str, str, str]]:

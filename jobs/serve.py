@@ -15,16 +15,14 @@ import click
 if TYPE_CHECKING:
     import uvicorn
 
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import DatasetError
 from jobs.options import config_options, device_option, weights_option
 
-__all__ = ["command", "listen"]
+__all__ = ["command"]
 
 _APP_CONFIG = "CAPTIONLIB_APP_CONFIG"
 _METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads this variable on import
-_MAX_HEADER_BYTES = 2**17  # an image id in a URL can be long
 _MAX_OPEN_FILES = 4096  # connections, images and pipes; many systems allow only 1024 by default
-_SHUTDOWN_SECONDS = 5
 
 
 @click.command()
@@ -94,6 +92,7 @@ def command(
     from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
     from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
     from captionlib.serving.config import ServingConfig
+    from captionlib.serving.server import listen
     from captionlib.serving.startup import AppConfig
     from captionlib.storage.folders import Folder
 
@@ -154,24 +153,13 @@ def _run_server(listening: socket.socket, workers: int, message: str) -> None:
     """Loads the application, prints `message`, and runs the server until it is stopped."""
     import uvicorn
 
-    from captionlib.serving.connections import LimitedConnection
+    from captionlib.serving.server import configure_server
 
     # With several workers, this copy of the application does not serve. Errors are reported only once, and a remote
     # index is copied only once.
     app = create()
     click.echo(message)
-    server = uvicorn.Config(
-        app if workers == 1 else "jobs.serve:create",
-        factory=workers > 1,
-        workers=workers,
-        server_header=False,
-        http=LimitedConnection,
-        ws="none",
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
-        log_level="warning",
-        access_log=False,
-    )
+    server = configure_server(app if workers == 1 else "jobs.serve:create", factory=workers > 1, workers=workers)
     if workers == 1:
         uvicorn.Server(server).run([listening])
     else:
@@ -218,24 +206,6 @@ def _raise_file_limit() -> None:
     if limit != resource.RLIM_INFINITY and limit < _MAX_OPEN_FILES:
         allowed = _MAX_OPEN_FILES if maximum == resource.RLIM_INFINITY else min(_MAX_OPEN_FILES, maximum)
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, maximum))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Opens the socket that all processes share, before any of them loads an index.
-
-    Raises:
-        ConfigError: the port is in use, or the address does not belong to this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Naming the protocol makes asyncio disable Nagle's algorithm, which would delay responses by 40 ms.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError as error:
-        listening.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
-    return listening
 
 
 def create() -> Any:

@@ -1,10 +1,16 @@
 """The command `captionlib status`."""
 
+from __future__ import annotations
+
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import click
 
 from captionlib.errors import DatasetError
+
+if TYPE_CHECKING:
+    from captionlib.collection import Collection
 
 __all__ = ["command"]
 
@@ -22,30 +28,89 @@ def command(collection: str) -> None:
       captionlib update holidays --dry-run
     """
     from captionlib.collection import open_collection
+
+    opened = open_collection(collection)
+    states = [_show_dataset(address) for address in opened.list_datasets()]
+    finished = all(states)
+    if opened.config.duplicates is not None:
+        finished = _show_duplicates(opened, opened.config.duplicates, finished)
+    if not _show_index(opened, finished):
+        click.echo(f"To finish: captionlib update {collection}")
+    for address in opened.find_datasets():
+        if address not in (*opened.list_datasets(), opened.duplicates):
+            click.echo(f"{address}: no longer part of the collection; delete the folder to free its space")
+
+
+def _show_dataset(address: str) -> bool:
+    """Shows the state of a dataset, and returns whether it is finished."""
     from captionlib.data.shards.inspection import inspect_dataset
+    from captionlib.storage.folders import Folder
+
+    try:
+        report = inspect_dataset(address)
+    except DatasetError:
+        if Folder(address).list():
+            raise
+        click.echo(f"{address}: not started")
+        return False
+    progress = "complete" if report.complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
+    cost = f", {timedelta(seconds=round(report.seconds))} of computing time" if report.kind != "manifest" else ""
+    click.echo(f"{address}: {report.rows:,} images, {progress}{cost}")
+    if report.stale:
+        click.echo(f"  {report.stale:,} shards of its input have changed since it was written")
+    for reason, failure in report.failures.items():
+        example = f", for example {failure.examples[0].uri}" if failure.examples else ""
+        click.echo(f"  failed: {reason} {failure.count:,}{example}")
+    return report.complete and not report.stale
+
+
+def _show_duplicates(collection: Collection, threshold: float, embedded: bool) -> bool:
+    """Shows the number of duplicates if they are those of the embeddings. Returns whether they are.
+
+    `embedded` says whether the embeddings are finished.
+    """
+    from captionlib.search.duplicates import read_duplicate_summary
+
+    summary = None
+    if embedded:
+        summary = read_duplicate_summary(collection.list_embeddings(), collection.duplicates, threshold)
+    if summary is None:
+        click.echo(f"{collection.duplicates}: not started, or the images or the threshold have changed")
+        return False
+    click.echo(
+        f"{collection.duplicates}: {summary.groups:,} groups, {summary.duplicates:,} of {summary.images:,} images are "
+        "left out of the index"
+    )
+    return True
+
+
+def _show_index(collection: Collection, finished: bool) -> bool:
+    """Shows the state of the index, and returns whether it is finished. `finished` says whether its inputs are."""
     from captionlib.search.index_folder import read_description
     from captionlib.storage.folders import Folder
 
-    opened = open_collection(collection)
-    pending = False
-    for address in opened.list_datasets():
-        try:
-            report = inspect_dataset(address)
-        except DatasetError:
-            if Folder(address).list():
-                raise
-            click.echo(f"{address}: not started")
-            pending = True
-            continue
-        progress = "complete" if report.complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
-        cost = f", {timedelta(seconds=round(report.seconds))} of computing time" if report.kind != "manifest" else ""
-        click.echo(f"{address}: {report.rows:,} images, {progress}{cost}")
-        if report.stale:
-            click.echo(f"  {report.stale:,} shards of its input have changed since it was written")
-        for reason, failure in report.failures.items():
-            click.echo(f"  failed: {reason} {failure.count:,}, for example {failure.uri}")
-        pending = pending or not report.complete or bool(report.stale)
-    index = read_description(Folder(opened.index))
-    click.echo(f"{opened.index}: " + ("not started" if index is None else f"{index.captions_count:,} captions"))
-    if pending or index is None:
-        click.echo(f"To finish: captionlib update {collection}")
+    description = read_description(Folder(collection.index))
+    if description is None:
+        click.echo(f"{collection.index}: not started")
+        return False
+    click.echo(f"{collection.index}: {description.captions_count:,} captions")
+    if not finished:
+        return False
+    if not _is_current(collection):
+        click.echo("  its datasets or settings have changed since it was built")
+        return False
+    return True
+
+
+def _is_current(collection: Collection) -> bool:
+    """Returns whether the index contains all finished shards of its datasets."""
+    from captionlib.errors import FingerprintError
+    from captionlib.search.build import plan_build  # imports Faiss, which is slow
+
+    config = collection.config
+    duplicates = None if config.duplicates is None else collection.duplicates
+    captions, embeddings = collection.list_captions(), collection.list_embeddings() or None
+    try:
+        return plan_build(captions, embeddings, collection.index, config.index, duplicates=duplicates).is_done()
+    except FingerprintError:  # collection.yaml names another captioner or ranker now
+        return False

@@ -26,9 +26,10 @@ def command(
     """Train a captioner on SOURCE, a features dataset, or fine-tune it together with its encoder on a manifest.
 
     extract-features writes features datasets; prepare writes manifests (lists of images). Training uses the splits
-    train and restval. The checkpoint of the best epoch on val or dev is kept: the one with the lowest perplexity or,
-    with objective=self_critical, the highest CIDEr. Ctrl-C saves the state and stops; the same command resumes.
-    torchrun trains on several GPUs or machines, with a batch size that grows with their number.
+    train and restval (images of val that Karpathy's splits add to train). The checkpoint of the best epoch on val or
+    dev is kept: the one with the lowest perplexity or, with objective=self_critical, the highest CIDEr. Ctrl-C saves
+    the state and stops; the same command resumes. torchrun trains on several GPUs or machines, with a batch size that
+    grows with their number.
 
     \b
     Examples:
@@ -41,8 +42,8 @@ def command(
     each starting from the previous one (--init-from): flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and
     flickr8k-self-critical.
 
-    A run stops with an error if its loss is not finite, or if its perplexity stays above that of a unigram model (word
-    frequencies) for training.unigram_patience epochs. The best checkpoint is kept.
+    A run stops with an error if its loss is not finite. It also stops if its perplexity stays above that of a unigram
+    model (word frequencies) for training.unigram_patience epochs. In both cases, the best checkpoint is kept.
 
     \b
       captionlib train-captioner maps -o words --config flickr8k-bag-of-words

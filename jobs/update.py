@@ -134,22 +134,26 @@ def _index(collection: Collection, run: RunConfig) -> None:
     from pipelines.build_index import build_index
 
     config = collection.config
-    captions = [collection.captions(source) for source in config.sources]
-    embeddings = [collection.embeddings(source) for source in config.sources] if config.ranker else None
     duplicates = None
-    if config.duplicates is not None and embeddings is not None:
-        duplicates = _deduplicate(collection, embeddings, config.duplicates, run.progress)
+    if config.duplicates is not None:
+        duplicates = _deduplicate(collection, config.duplicates, run.progress)
     _, index = build_index(
-        captions, collection.index, config.index, embeddings=embeddings, duplicates=duplicates, run=run
+        collection.list_captions(),
+        collection.index,
+        config.index,
+        embeddings=collection.list_embeddings() or None,
+        duplicates=duplicates,
+        run=run,
     )
     click.echo(f"{collection.index}: {index.captions_count:,} captions")
 
 
-def _deduplicate(collection: Collection, embeddings: list[str], threshold: float, progress: bool) -> str:
+def _deduplicate(collection: Collection, threshold: float, progress: bool) -> str:
     """Groups the duplicates among the images of all sources. Returns the path or URL of the dataset."""
     from captionlib.errors import FingerprintError
     from captionlib.search.duplicates import find_duplicates
 
+    embeddings = collection.list_embeddings()
     try:
         summary = find_duplicates(embeddings, collection.duplicates, threshold, progress=progress)
     except FingerprintError:  # the threshold or the ranker has changed

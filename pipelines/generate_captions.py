@@ -64,7 +64,7 @@ def generate_captions(
 
     Raises:
         CheckpointError: a folder contains no captioner or ranker, an encoder differs from that of the features, or
-            `config` needs attention or a datastore (of captions for reranking) that the captioner lacks.
+            the captioner lacks attention or a datastore (of captions for reranking) that `config` needs.
         ConfigError: `ranker` is missing but required by `embeddings` or `config`, or the captioner does not support a
             setting.
         DatasetError: the source is incomplete, or an output folder contains a different dataset.

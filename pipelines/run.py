@@ -120,7 +120,7 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     _, options = choose_runner(run)  # checks the options before any dataset is changed
     name = options.view_as(StandardOptions).runner
     if run.progress and name in _IN_PROCESS - {None, "FnApiRunner"}:
-        print(f"{label}: runs in Beam's FnApiRunner in this process, which replaces {name}", file=sys.stderr)
+        print(f"{label}: runs in this process with Beam's FnApiRunner, which replaces {name}", file=sys.stderr)
     for shards in job.plan():
         job.mark_incomplete()
         with show_progress(job, shards, label, run.progress):

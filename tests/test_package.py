@@ -1,6 +1,7 @@
 """The wheel, installed into an environment of its own, away from the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,7 +16,8 @@ CHECKOUT = Path(__file__).parents[1]
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the `bin` folder of an environment with the wheel and, from this environment, its dependencies."""
     folder = tmp_path_factory.mktemp("package")
-    _run([sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)], CHECKOUT)
+    source = _copy_docker_context(folder / "source")
+    _run([sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)], source)
     (wheel,) = folder.glob("*.whl")
     _run([sys.executable, "-m", "venv", str(folder / "environment")], folder)
     python = folder / "environment" / "bin" / "python"
@@ -24,6 +26,17 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (packages,) = (folder / "environment").glob("lib/*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
+
+
+def _copy_docker_context(target: Path) -> Path:
+    """Copies the files that the Dockerfile builds the wheel from: those that .dockerignore includes with `!`."""
+    target.mkdir()
+    for line in (CHECKOUT / ".dockerignore").read_text().splitlines():
+        if line.startswith("!"):
+            source = CHECKOUT / line[1:]
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, target / source.name)
+    return target
 
 
 def _run(command: list[str], folder: Path, **environment: str) -> str:

@@ -7,12 +7,14 @@
       __export/export.json                      what is exported
       __export/part-00000.json                  counts of a finished shard
 
-A shard of a dataset becomes one tar or folder. A second run skips finished shards, and so resumes the first.
+A shard of a dataset becomes one tar or folder. A second run exports only the shards that are unfinished or have
+changed, so it resumes an interrupted run and follows an update of the datasets.
 """
 
 import io
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -27,7 +29,7 @@ from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.images.formats import find_format
 from captionlib.data.selection import ALL_IMAGES, ImageSelection
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import decode_record, encode_record, part_name, to_json
+from captionlib.data.shards.markers import Marker, decode_record, encode_record, part_name, to_json
 from captionlib.errors import ConfigError, DatasetError, FetchError, FingerprintError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses
@@ -41,6 +43,7 @@ _THREADS = 16
 _COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
 _METADATA_FOLDER = "__export"  # `datasets` ignores folders whose names begin with two underscores
 _DESCRIPTION = f"{_METADATA_FOLDER}/export.json"
+_PART = re.compile(r"part-([0-9]+)(\.tar)?")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,9 @@ def export_images(
     fetch: FetchConfig | None = None,
     progress: bool = False,
 ) -> ExportSummary:
-    """Writes the images of datasets with their captions, or resumes an interrupted export.
+    """Writes the images of datasets with their captions.
+
+    An existing export of the same datasets is resumed or updated: only unfinished and changed shards are written.
 
     Args:
         datasets: complete manifests, features or captions.
@@ -80,8 +85,8 @@ def export_images(
 
     Raises:
         ConfigError: a dataset has no captions.
-        DatasetError: a dataset is not complete, the output has other files or is damaged, or no image is selected.
-        FingerprintError: the output contains a different export.
+        DatasetError: a dataset is not complete, the output has other files, or no image is selected.
+        FingerprintError: the output contains an export of other datasets, or with a different format or selection.
         LockError: another process is writing to the output.
     """
     opened = [open_dataset(address).require_complete() for address in list_addresses(datasets)]
@@ -89,24 +94,24 @@ def export_images(
         if dataset.kind not in ("manifest", "features", "captions"):
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
     export = _Export(Folder(output), to, selection)
-    checksums = [dataset.compute_content_checksum() for dataset in opened]
+    identities = [f"{dataset.manifest_id} {dataset.fingerprint}" for dataset in opened]
     images, failures = 0, Counter[str]()
     # The marker of a shard is the file that records that the shard is complete.
-    shards = [(each, shard, marker.rows) for each in opened for shard, marker in sorted(each.read_markers().items())]
+    shards = [(each, marker) for each in opened for _, marker in sorted(each.require_all_markers().items())]
     with ExitStack() as stack:
         stack.enter_context(lock_folder(export.folder, "captionlib export"))
-        export.claim_folder({"to": to, "datasets": checksums, **selection.describe()})
-        bar = stack.enter_context(progress_bar("export", sum(rows for _, _, rows in shards), "images", progress))
+        export.claim_folder({"to": to, "datasets": identities, **selection.describe()})
+        bar = stack.enter_context(progress_bar("export", sum(marker.rows for _, marker in shards), "images", progress))
         threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
         fetcher = stack.enter_context(ImageFetcher(fetch))
-        for part, (dataset, shard, rows) in enumerate(shards):
-            counts = export.read_counts(part)
+        for part, (dataset, marker) in enumerate(shards):
+            counts = export.read_counts(part, marker)
             if counts is None:
-                counts = export.write_shard(part, dataset, shard, fetcher, threads)
-            bar.update(rows)
+                counts = export.write_shard(part, dataset, marker, fetcher, threads)
+            bar.update(marker.rows)
             images += counts.images
             failures.update(counts.failures)
-        export.finish()
+        export.finish(len(shards))
     if not images and not failures:
         raise DatasetError(
             f"expected at least one selected image (splits: {', '.join(sorted(selection.splits)) or 'any'}), got none; "
@@ -124,46 +129,60 @@ class _Export:
     selection: ImageSelection
 
     def claim_folder(self, description: Mapping[str, Any]) -> None:
-        """Writes the description of the export to a new folder. Rejects a folder with a different description."""
-        if not self.folder.exists(_DESCRIPTION):
-            if names := [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]:
-                raise DatasetError(
-                    f"{self.folder.uri}: expected a new or empty folder, got files ({names[0]}); choose a new folder, "
-                    "or delete this one if it contains only a damaged export"
-                )
-            self.folder.write(_DESCRIPTION, encode_record(description))
-            return
-        try:
-            existing = decode_record(self.folder.read(_DESCRIPTION))
-        except ValueError as error:
+        """Writes the description of the export, unless the folder has it.
+
+        Rejects a folder with other files, and one with a different export. If the description is missing or damaged,
+        the export starts again.
+        """
+        names = [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]
+        others = [name for name in names if _find_part(name) is None and name != _METADATA_FOLDER]
+        if others or (names and _METADATA_FOLDER not in names):
             raise DatasetError(
-                f"{self.folder.address(_DESCRIPTION)} is damaged ({error}); export to a new folder"
-            ) from error
-        if existing != description:
+                f"{self.folder.uri}: expected a new or empty folder or an earlier export, got other files "
+                f"({(others or names)[0]}); choose a new folder"
+            )
+        existing = self._read_record(_DESCRIPTION)
+        if existing is None:
+            for name in reversed(names):  # `__export` last: until then, the folder can be identified as an export
+                self.folder.remove(name)
+            self.folder.write(_DESCRIPTION, encode_record(description))
+        elif existing != description:
             raise FingerprintError(
-                f"{self.folder.uri} contains an export with a different format, selection or content; "
+                f"{self.folder.uri} contains an export of other datasets, or with a different format or selection; "
                 "choose a new folder"
             )
 
-    def read_counts(self, part: int) -> ExportSummary | None:
-        """Returns the counts of a part if it is finished. Otherwise, or if the counts are damaged, returns None."""
+    def read_counts(self, part: int, marker: Marker) -> ExportSummary | None:
+        """Returns the counts of a part. Returns None if it is unfinished or damaged, or if its shard has changed."""
+        record = self._read_record(self._counts_file(part))
+        if record is None or record.pop("checksum", None) != marker.checksum:
+            return None
         try:
-            counts = _SUMMARY.validate_python(decode_record(self.folder.read(self._counts_file(part))))
-        except (FileNotFoundError, ValueError):
+            counts = _SUMMARY.validate_python(record)
+        except ValueError:
             return None
         return counts if counts.images == 0 or self.folder.exists(self._data_file(part)) else None
 
-    def finish(self) -> None:
-        """Removes temporary files.
+    def finish(self, parts: int) -> None:
+        """Removes temporary files, and parts of shards that no longer exist.
 
         Raises:
             DatasetError: the folder was removed meanwhile.
         """
         self.folder.remove_temporary_files()
+        for name in self.folder.list():
+            if (part := _find_part(name)) is not None and part >= parts:
+                self.folder.remove(self._counts_file(part))
+                self.folder.remove(name)
         if not self.folder.exists(_DESCRIPTION):
-            raise DatasetError(
-                f"{self.folder.uri} was removed or moved during the export; delete it and run the command again"
-            )
+            raise DatasetError(f"{self.folder.uri} was removed or moved during the export; run the same command again")
+
+    def _read_record(self, name: str) -> dict[str, Any] | None:
+        """Returns the content of a JSON file, or None if it is missing or damaged."""
+        try:
+            return decode_record(self.folder.read(name))
+        except (FileNotFoundError, ValueError):
+            return None
 
     def _counts_file(self, part: int) -> str:
         return f"{_METADATA_FOLDER}/{part_name(part)}.json"
@@ -173,15 +192,15 @@ class _Export:
         return part_name(part) + endings[self.to]
 
     def write_shard(
-        self, part: int, dataset: ShardedDataset, shard: int, fetcher: ImageFetcher, threads: ThreadPoolExecutor
+        self, part: int, dataset: ShardedDataset, marker: Marker, fetcher: ImageFetcher, threads: ThreadPoolExecutor
     ) -> ExportSummary:
         """Writes a part, and then the file with its counts, which marks the part as finished."""
         failures = Counter[str]()
-        samples = self._read_samples(dataset, shard, fetcher, threads, failures)
+        samples = self._read_samples(dataset, marker.shard, fetcher, threads, failures)
         write = self._write_tar if self.to == "webdataset" else self._write_folder
         images = write(part_name(part), samples)
         counts = ExportSummary(images, dict(failures))
-        self.folder.write(self._counts_file(part), encode_record(asdict(counts)))
+        self.folder.write(self._counts_file(part), encode_record({**asdict(counts), "checksum": marker.checksum}))
         return counts
 
     def _read_samples(
@@ -242,6 +261,12 @@ class _Export:
         if lines and self.to == "metadata":
             self.folder.write(f"{name}/metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
         return len(lines)
+
+
+def _find_part(name: str) -> int | None:
+    """Returns the number of the part that a file or folder belongs to, or None if it does not belong to a part."""
+    match = _PART.fullmatch(name)
+    return None if match is None else int(match[1])
 
 
 def _join_captions(row: Mapping[str, Any]) -> bytes:

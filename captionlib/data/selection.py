@@ -29,7 +29,6 @@ class ImageSelection:
     included: frozenset[str] | None = None
 
     def selects(self, image_id: str, split: str) -> bool:
-        """Returns whether an image is selected."""
         return (
             (not self.splits or split in self.splits)
             and image_id not in self.excluded

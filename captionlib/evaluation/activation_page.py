@@ -48,7 +48,9 @@ def _describe_layer(layer: LayerActivations) -> dict[str, Any]:
         "channels": channels,
         "size": f"{width} x {height}",
         "aspect_ratio": f"{maps.shape[2]} / {maps.shape[1]}",
-        "sprite": _to_data_uri(_encode_sprite(_scale(maps), rows), "png"),
+        "sprite": _to_data_uri(_encode_sprite(_scale(maps), rows, _COLUMNS), "png"),
+        # The mean of the maps, each scaled to its own peak, so that a few strong channels do not hide the others.
+        "mean": _to_data_uri(_encode_sprite(_scale(_scale(maps).mean(0, np.float32, keepdims=True)), 1, 1), "png"),
         "inactive": int((peaks <= 0).sum()),
         "columns": _COLUMNS,
         "rows": rows,
@@ -85,14 +87,14 @@ def _scale(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.asarray((255 * scaled).round(), np.uint8)
 
 
-def _encode_sprite(maps: npt.NDArray[np.uint8], rows: int) -> bytes:
+def _encode_sprite(maps: npt.NDArray[np.uint8], rows: int, columns: int) -> bytes:
     """Tiles all maps into one PNG image with a color palette."""
     from matplotlib import colormaps
 
     channels, height, width = maps.shape
-    tiles = np.zeros((rows * _COLUMNS, height, width), np.uint8)
+    tiles = np.zeros((rows * columns, height, width), np.uint8)
     tiles[:channels] = maps
-    grid = tiles.reshape(rows, _COLUMNS, height, width).transpose(0, 2, 1, 3).reshape(rows * height, _COLUMNS * width)
+    grid = tiles.reshape(rows, columns, height, width).transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
     sprite = Image.fromarray(np.ascontiguousarray(grid), "P")
     palette = (255 * colormaps["inferno"](np.arange(256))[:, :3]).round().astype(np.uint8)
     sprite.putpalette(palette.tobytes())

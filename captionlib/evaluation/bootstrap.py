@@ -1,7 +1,7 @@
 """Computes scores of a set of images and of each image, and confidence intervals by resampling images (bootstrap)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt
 from captionlib.config import configclass
 from captionlib.evaluation.metrics import Metric
 
-__all__ = ["BootstrapConfig", "Scores", "compute_scores"]
+__all__ = ["BootstrapConfig", "Scores", "compare_scores", "compute_scores"]
 
 
 @configclass
@@ -37,11 +37,13 @@ class Scores:
         overall: the score of the whole set. For BLEU, METEOR and perplexity, this is not the mean over images.
         per_image: the score of each image by image id; NaN if the score is undefined.
         intervals: the lower and upper bounds of the confidence interval of the overall score.
+        resampled: the overall score of each resample, `[samples] float64`.
     """
 
     overall: Mapping[str, float]
     per_image: Mapping[str, Mapping[str, float]]
     intervals: Mapping[str, tuple[float, float]]
+    resampled: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
@@ -51,10 +53,10 @@ def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: 
     """
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
-    tail = (1 - config.confidence) / 2
     overall: dict[str, float] = {}
     per_image: dict[str, dict[str, float]] = {}
     intervals: dict[str, tuple[float, float]] = {}
+    all_resampled: dict[str, npt.NDArray[np.float64]] = {}
     for metric, resampled in zip(metrics, np.split(sums, np.cumsum(widths)[:-1], axis=1), strict=True):
         set_scores, image_scores = metric.formula(metric.rows.sum(0)), metric.formula(metric.rows)
         resampled_scores = metric.formula(resampled)
@@ -64,9 +66,28 @@ def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: 
             overall[name] = float(set_scores[column])
             per_image[name] = dict(zip(image_ids, image_scores[:, column].tolist(), strict=True))
             if config.samples:
-                low, high = np.nanquantile(resampled_scores[:, column], [tail, 1 - tail])
-                intervals[name] = (float(low), float(high))
-    return Scores(overall, per_image, intervals)
+                all_resampled[name] = resampled_scores[:, column]
+                intervals[name] = _compute_interval(resampled_scores[:, column], config)
+    return Scores(overall, per_image, intervals, all_resampled)
+
+
+def compare_scores(scores: Scores, baseline: Scores, config: BootstrapConfig) -> dict[str, tuple[float, float]]:
+    """Returns the confidence interval of the difference `scores - baseline` of each score that both have.
+
+    Both must be scores of the same images in the same order, computed with this configuration. Then both use the same
+    resamples (paired bootstrap), so differences between images, which affect both scores alike, cancel out.
+    """
+    return {
+        name: _compute_interval(resampled - baseline.resampled[name], config)
+        for name, resampled in scores.resampled.items()
+        if name in baseline.resampled
+    }
+
+
+def _compute_interval(resampled: npt.NDArray[np.float64], config: BootstrapConfig) -> tuple[float, float]:
+    tail = (1 - config.confidence) / 2
+    low, high = np.nanquantile(resampled, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _resample(rows: npt.NDArray[np.float64], config: BootstrapConfig) -> npt.NDArray[np.float64]:

@@ -5,26 +5,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Chart", "build_charts"]
+__all__ = ["Chart", "Sparkline", "build_charts", "build_sparkline"]
 
 # data_wait is the fraction of the time that training waited for data.
 _NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "data_wait"})
+
+_TRAINING_METRICS = frozenset({"loss", "reward"})  # all other metrics are computed on the validation splits
 
 
 @dataclass(frozen=True)
 class Chart:
     """A line chart of one metric over epochs, in the coordinates of an SVG image of `width` by `height`.
 
+    `split` is the data that the metric is computed on: `training` or `validation`.
     `low`, `high`, `last` and `best` are formatted values. `low` is plotted at `bottom`, and `high` at `top`. `best` is
-    the minimum of a loss or perplexity, or the maximum of a score. The epochs range from `left` to `right`.
+    the minimum of a loss, perplexity or rank, or the maximum of a score; it is reached at `best_point`. The epochs
+    range from `left` to `right`.
     """
 
     name: str
+    split: str
     points: Sequence[tuple[float, float]]
     low: str
     high: str
     last: str
     best: str
+    best_point: tuple[float, float]
     first_epoch: int
     last_epoch: int
     width: int = 360
@@ -61,9 +67,46 @@ def _build_chart(name: str, series: Sequence[tuple[int, float]]) -> Chart:
         )
         for epoch, value in series
     ]
-    best = low if any(word in name for word in ("loss", "perplexity")) else high
-    return Chart(name, points, f"{low:.4g}", f"{high:.4g}", f"{values[-1]:.4g}", f"{best:.4g}", first, last)
+    best = low if any(word in name for word in ("loss", "perplexity", "rank")) else high
+    split = "training" if name in _TRAINING_METRICS else "validation"
+    return Chart(
+        name,
+        split,
+        points,
+        low=f"{low:.4g}",
+        high=f"{high:.4g}",
+        last=f"{values[-1]:.4g}",
+        best=f"{best:.4g}",
+        best_point=points[values.index(best)],
+        first_epoch=first,
+        last_epoch=last,
+    )
 
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Sparkline:
+    """An area chart of non-negative values at equal distances, in an SVG image that is stretched to the page's width.
+
+    `path` ends at the last value, and `area` closes it along the bottom. The highest value is plotted at the top.
+    """
+
+    path: str
+    area: str
+    high: float
+    width: int = 600
+    height: int = 100
+
+
+def build_sparkline(values: Sequence[float]) -> Sparkline:
+    """Builds a chart of at least one value. Each value is a horizontal step."""
+    high = max(values)
+    step = Sparkline.width / len(values)
+    heights = [round(Sparkline.height * (1 - value / (high or 1)), 1) for value in values]
+    path = "M" + " L".join(
+        f"{round(x, 1)} {y}" for index, y in enumerate(heights) for x in (index * step, (index + 1) * step)
+    )
+    return Sparkline(path, f"{path} L{Sparkline.width} {Sparkline.height} L0 {Sparkline.height} Z", high)

@@ -82,8 +82,8 @@ def evaluate_captions(
 
     Args:
         source: a captions dataset, COCO's results JSON, or NeuralTalk's `result_struct.json`.
-        manifest: the dataset that contains the references: either a manifest or features. Optional if the source
-            contains references.
+        manifest: the dataset that contains the references: a manifest (list of images), or features. Optional if the
+            source contains references.
         splits: the splits to evaluate. If empty, all splits are evaluated.
         train_splits: the splits that the captioner was trained on. A caption is novel if it is not among their
             references.

@@ -41,7 +41,8 @@ def export_json(
         to: `coco` writes COCO's annotations if all sources are manifests or features (see `to_coco_captions`), and
             otherwise COCO's results. `neuraltalk` writes `result_struct.json`.
         selection: the images to export.
-        manifest: dataset with references and splits (a manifest or features) that are added to the captions.
+        manifest: dataset with references and splits that are added to the captions: a manifest (list of images), or
+            features.
 
     Raises:
         DatasetError: a source cannot be read, two sources contain the same image, or no image is selected.

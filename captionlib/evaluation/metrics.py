@@ -1,10 +1,9 @@
 """Computes the standard caption metrics from statistics that are summed over images.
 
 BLEU and METEOR of a set of captions are not means over images but are computed from summed counts. Each metric here
-therefore has one row of statistics per image, and a formula that maps a sum of rows to a score. Applied to the sum of
-all rows, the formula returns the score of the set; applied to a single row, the score of one image; and applied to the
-sum over a bootstrap resample, the score of that resample. The formula is vectorized and scores thousands of resamples
-at once.
+therefore has one row of statistics per image, and a formula that maps a sum of rows to a score. The sum of all rows
+gives the score of the set, a single row gives the score of one image, and the sum over a bootstrap resample gives the
+score of that resample. The formula is vectorized and scores thousands of resamples at once.
 
 The statistics come from pycocoevalcap, and the scores equal those that it computes.
 """

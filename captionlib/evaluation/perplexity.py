@@ -32,7 +32,7 @@ def measure_perplexity(
 
     Args:
         checkpoint: folder or address of the captioner.
-        images: a dataset of encoder features, or a manifest, whose images are encoded.
+        images: a dataset of encoder features, or a manifest (list of images), whose images are encoded.
         references: references by image id.
         device: auto, cpu, cuda or cuda:N.
 

@@ -84,8 +84,8 @@ def load_predictions(
 
     Args:
         source: a captions dataset or a JSON file; see `read_predictions`.
-        manifest: the dataset that contains the references: either a manifest or features. If None, the source's own
-            references are kept.
+        manifest: the dataset that contains the references: a manifest (list of images), or features. If None, the
+            source's own references are kept.
         splits: the splits to select. If empty, all splits are selected.
 
     Raises:

@@ -19,8 +19,10 @@ from typing import Any
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.images.encoding import encode_jpeg
 from captionlib.data.images.loading import LoadingConfig, open_loader
+from captionlib.data.shards.inspection import FailureReport
 from captionlib.errors import DatasetError, ImageError
 from captionlib.evaluation.charts import build_charts
+from captionlib.evaluation.comparison import Comparison
 from captionlib.evaluation.crop_and_attention import CropAndAttention
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
@@ -51,6 +53,8 @@ def write_report(
     attributes: Mapping[str, Mapping[str, bool]] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     crop_and_attention: CropAndAttention = CropAndAttention(),
+    failures: Mapping[str, FailureReport] | None = None,
+    comparison: Comparison | None = None,
     progress: bool = False,
 ) -> str:
     """Writes the page, its data and its thumbnails, replaces an earlier report, and returns the page's path or URI.
@@ -58,8 +62,9 @@ def write_report(
     Below the title, the page shows `note`, then `scores` (name, value, and a detail such as a confidence interval), the
     curves of a training `history` (one row per epoch), and the predictions. `cider` maps image ids to the CIDEr of the
     caption. `attributes` maps image ids to the attributes that the caption mentions, such as `color`, and each of these
-    to whether it is correct. `crop_and_attention` selects the part of the image to show, and adds attention maps. If
-    `progress` is True, a progress bar is shown.
+    to whether it is correct. `crop_and_attention` selects the part of the image to show, and adds attention maps.
+    `failures` are images without a caption, by reason. With `comparison`, of the same predictions, the page shows the
+    captions of the baseline beside them. If `progress` is True, a progress bar is shown.
 
     Raises:
         DatasetError: the folder contains files that do not belong to a report.
@@ -80,6 +85,7 @@ def write_report(
                     "attributes": dict((attributes or {}).get(image_id, {})),
                     "attention": [base64.b64encode(attention_map.tobytes()).decode() for attention_map in maps],
                     "thumbnail": thumbnail,
+                    "baseline": None if comparison is None else _to_baseline(comparison, image_id),
                 }
             )
     output.write(DATA, _to_script(items))
@@ -91,6 +97,9 @@ def write_report(
         charts=build_charts(history),
         count=len(items),
         has_attention=any(item["attention"] for item in items),
+        failures=failures or {},
+        failed=sum(failure.count for failure in (failures or {}).values()),
+        comparison=comparison,
     )
     output.write(PAGE, page)
     output.remove(TEMPORARY_FOLDER)
@@ -144,6 +153,18 @@ def _to_item(prediction: Prediction) -> dict[str, Any]:
         "imageTextScore": _round(prediction.image_text_score),
         "candidates": [[caption, _round(log_prob)] for caption, log_prob in prediction.candidates],
         "references": list(prediction.references),
+    }
+
+
+def _to_baseline(comparison: Comparison, image_id: str) -> dict[str, Any]:
+    """Returns the caption of the baseline, its CIDEr, and by how much the CIDEr of the compared caption is higher."""
+    prediction, cider = comparison.baseline[image_id], comparison.baseline_cider.get(image_id)
+    gain = None if cider is None else comparison.cider[image_id] - cider
+    return {
+        "caption": prediction.caption,
+        "logProb": _round(prediction.log_prob),
+        "cider": _round(cider),
+        "gain": _round(gain),
     }
 
 

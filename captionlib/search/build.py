@@ -339,8 +339,8 @@ def plan_build(
     if their content has not changed. Centroids are trained again only if the index has too many rows for its layout. If
     `overwrite` is True, the index is built from scratch, whatever the folder contains.
 
-    Images that the dataset `duplicates` lists as duplicates of a kept image are left out. If that dataset changes, the
-    affected shards are indexed again.
+    The dataset `duplicates` contains groups of duplicates. Only one image of each group is indexed. If that dataset
+    changes, the affected shards are indexed again.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
@@ -433,7 +433,7 @@ def _leave_out_duplicates(
 ) -> list[InputShard]:
     """Subtracts the duplicates that are left out from the row count of each shard.
 
-    Skips reading the ids of a shard that the existing index contains, if that index leaves out the same duplicates.
+    If the existing index leaves out the same duplicates, the ids of the shards that it contains are not read again.
     """
     left_out = _read_left_out(build.duplicates)
     if not left_out:

@@ -86,9 +86,10 @@ class VectorLayout:
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
-        It must be if `rows` needs a different encoding or, unless the encoding is `Flat`, exceeds four times the number
-        of rows that the layout was chosen for. If there are fewer rows, the layout is kept: otherwise, an index whose
-        number of rows varies around a limit would be built again with every update.
+        This is the case if `auto` would choose a different encoding for `rows`. It is also the case if there are
+        inverted lists and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of
+        rows has decreased, the layout is kept. Otherwise, an index whose number of rows varies around a limit would be
+        built again with every update.
         """
         if rows <= self.rows:
             return False

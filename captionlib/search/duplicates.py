@@ -19,15 +19,16 @@ import pyarrow.compute as pc
 
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError
 from captionlib.progress import ProgressBar, progress_bar
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.search.inputs import check_same_ranker
-from captionlib.storage.folders import Addresses, list_addresses
+from captionlib.storage.folders import Addresses, Folder, list_addresses
 
-__all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates"]
+__all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates", "read_duplicate_summary"]
 
 DEFAULT_THRESHOLD = 0.94  # see `near-duplicates` in benchmarks/README.md
 
@@ -115,7 +116,7 @@ def find_duplicates(
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
-    sources = [open_dataset(address, "embeddings").require_complete() for address in list_addresses(embeddings)]
+    sources = _open_sources(embeddings)
     check_same_ranker(sources)
     manifest_ids = "+".join(source.manifest_id for source in sources)
     dataset = create_dataset(
@@ -128,14 +129,47 @@ def find_duplicates(
         manifest_id=manifest_ids,
         overwrite=overwrite,
     )
-    checksum = "+".join(source.compute_content_checksum() for source in sources)
-    marker = dataset.read_marker(0)  # the JSON file that records that the shard is complete, if it is
-    if marker is None or marker.input_checksum != checksum:
+    checksum = _compute_checksum(sources)
+    if not _is_current(dataset, checksum):
         table = _group_duplicates(_list_shards(sources), sources[0], threshold, progress)
         dataset.mark_incomplete()
         with write_shard(dataset, 0, table.num_rows, checksum) as writer:
             writer.write(table)
     dataset.finish()
+    return _summarize(dataset, sources)
+
+
+def read_duplicate_summary(
+    embeddings: Addresses, duplicates: str | os.PathLike[str], threshold: float
+) -> DuplicateSummary | None:
+    """Returns the counts that `find_duplicates` wrote. Returns None if it would write others now, or has not run.
+
+    Raises:
+        DatasetError: `embeddings` are not complete embeddings datasets.
+    """
+    sources = _open_sources(embeddings)
+    if not Folder(duplicates).exists(DESCRIPTION_FILE):
+        return None
+    dataset = open_dataset(duplicates, "duplicates")
+    current = dataset.config.get("threshold") == threshold and _is_current(dataset, _compute_checksum(sources))
+    return _summarize(dataset, sources) if current and dataset.is_complete() else None
+
+
+def _open_sources(embeddings: Addresses) -> list[ShardedDataset]:
+    return [open_dataset(address, "embeddings").require_complete() for address in list_addresses(embeddings)]
+
+
+def _compute_checksum(sources: Sequence[ShardedDataset]) -> str:
+    return "+".join(source.compute_content_checksum() for source in sources)
+
+
+def _is_current(dataset: ShardedDataset, checksum: str) -> bool:
+    """Returns whether the groups were made from embeddings with this checksum."""
+    marker = dataset.read_marker(0)  # records that the shard is complete; None if it is not
+    return marker is not None and marker.input_checksum == checksum
+
+
+def _summarize(dataset: ShardedDataset, sources: Sequence[ShardedDataset]) -> DuplicateSummary:
     kept = dataset.read(0, ["kept"])["kept"].to_numpy()
     images = sum(source.compute_totals().rows for source in sources)
     return DuplicateSummary(images, int(kept.sum()), int((~kept).sum()))
@@ -144,7 +178,10 @@ def find_duplicates(
 def _list_shards(sources: Sequence[ShardedDataset]) -> list[Shard]:
     """Returns the shards that have rows, as pairs of a dataset and the number of a shard."""
     return [
-        (source, shard) for source in sources for shard, marker in sorted(source.read_markers().items()) if marker.rows
+        (source, shard)
+        for source in sources
+        for shard, marker in sorted(source.require_all_markers().items())
+        if marker.rows
     ]
 
 
@@ -154,12 +191,12 @@ def _group_duplicates(
     images = _read_images(shards, first_source.schema)
     groups = _Groups(np.arange(len(images.ids)), np.ones(len(images.ids), np.float32))
     first = _find_first_copies(images.hashes)
-    distinct = np.flatnonzero(first == groups.kept_image)
+    unique = np.flatnonzero(first == groups.kept_image)  # images that are not exact copies of earlier ones
     dimension = first_source.schema.field("embedding").type.list_size
     if threshold < 1:
-        with progress_bar("deduplicate", len(distinct), "images", progress) as bar:
+        with progress_bar("deduplicate", len(unique), "images", progress) as bar:
             index = _index_vectors(shards, len(images.ids), dimension)
-            _group_similar(index, images.positions, distinct, groups, threshold, bar)
+            _group_similar(index, images.positions, unique, groups, threshold, bar)
     groups.kept_image[:], groups.similarity[:] = groups.kept_image[first], groups.similarity[first]
     return _build_table(images.ids, groups)
 
@@ -210,15 +247,18 @@ def _read_vectors(source: ShardedDataset, shard: int) -> npt.NDArray[np.float32]
 
 
 def _group_similar(
-    index: Any, positions: Positions, distinct: Positions, groups: _Groups, threshold: float, bar: ProgressBar
+    index: Any, positions: Positions, unique: Positions, groups: _Groups, threshold: float, bar: ProgressBar
 ) -> None:
-    """Adds the images in `distinct` to the group of the first kept image that is similar enough; changes `groups`."""
+    """Adds each image in `unique` to the group of the first kept image that is similar enough. Changes `groups`.
+
+    `unique` contains the indices in `_Images` of one image per content, and `positions` is `_Images.positions`.
+    """
     image_of_row = np.empty_like(positions)
     image_of_row[positions] = np.arange(len(positions))
-    is_distinct = np.zeros(len(positions), np.bool_)
-    is_distinct[distinct] = True
-    for start in range(0, len(distinct), _QUERY_ROWS):
-        batch = distinct[start : start + _QUERY_ROWS]
+    is_unique = np.zeros(len(positions), np.bool_)
+    is_unique[unique] = True
+    for start in range(0, len(unique), _QUERY_ROWS):
+        batch = unique[start : start + _QUERY_ROWS]
         batch = batch[groups.kept_image[batch] == batch]  # the rest are already in a group
         vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
         # The margin allows for rounding, which makes the product of a vector with itself slightly less than 1.
@@ -228,9 +268,9 @@ def _group_similar(
                 continue
             matches = slice(int(offsets[row]), int(offsets[row + 1]))
             members, scores = image_of_row[found[matches]], similarity[matches]
-            joins = (members > image) & is_distinct[members] & (groups.kept_image[members] == members)
+            joins = (members > image) & is_unique[members] & (groups.kept_image[members] == members)
             groups.kept_image[members[joins]], groups.similarity[members[joins]] = image, scores[joins]
-        bar.update(min(_QUERY_ROWS, len(distinct) - start))
+        bar.update(min(_QUERY_ROWS, len(unique) - start))
 
 
 def _build_table(ids: pa.StringArray, groups: _Groups) -> pa.Table:

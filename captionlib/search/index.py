@@ -117,9 +117,9 @@ class Index:
     """An open index, returned by `open_index`. This class is thread-safe.
 
     Every search returns an Arrow table, best row first, with the columns image_id, uri, split, caption, log_prob,
-    tokens, image_text_score (null if captions have no scores), width, height and score. The score is BM25 for text, the
-    inner product for vectors, and reciprocal rank fusion for both. Every search takes `limit`, `offset` and `where`,
-    which is a `Filter` or a SQL condition.
+    tokens (their number), image_text_score (null if captions have no scores), width, height and score. The score is
+    BM25 for text, the inner product for vectors, and reciprocal rank fusion for both. Every search takes `limit`,
+    `offset` and `where`, which is a `Filter` or a SQL condition.
 
     A build publishes a new version of the index, and an open index switches to it between searches. Use `snapshot` for
     several searches of the same version.

@@ -1,6 +1,5 @@
 """Reads the captions and embeddings that an index is built from, and checks that they cover the same images."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from captionlib.data.shards.schemas import add_missing_columns
 from captionlib.errors import DatasetError
 from captionlib.search.index_folder import InputShard
 from captionlib.search.rows import CANDIDATES_SCHEMA, ROW_SCHEMA
+from captionlib.storage.folders import scratch_folder
 
 __all__ = [
     "check_datasets_match",
@@ -84,8 +84,8 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
         DatasetError: the shard has a different checksum, or does not exist.
     """
     name = f"{part_name(shard)}.parquet"
-    with tempfile.TemporaryDirectory(prefix="captionlib-") as temporary:
-        path = Path(temporary) / name
+    with scratch_folder() as temporary:
+        path = temporary / name
         try:
             if dataset.folder.is_local:
                 path = Path(dataset.folder.path(name))

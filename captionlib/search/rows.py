@@ -36,7 +36,10 @@ __all__ = [
 ]
 
 COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score", "width", "height")
-"""The columns of a captions dataset that search results show. The last three are null if they are not known."""
+"""The columns of a captions dataset that search results show.
+
+`tokens` is the number of tokens of the caption. The last three columns are null if they are not known.
+"""
 
 _CAPTIONS = captions_schema(has_scores=True)
 ROW_SCHEMA = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])

@@ -165,7 +165,7 @@ class SearchService:
         return self.index.search_text_and_count(search.query, 1, 0, where)[1]
 
     def find_adjacent(self, search: Search, position: int, image_id: str) -> tuple[str | None, str | None]:
-        """Returns the ids of the results before and after an image; each is None if there is no such result.
+        """Returns the ids of the results before and after an image; an id is None if there is no result.
 
         `position` is the position of the image in the results.
         """
@@ -301,7 +301,7 @@ def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) ->
     If that is the number of words plus an end token, tokens are words, and they are counted for all candidates.
     Otherwise, `word_probability` is None.
     """
-    has_words = row["tokens"] == len(row["caption"].split()) + 1
+    has_words = row["tokens"] == len(row["caption"].split()) + 1  # the column `tokens` is their number
     return [
         CaptionCandidate(
             **each,
@@ -313,9 +313,9 @@ def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) ->
     ]
 
 
-def _compute_word_probability(log_prob: float, tokens: int) -> float:
+def _compute_word_probability(log_prob: float, token_count: int) -> float:
     """Returns the geometric mean of the probabilities of a caption's tokens."""
-    return math.exp(min(0.0, log_prob) / max(1, tokens))
+    return math.exp(min(0.0, log_prob) / max(1, token_count))
 
 
 def _thumbnail_url(image_id: str, size: str) -> str:

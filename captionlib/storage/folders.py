@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -33,6 +33,7 @@ __all__ = [
     "convert_full_disk_errors",
     "list_addresses",
     "resolve_address",
+    "scratch_folder",
     "stage_file",
     "write_file",
 ]
@@ -199,8 +200,8 @@ class Folder:
                         f"{self.uri} was removed or moved while {name} was being written; run the same command again"
                     ) from error
         else:
-            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch, convert_full_disk_errors(scratch):
-                path = Path(scratch) / Path(name).name
+            with scratch_folder() as scratch:
+                path = scratch / Path(name).name
                 yield path
                 self._publish_remote(path, name)
 
@@ -252,8 +253,11 @@ class Folder:
         """
         old, new = self.path(old_name), self.path(new_name)
         if self.is_local:
-            with suppress(FileNotFoundError):
+            try:
                 self._publish_local(Path(old), Path(new))
+            except FileNotFoundError:
+                if Path(old).exists():
+                    raise
             return
 
         def move() -> None:
@@ -348,6 +352,17 @@ def convert_full_disk_errors(address: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Creates a folder for temporary files on this machine, and removes it when the block ends.
+
+    Raises:
+        StorageError: the disk with the temporary files is full or read-only.
+    """
+    with tempfile.TemporaryDirectory(prefix="captionlib-") as path, convert_full_disk_errors(path):
+        yield Path(path)
+
+
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
     """Returns the contents of the files that were read, and the paths of the files to read again.
 
@@ -395,16 +410,34 @@ def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
         if isinstance(fs, LocalFileSystem):
             destination = Path(path)
             destination.parent.mkdir(parents=True, exist_ok=True)
-            staged = destination.with_name(f"{destination.name}.{uuid.uuid4().hex}.partial")
-            try:
+            with _create_partial_file(destination) as staged:
                 yield staged
                 staged.replace(destination)
-            finally:
-                staged.unlink(missing_ok=True)
         else:
-            with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
-                staged = Path(scratch) / "file"
+            with scratch_folder() as scratch:
+                staged = scratch / "file"
                 yield staged
                 call_with_retries(path, lambda: fs.put_file(str(staged), path))
     except OSError as error:
         raise StorageError(f"{os.fspath(address)} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _create_partial_file(destination: Path) -> Iterator[Path]:
+    """Yields the path of a file beside `destination`, and removes the file when the block ends.
+
+    If a killed process left such a file, it is used again, so that killed processes do not leave several. If another
+    process is writing one, the file gets a unique name.
+    """
+    with ExitStack() as stack:
+        for suffix in (".partial", f".{uuid.uuid4().hex}.partial"):
+            path = destination.with_name(f"{destination.name}{suffix}")
+            file = stack.enter_context(path.open("ab"))
+            with suppress(OSError):  # another process has the lock, or the file system has no locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # not published by another process
+                    break
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)

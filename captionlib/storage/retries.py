@@ -38,7 +38,7 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
     `action` repeatedly must be safe. The error message names `address`, a path or URL.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         NotADirectoryError: a part of the path is a file.
         StorageError: the storage refused the request, or failed with a temporary error for two minutes.
     """

@@ -249,7 +249,6 @@ def _make_batches(
     model: CaptionerNetwork,
     encode: Callable[[str], list[int]],
 ) -> tuple[CaptionBatches, CaptionBatches]:
-    """Returns the training and the validation batches."""
     augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)
     if augmentation and len(feature_shape(dataset)) == 1:
         raise DatasetError(

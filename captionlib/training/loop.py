@@ -136,7 +136,7 @@ class _Run(Generic[Batch, Model]):
         return state.epoch >= self._config.epochs or (state.step == 0 and is_patience_exhausted)
 
     def require_better_than_unigram(self) -> None:
-        """Checks that the validation perplexity is below that of the unigram model, which uses only word frequencies.
+        """Checks that the validation perplexity is below that of the unigram model (word frequencies alone).
 
         Raises:
             TrainingDiverged: the last `unigram_patience` epochs all failed this check. If the run ends after fewer

@@ -1,12 +1,10 @@
 """Writes the metrics of a run: `metrics.jsonl` for programs, event files for TensorBoard, and plots in `curves.png`."""
 
 import json
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from captionlib.storage.folders import Folder
+from captionlib.storage.folders import Folder, scratch_folder
 
 __all__ = ["CURVES", "METRICS", "TENSORBOARD", "draw_curves", "log_epoch"]
 
@@ -31,12 +29,12 @@ def log_epoch(output: Folder, history: Sequence[Row]) -> None:
 def _serialize_events(row: Row) -> bytes:
     from tensorboardX import SummaryWriter
 
-    with tempfile.TemporaryDirectory(prefix="captionlib-") as folder:
-        with SummaryWriter(folder) as writer:
+    with scratch_folder() as folder:
+        with SummaryWriter(str(folder)) as writer:
             for name, value in row.items():
                 if name != "epoch":
                     writer.add_scalar(name, value, int(row["epoch"]), walltime=time.time())
-        (path,) = Path(folder).iterdir()
+        (path,) = folder.iterdir()
         return path.read_bytes()
 
 

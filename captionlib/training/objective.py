@@ -50,7 +50,7 @@ class Objective(ABC, Generic[Batch, Model]):
         score_name: the validation score that selects the best epoch.
         higher_is_better: whether a higher score is better, as for CIDEr, or a lower one, as for perplexity.
         unigram_perplexity: the validation perplexity of a unigram model, which uses only the word frequencies of the
-            training data. The trained model must beat it. If None, there is no such check.
+            training data. The trained model must beat it. If None, this is not checked.
     """
 
     score_name = "perplexity"

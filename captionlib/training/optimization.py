@@ -114,8 +114,8 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """Returns an exponential moving average of a model's weights, to be updated after each optimizer step.
 
     The average often generalizes better than the final weights. It starts as a copy of the weights after the first
-    step. At the n-th update after that, the decay is at most (1 + n) / (10 + n), so that early weights fade quickly, as
-    in TensorFlow's `ExponentialMovingAverage`.
+    step. At the n-th update after that, the decay is at most (1 + n) / (10 + n), as in TensorFlow's
+    `ExponentialMovingAverage`. So early weights fade quickly.
     """
 
     @torch.no_grad()

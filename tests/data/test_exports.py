@@ -1,6 +1,7 @@
 import json
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ from captionlib.data.selection import select_images
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import DatasetError, FingerprintError, LockError
+from captionlib.errors import DamagedShardError, DatasetError, FingerprintError, LockError
 from captionlib.storage.folders import Folder
 from captionlib.storage.lock import lock_folder
 
@@ -82,6 +83,12 @@ def test_second_run_writes_only_unfinished_shards(manifest: Path, tmp_path: Path
     assert (tmp_path / "tars/part-00001.tar").exists()
 
 
+def test_missing_marker_is_an_error_rather_than_a_missing_shard(manifest: Path, tmp_path: Path) -> None:
+    (manifest / "__shards" / "part-00001.json").unlink()
+    with pytest.raises(DamagedShardError, match="its marker is missing"):
+        export_images(manifest, tmp_path / "tars", "webdataset")
+
+
 @pytest.mark.parametrize(
     ("to", "name", "content"),
     [
@@ -101,11 +108,50 @@ def test_shard_whose_files_are_missing_or_damaged_is_exported_again(
     assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == files.keys()
 
 
-def test_damaged_description_is_an_error(manifest: Path, tmp_path: Path) -> None:
-    export_images(manifest, tmp_path / "out", "webdataset")
-    (tmp_path / "out/__export/export.json").write_text("{")
-    with pytest.raises(DatasetError, match=r"export.json is damaged .*; export to a new folder"):
-        export_images(manifest, tmp_path / "out", "webdataset")
+@pytest.mark.parametrize("content", [None, b"{"])
+def test_export_without_a_valid_description_starts_again(manifest: Path, tmp_path: Path, content: bytes | None) -> None:
+    expected = export_images(manifest, tmp_path / "out", "webdataset")
+    description = tmp_path / "out/__export/export.json"
+    description.unlink() if content is None else description.write_bytes(content)
+    (tmp_path / "a.png").unlink()  # it is missing from a new export
+    again = export_images(manifest, tmp_path / "out", "webdataset")
+    assert again == ExportSummary(expected.images - 1, {"NotFound": 2})
+
+
+def test_folder_with_other_files_is_refused(manifest: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("part-00000.tar", "notes.txt"):
+        (tmp_path / "out" / name).write_text("mine")
+        with pytest.raises(DatasetError, match=rf"got other files \({name}\)"):
+            export_images(manifest, tmp_path / "out", "webdataset")
+        (tmp_path / "out" / name).unlink()
+
+
+def write_manifest(folder: Path, shards: Sequence[str]) -> None:
+    """Writes a manifest whose shards have images with one-letter names."""
+    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={}, shards=len(shards), manifest_id="example")
+    dataset.mark_incomplete()
+    for shard, names in enumerate(shards):
+        rows = [
+            {"image_id": name, "uri": str(folder.parent / f"{name}.png"), "split": "train", "captions": [name]}
+            for name in names
+        ]
+        with write_shard(dataset, shard, len(rows)) as writer:
+            writer.write(pa.RecordBatch.from_pylist(rows, MANIFEST_SCHEMA))
+    dataset.finish()
+
+
+def test_export_follows_an_update_of_its_dataset(manifest: Path, tmp_path: Path) -> None:
+    write_manifest(tmp_path / "growing", ["ab", "c", "e"])
+    export_images(tmp_path / "growing", tmp_path / "out", "txt")
+    written = (tmp_path / "out/part-00000/000000.txt").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "growing")
+    write_manifest(tmp_path / "growing", ["ab", "ce"])
+    assert export_images(tmp_path / "growing", tmp_path / "out", "txt") == ExportSummary(4)
+    texts = {str(path.relative_to(tmp_path / "out")): path.read_text() for path in (tmp_path / "out").rglob("*.txt")}
+    assert texts == {f"part-0000{at // 2}/00000{at % 2}.txt": name for at, name in enumerate("abce")}
+    assert (tmp_path / "out/part-00000/000000.txt").stat().st_mtime_ns == written, "the shard has not changed"
+    assert not (tmp_path / "out/__export/part-00002.json").exists()
 
 
 def test_two_exports_to_a_folder_do_not_mix(manifest: Path, tmp_path: Path) -> None:
@@ -128,7 +174,7 @@ def test_folder_that_is_removed_during_an_export_is_an_error(
 
 def test_different_export_in_the_folder_and_empty_split_are_refused(manifest: Path, tmp_path: Path) -> None:
     export_images(manifest, tmp_path / "tars", "webdataset")
-    with pytest.raises(FingerprintError, match="different format"):
+    with pytest.raises(FingerprintError, match="with a different format or selection"):
         export_images(manifest, tmp_path / "tars", "metadata")
     with pytest.raises(DatasetError, match=r"expected at least one selected image \(splits: test\)"):
         export_images(manifest, tmp_path / "none", "webdataset", selection=select_images(["test"]))
@@ -146,5 +192,5 @@ def test_export_with_a_different_selection_is_refused(manifest: Path, tmp_path: 
         summary = export_images(manifest, tmp_path / "out", "txt", selection=select_images(included=included))
         assert summary.images == expected
     for selection in (select_images(included=frozenset({"x/b.png"})), select_images(["train"]), select_images()):
-        with pytest.raises(FingerprintError, match="different format, selection or content"):
+        with pytest.raises(FingerprintError, match="with a different format or selection"):
             export_images(manifest, tmp_path / "out", "txt", selection=selection)

@@ -1,10 +1,12 @@
-"""The command lines of the documentation."""
+"""The command lines and the Python code of the documentation."""
 
 import re
 import shlex
+import textwrap
+from collections.abc import Collection
 from pathlib import Path
 
-__all__ = ["DOCS", "PAGES", "read_commands"]
+__all__ = ["DOCS", "PAGES", "read_commands", "read_python"]
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -29,3 +31,13 @@ def read_commands(page: Path, only_shell: bool = False) -> list[list[str]]:
         if re.match(r" *(?:torchrun .*)?captionlib [a-z]", line)
         for words in [shlex.split(line, comments=True)]
     ]
+
+
+def read_python(page: Path, packages: Collection[str]) -> list[str]:
+    """Returns the Python blocks of a page that use one of these packages."""
+    blocks = [
+        textwrap.dedent(text)
+        for language, text in _BLOCK.findall(page.read_text(encoding="utf-8"))
+        if language == "python"
+    ]
+    return [block for block in blocks if any(re.search(rf"\b{package}\b", block) for package in packages)]

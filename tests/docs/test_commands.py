@@ -84,6 +84,15 @@ def test_reference_documents_the_configuration_of_all_commands() -> None:
     assert list(dict.fromkeys(headings)) == configured
 
 
+def test_reference_documents_the_configuration_of_collections() -> None:
+    section = render_configuration().split("\n## collection.yaml\n")[1]
+    keys = re.findall(r"^\| `(.+?)` \|", section, re.MULTILINE)
+    assert {"captioner", "ranker", "sources[].name", "sources[].prepare.options.uri_column", "index.language"} <= {
+        *keys
+    }
+    assert "sources" not in keys
+
+
 def test_configuration_keys_in_the_text_exist() -> None:
     types = {config_type for name in NAMES for config_type in find_config_types(name)}
     known = {key for config_type in types for key in list_keys(to_dict(config_type()))}

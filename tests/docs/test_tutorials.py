@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -20,9 +21,11 @@ from click.testing import CliRunner
 
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.synthetic_scenes import describe_scene, iterate_scenes, render_scene
+from captionlib.models.families import huggingface
 from jobs.cli import captionlib
-from tests.docs.markdown import DOCS, read_commands
+from tests.docs.markdown import DOCS, read_commands, read_python
 from tests.jobs.test_serve import free_port
+from tests.models.families.tiny_models import write_blip
 
 # The tutorials search for these words.
 SENTENCE = "two men and a dog run through the water on the beach"
@@ -186,18 +189,18 @@ def test_coco_tutorial_runs(folder: Path) -> None:
     assert json.loads((folder / "scores" / "scores.json").read_text())["images"] == len(results)
 
 
-def test_get_started_runs(folder: Path) -> None:
-    write_flickr8k(folder)
-    for command in (
-        ["prepare", "Flickr8k.token.txt", "--images", "Flicker8k_Dataset", "-o", "training-manifest"],
-        ["extract-features", "training-manifest", "-o", "features"],
-        ["train-captioner", "features", "-o", "captioner"],
-    ):
-        run(command)
+def test_get_started_runs_and_other_tools_read_its_captions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blip = write_blip(folder / "blip")
+    monkeypatch.setattr(huggingface, "_download", lambda _location: blip)
     write_images([folder / "image.jpg", folder / "other.jpg", folder / "images/one.jpg", folder / "images/two.jpg"])
+    (folder / "images/broken.jpg").write_bytes(b"not an image")
     commands = read_commands(DOCS / "get-started.md", only_shell=True)
     assert [command[0] for command in commands].count("demo") == 1
     output = {" ".join(command): run(command) for command in commands if command[0] != "demo"}  # it takes minutes
     captions = next(text for command, text in output.items() if "--json" in command)
     assert [json.loads(line)["uri"] for line in captions.splitlines()] == ["image.jpg", "other.jpg"]
     assert count_rows("captions") == 2
+    names: dict[str, Any] = {}
+    for code in read_python(DOCS / "how-to/parquet.md", packages=("duckdb", "captionlib", "pyarrow")):
+        exec(code, names)
+    assert names["table"].num_rows == 2

@@ -54,6 +54,16 @@ def test_large_maps_are_reduced_by_averaging(tmp_path: Path) -> None:
     assert read_sprite(render(tmp_path, LayerActivations("x", maps))).size == (16 * 74, 75)
 
 
+def test_overview_shows_the_mean_of_the_scaled_channels_of_each_layer(tmp_path: Path) -> None:
+    maps = np.zeros((2, 1, 3), np.float32)
+    maps[0, 0, 0], maps[1, 0, 0], maps[1, 0, 1] = 100, 1, 1
+    page = render(tmp_path, LayerActivations("first", maps), LayerActivations("second", maps))
+    assert [link["href"] for link in page.all("a")] == ["#layer-1", "#layer-2"]
+    overview, _, _ = page.all("img")
+    mean = Image.open(io.BytesIO(base64.b64decode((overview["src"] or "").partition("base64,")[2])))
+    assert np.asarray(mean).tolist() == [[255, 128, 0]]
+
+
 def test_only_the_first_channels_are_visible_at_first(tmp_path: Path) -> None:
     page = render(tmp_path, LayerActivations("x", np.ones((64, 1, 1), np.float32)))
     buttons = [button for button in page.all("button") if "aria-label" in button]
@@ -75,7 +85,7 @@ def test_text_is_escaped_and_the_page_is_self_contained(tmp_path: Path) -> None:
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(html)
     assert len(page.all("script")) == 1
-    assert page.text.count(evil) == 5
+    assert page.text.count(evil) == 6
     assert "http" not in html
     assert not page.all("link")
 

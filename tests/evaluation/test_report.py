@@ -85,6 +85,7 @@ def test_data_holds_everything_about_an_image(tmp_path: Path, image_file: Path) 
             "attributes": {"shape": True, "color": False},
             "attention": [],
             "thumbnail": "thumbnails/000/000000.jpg",
+            "baseline": None,
         }
     ]
     for text in ["Captions", "Of the dev split.", "BLEU-4", "0.51", "0.49 to 0.53", "1 image"]:
@@ -96,7 +97,7 @@ def test_data_holds_everything_about_an_image(tmp_path: Path, image_file: Path) 
 def test_page_loads_nothing_from_other_servers(tmp_path: Path, image_file: Path) -> None:
     write_report(tmp_path / "report", "Captions", [Prediction("x", "a dog", str(image_file))])
     page = read_page(tmp_path / "report")
-    assert not page.all("link")
+    assert [link["href"] for link in page.all("link")] == ["data:,"]
     assert [script["src"] for script in page.all("script") if "src" in script] == ["data.js"]
     assert "http" not in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
@@ -207,5 +208,6 @@ def test_charts_show_metrics_of_more_than_one_epoch() -> None:
     assert loss.points == [(48, 12), (200, 126), (352, 69)]
     assert loss.path == "M48.0 12.0 L200.0 126.0 L352.0 69.0"
     assert (cider.best, cider.first_epoch, cider.last_epoch) == ("0.5", 2, 3)
+    assert (loss.split, loss.best_point, cider.split) == ("training", (200, 126), "validation")
     assert build_charts([]) == []
     assert build_charts([{"epoch": 1, "flat": 1.0}, {"epoch": 2, "flat": 1.0}])[0].points == [(48, 126), (352, 126)]

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
 
+from captionlib.data.shards.inspection import FailureExample, FailureReport
+from captionlib.evaluation.comparison import ComparedScore, Comparison
 from captionlib.evaluation.crop_and_attention import CropAndAttention
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
@@ -175,8 +178,79 @@ def test_rows_of_best_and_worst_scroll_horizontally(browser: WebDriver, tmp_path
     assert width <= available
 
 
+@pytest.fixture
+def comparison(tmp_path: Path, browser: WebDriver) -> Path:
+    """Opens a comparison of 20 images. A is better for the first ten, and B for the others."""
+    predictions = [Prediction(str(n), f"a dog runs {n}", references=("A dog.",)) for n in range(20)]
+    scores = [ComparedScore("CIDEr", 1.5, 1.25, 0.1, 0.4), ComparedScore("mean length", 3.0, 2.0, 0.5, 1.5)]
+    compared = Comparison(
+        names=("beam", "greedy"),
+        predictions=predictions,
+        baseline={each.image_id: replace(each, caption="a cat") for each in predictions},
+        scores=scores,
+        cider={str(n): 1.0 + (n < 10) for n in range(20)},
+        baseline_cider={str(n): 1.5 for n in range(20)},
+        not_compared=(0, 0),
+        notes=[],
+    )
+    failures = {"NotFound": FailureReport(3, [FailureExample("x", "x.jpg", "no file")])}
+    path = write_report(
+        tmp_path / "report",
+        "Captions",
+        predictions,
+        cider=compared.cider,
+        comparison=compared,
+        failures=failures,
+        history=[{"epoch": epoch, "loss": 2.0 / epoch, "perplexity": 9.0 / epoch} for epoch in (1, 2)],
+    )
+    browser.get(Path(path).as_uri())
+    return Path(path)
+
+
+def list_ids(browser: WebDriver, selector: str) -> list[str]:
+    script = "return [...document.querySelectorAll(arguments[0] + ' .meta')].map(each => each.textContent)"
+    return [str(each) for each in browser.execute_script(script, selector)]
+
+
+def test_comparison_shows_the_largest_differences_and_filters_by_the_better_caption(
+    browser: WebDriver, comparison: Path
+) -> None:
+    assert list_ids(browser, "#best") == [str(n) for n in range(10)]
+    assert sorted(map(int, list_ids(browser, "#worst"))) == list(range(10, 20))
+    choose = "arguments[0].value = 'b'; arguments[0].dispatchEvent(new Event('input'))"
+    browser.execute_script(choose, browser.find_element(By.ID, "winner"))
+    assert list_ids(browser, "#cards") == [str(n) for n in range(10, 20)]
+    browser.find_element(By.ID, "words").send_keys("runs")
+    assert browser.find_element(By.ID, "count").text == "10 of 20 images"
+    marked = browser.find_elements(By.CSS_SELECTOR, "#cards mark")
+    assert {each.text for each in marked} == {"runs"}
+    browser.refresh()
+    assert browser.find_element(By.ID, "count").text == "10 of 20 images", "the address keeps the filter"
+    browser.find_element(By.ID, "words").send_keys("zebra")
+    browser.find_element(By.ID, "clear").click()
+    assert browser.find_element(By.ID, "count").text == "20 images"
+
+
+@pytest.mark.parametrize("width", [390, 700, 1200])
+def test_strips_show_whole_cards(browser: WebDriver, comparison: Path, width: int) -> None:
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 400}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    try:
+        cut = browser.execute_script(
+            "const strip = document.getElementById('best'), edge = strip.getBoundingClientRect().right;"
+            "return [...strip.children].map(card => card.getBoundingClientRect())"
+            ".filter(card => card.left < edge - 1 && card.right > edge + 1).length"
+        )
+        assert cut == 0
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_report_is_accessible(page: Path, browser: WebDriver, scheme: str) -> None:
+@pytest.mark.parametrize("kind", ["page", "comparison"])
+def test_report_is_accessible(kind: str, browser: WebDriver, scheme: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(kind)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     assert find_violations(browser) == []

@@ -56,6 +56,23 @@ def test_inspect_prints_json(tmp_path: Path) -> None:
     assert (report["kind"], report["shards_done"], report["failures"]["Truncated"]["count"]) == ("manifest", 2, 1)
 
 
+def test_inspect_writes_a_page(tmp_path: Path) -> None:
+    write(tmp_path / "data")
+    assert inspect(tmp_path / "data", "--html", tmp_path / "page.html").exit_code == 0
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Truncated" in page
+    assert "<script" not in page
+    assert "http" not in page
+
+
+def test_pages_need_a_dataset(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    for option in (["--html", tmp_path / "page.html"], ["--serve"]):
+        with pytest.raises(DatasetError, match="need a dataset"):
+            inspect(tmp_path, *option)
+    assert inspect(tmp_path, "--serve", "--json").exit_code == 2
+
+
 def test_inspect_describes_a_checkpoint_without_its_vocabulary(tmp_path: Path) -> None:
     identity = {"architecture": {"cell": "lstm"}, "vocabulary": {"words": ["dog", "zebra"]}}
     training = {"history": [{"epoch": 1, "perplexity": 20.5}]}

@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
+from captionlib.serving.server import listen
 from jobs.cli import captionlib
-from jobs.serve import listen
 from tests.serving.example_site import make_site
 
 

@@ -1,17 +1,12 @@
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from io import BytesIO
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import fsspec
 import pytest
 from PIL import Image
 from tenacity import stop_after_delay, wait_none
 
+from benchmarks.s3_server import run_s3_server
 from captionlib.storage import retries
 from tests.object_storage.faults import FaultyProxy, never
 
@@ -22,35 +17,14 @@ COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "black", "white"
 def store() -> Iterator[str]:
     """The address of an S3 server in a separate process, with images in the bucket `bucket`."""
     pytest.importorskip("s3fs")
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_for(url, process)
-        bucket = fsspec.filesystem("s3", **options(url))
-        bucket.mkdir("bucket")
+    with run_s3_server() as server:
+        bucket = fsspec.filesystem("s3", **server.options)
         for color in COLORS:
             content = BytesIO()
             Image.new("RGB", (80, 60), color).save(content, "PNG")
             bucket.pipe_file(f"bucket/images/{color}.png", content.getvalue())
         bucket.pipe_file("bucket/images/broken.png", content.getvalue()[:40])
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urlopen(url).close()
-            return
-        except (URLError, ConnectionError):
-            time.sleep(0.05)
-    raise RuntimeError(f"the S3 server did not start; exit code {process.poll()}")
+        yield server.url
 
 
 def options(url: str) -> dict[str, object]:

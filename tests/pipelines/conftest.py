@@ -50,7 +50,7 @@ def write_images(folder: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The images of `write_images`. Tests must not change them."""
-    return write_images(tmp_path_factory.mktemp("drawn") / "images")
+    return write_images(tmp_path_factory.mktemp("rendered") / "images")
 
 
 @pytest.fixture

@@ -230,8 +230,9 @@ def test_unsuitable_folders_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="expected a dataset of kind captions, got embeddings"):
         plan_build(embeddings, None, tmp_path / "index", IndexConfig())
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "image.jpg").touch()
-    with pytest.raises(DatasetError, match=r"contains files that are not part of an index \(image.jpg\)"):
+    for name in "abcd":
+        (tmp_path / "mine" / name).touch()
+    with pytest.raises(DatasetError, match=r"contains files that are not part of an index \(a, b, c\)"):
         plan_build(captions, None, tmp_path / "mine", IndexConfig())
     with pytest.raises(ConfigError, match="language: expected one of none, arabic"):
         IndexConfig("klingon")

@@ -110,6 +110,14 @@ def test_several_sources_are_indexed_together(tmp_path: Path, trained: Path, ran
     index = open_index(tmp_path / "both" / "index")
     for name in ("one", "two"):
         assert index.get_image(f"{name}.png")["uri"].endswith(f"{name}/{name}.png")
+    configuration = tmp_path / "both" / "collection.yaml"
+    configuration.write_text(
+        configuration.read_text().replace(f"- name: two\n  addresses:\n  - {tmp_path}/two\n  prepare: {{}}\n", "")
+    )
+    assert "index: 1 captions" in update(tmp_path / "both").output
+    assert "both/two/captions: no longer part of the collection" in run("status", tmp_path / "both").output
+    run("remove", tmp_path / "both", "--id", "two.png", "--thumbnails", tmp_path / "thumbnails")
+    assert find_files_with("two.png", tmp_path / "both") == [], "also in the datasets of the earlier source"
 
 
 def test_configuration_holds_absolute_addresses(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +161,16 @@ def test_query_and_serve_accept_a_collection(collection: Path) -> None:
     by_sentence = run("query", collection, "--sentence", "a red field", "--format", "jsonl", "--limit", "3")
     assert by_sentence.exit_code == 0, by_sentence.output
     assert by_sentence.output.count("\n") == 3
+
+
+def test_export_accepts_a_collection_and_inspect_names_status(collection: Path, tmp_path: Path) -> None:
+    update(collection)
+    exported = run("export", collection, "--to", "txt", "-o", tmp_path / "out", "--no-progress")
+    assert exported.exit_code == 0, exported.output
+    texts = sorted(path.read_text() for path in (tmp_path / "out").rglob("*.txt"))
+    assert texts == sorted(read_captions(collection).values())
+    with pytest.raises(DatasetError, match="is a collection; see `captionlib status"):
+        run("inspect", collection)
 
 
 def find_files_with(text: str, folder: Path) -> list[str]:
@@ -217,6 +235,10 @@ def test_compacted_collection_has_nothing_to_process(collection: Path) -> None:
     result = run("compact", collection, "--no-progress")
     assert result.exit_code == 0, result.output
     assert f"{collection}/images/captions: 5 shards became 1\n" in result.output
+    assert (
+        "index: 8 captions\n  its datasets or settings have changed since it was built"
+        in run("status", collection).output
+    )
     written = (collection / "images" / "captions" / "part-00000.parquet").stat().st_mtime_ns
     assert update(collection).exit_code == 0
     assert read_captions(collection) == before
@@ -243,10 +265,19 @@ def test_collection_leaves_duplicates_out_of_its_index(collection: Path, tmp_pat
     assert result.exit_code == 0, result.output
     groups = {row["image_id"]: row["group"] for row in open_dataset(collection / "duplicates").read(0).to_pylist()}
     assert groups["small-red.png"] == groups["red.png"]
-    kept = 9 - sum(image_id != group for image_id, group in groups.items())
+    left_out = sum(image_id != group for image_id, group in groups.items())
+    kept = 9 - left_out
+    status = run("status", collection).output
+    assert f"duplicates: {len(groups) - left_out} groups, {left_out} of 9 images are left out of the index" in status
+    assert "To finish:" not in status
     assert open_index(collection / "index").description.captions_count == kept
     with pytest.raises(QueryError, match="no image small-red"):
         open_index(collection / "index").get_image("small-red.png")
+    configuration.write_text(configuration.read_text().replace("duplicates: 0.99", "duplicates: 0.98"))
+    status = run("status", collection).output
+    assert "duplicates: not started, or the images or the threshold have changed" in status
+    assert "To finish:" in status
+    configuration.write_text(configuration.read_text().replace("duplicates: 0.98", "duplicates: 0.99"))
     again = run("deduplicate", collection, "-o", tmp_path / "again", "--threshold", "0.99", "--no-progress")
     assert again.exit_code == 0, again.output
     assert open_dataset(tmp_path / "again").read(0).equals(open_dataset(collection / "duplicates").read(0))

@@ -1,5 +1,6 @@
 """Builds a datastore, then generates captions with `decoding.rerank.neighbors`."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from captionlib.errors import CheckpointError, ConfigError, DatasetError, Finger
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.config import DecodingConfig
-from captionlib.models.decoding.datastore import read_datastore, read_datastore_fingerprint
+from captionlib.models.decoding.datastore import read_datastore, read_datastore_fingerprint, write_datastore
 from captionlib.models.decoding.rerank import RerankConfig
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from captionlib.models.inference.datastore import DatastoreConfig, build_datastore
@@ -66,6 +67,13 @@ def test_datastore_contains_only_named_splits(features: Path, captioner: Path) -
         build(features, captioner, "test")
     datastore = read_datastore(captioner, load_captioner(captioner))  # the failed build kept it
     assert len(datastore.find_neighbors(np.zeros((1, 128), np.float32), 9)[0].references) == 6
+
+
+def test_datastore_of_a_checkpoint_that_is_removed_meanwhile_is_an_error(captioner: Path) -> None:
+    loaded = load_captioner(captioner)
+    shutil.rmtree(captioner)
+    with pytest.raises(CheckpointError, match="was removed or moved"):
+        write_datastore(captioner, loaded, "", [], [])
 
 
 def test_caption_images_uses_datastore(images: list[str], features: Path, captioner: Path) -> None:

@@ -10,6 +10,7 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_
 from captionlib.data.shards.inspection import inspect_dataset
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.writer import write_shard
+from captionlib.errors import DamagedShardError
 from captionlib.search.duplicates import find_duplicates
 
 
@@ -126,3 +127,10 @@ def test_near_duplicates_form_the_clusters_they_were_generated_from(clusters: li
         first = f"{clusters.index(cluster):03}"
         expected = first if clusters.count(cluster) > 1 else None
         assert groups.get(f"{number:03}") == expected
+
+
+def test_missing_marker_is_an_error_rather_than_a_missing_image(tmp_path: Path) -> None:
+    write_embeddings(tmp_path / "embeddings", [("a", [1, 0], 20, None)], [("b", [1, 0], 10, None)])
+    (tmp_path / "embeddings" / "__shards" / "part-00001.json").unlink()
+    with pytest.raises(DamagedShardError, match="its marker is missing"):
+        find_duplicates(tmp_path / "embeddings", tmp_path / "duplicates")

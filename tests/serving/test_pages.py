@@ -19,6 +19,8 @@ from starlette.concurrency import run_in_threadpool
 from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.errors import BusyError
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.pages import _format_ratio
+from captionlib.serving.responses import SearchResult
 
 from .example_site import MALICIOUS, make_site
 
@@ -423,3 +425,11 @@ def test_first_visit_is_small(client: TestClient) -> None:
     html = client.get("/").text
     files = [client.get(file).content for file in re.findall('(?:src|href)="(/static/[^"]*)"', html)]
     assert len(html) + sum(map(len, files)) < 150_000
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "expected"),
+    [(40, 30, "r135"), (30, 40, "r75"), (9, 1, "r250"), (1, 9, "r50"), (None, 30, ""), (40, None, "")],
+)
+def test_class_of_an_aspect_ratio(width: int | None, height: int | None, expected: str) -> None:
+    assert _format_ratio(SearchResult.model_construct(width=width, height=height)) == expected

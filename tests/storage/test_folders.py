@@ -1,3 +1,4 @@
+import errno
 import pickle
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import ConfigError, StorageError
-from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address, stage_file, write_file
+from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address, scratch_folder, stage_file, write_file
 
 
 class RenamingFileSystem(DirFileSystem):
@@ -137,6 +138,26 @@ def test_stage_file_leaves_nothing_if_the_block_raises(tmp_path: Path, address: 
     assert Folder(address.rpartition("/")[0]).list() == []
 
 
+def test_file_of_a_killed_process_is_used_again(tmp_path: Path) -> None:
+    destination = tmp_path / "scores.csv"
+    with stage_file(destination) as path:
+        path.write_bytes(b"first")
+    path.write_bytes(b"half")  # the process was killed here
+    with stage_file(destination) as staged:
+        staged.write_bytes(b"second")
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.csv"]
+    assert destination.read_bytes() == b"second"
+
+
+def test_two_writers_of_a_file_do_not_mix(tmp_path: Path) -> None:
+    destination = tmp_path / "scores.csv"
+    with stage_file(destination) as one, stage_file(destination) as other:
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.csv"]
+    assert destination.read_bytes() == b"one"
+
+
 def test_write_file_reports_an_unwritable_address(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/scores\.parquet cannot be written: "):
@@ -196,3 +217,24 @@ def test_folder_that_is_removed_while_a_file_is_written_is_named(tmp_path: Path,
 def test_missing_file_of_the_writer_is_not_blamed_on_the_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), Folder(tmp_path / "folder").stage("part"):
         (tmp_path / "image.jpg").read_bytes()
+
+
+def test_move_ignores_a_file_that_was_moved_but_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(tmp_path)
+    folder.move("missing", "new")
+    folder.write("old", b"1")
+
+    def fail(*_: object) -> None:
+        raise FileNotFoundError
+
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
+        patch.setattr(Path, "replace", fail)
+        folder.move("old", "new")
+    assert folder.read("old") == b"1"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_full_disk_of_temporary_files_is_named(code: int) -> None:
+    with pytest.raises(StorageError, match=r"captionlib-\S+ cannot be accessed"), scratch_folder() as scratch:
+        raise OSError(code, "disk")
+    assert not scratch.exists()

@@ -194,8 +194,10 @@ class _Decoder:
 
     def __init__(self) -> None:
         paths = [path for path in sys.path if isinstance(path, str)]
+        # Ctrl-C reaches all processes of the terminal, even while they start. The parent handles it.
+        ignore_ctrl_c = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"import sys; sys.path[:] = {paths!r}; from {_WORKER} import main; main()"],
+            [sys.executable, "-c", f"{ignore_ctrl_c}; sys.path[:] = {paths!r}; from {_WORKER} import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

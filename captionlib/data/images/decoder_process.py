@@ -42,16 +42,18 @@ class DecoderSettings(NamedTuple):
 
 def main() -> None:
     """Processes requests until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of the terminal; the parent handles it
     requests, responses = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # redirects prints to standard error, so they do not corrupt responses
     payloads = _receive(requests)
-    settings: DecoderSettings = pickle.loads(next(payloads))
-    _limit_resources(settings)
-    _respond(responses, READY, b"")
-    _silence_codecs()
-    for content in payloads:
-        _decode(content, settings, responses)
+    try:
+        settings: DecoderSettings = pickle.loads(next(payloads))
+        _limit_resources(settings)
+        _respond(responses, READY, b"")
+        _silence_codecs()
+        for content in payloads:
+            _decode(content, settings, responses)
+    except (BrokenPipeError, StopIteration):  # the parent has died
+        os._exit(1)  # an ordinary exit would try to write to the pipe again
 
 
 def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> None:

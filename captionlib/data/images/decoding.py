@@ -135,7 +135,7 @@ class Preprocessing:
 class SizeLimit:
     """Preprocessing that only shrinks large images: for display, or for models that preprocess images themselves.
 
-    It keeps the proportions, crops nothing and does not enlarge small images.
+    The proportions are kept, nothing is cropped, and small images are not enlarged.
 
     Attributes:
         max_size: maximum length of the longer side, in pixels.

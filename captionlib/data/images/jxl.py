@@ -7,8 +7,8 @@ __all__ = ["read_jxl_size"]
 _CODESTREAM = b"\xff\x0a"
 _HEADER_BYTES = 16  # more than the longest header of the size, 9 bytes
 
-# ISO/IEC 18181-1, section "SizeHeader". Two bits select the number of bits of a length. Three bits select the width
-# divided by the height; if they are 0, the header contains the width.
+# ISO/IEC 18181-1, section "SizeHeader". Two bits select the number of bits of a width or height. Three bits select
+# the width divided by the height; if they are 0, the header contains the width.
 _LENGTH_BITS = (9, 13, 18, 30)
 _RATIOS = (None, *(Fraction(*ratio) for ratio in ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))))
 

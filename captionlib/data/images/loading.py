@@ -37,7 +37,7 @@ class LoadedImage(DecodedImage):
 
 
 LoadImages = Callable[[Iterable[Row]], Iterator[tuple[Row, LoadedImage | ImageError]]]
-"""Yields each row with its image, or with the error that loading it raised."""
+"""Function that yields each row with its image, or with the error that loading the image raised."""
 
 
 @configclass

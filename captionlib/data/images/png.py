@@ -1,4 +1,4 @@
-"""Decodes two kinds of PNG files that Pillow cannot: with damaged or long text, and 16-bit with a transparent color."""
+"""Helps Pillow to decode PNG files with damaged or long text, and 16-bit files with a transparent color."""
 
 import io
 from collections.abc import Iterator

@@ -202,7 +202,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
         The number of shards after the update.
     """
     # A marker is the file that records that a shard is complete.
-    rows = {shard: marker.rows for shard, marker in dataset.read_markers().items()}
+    rows = {shard: marker.rows for shard, marker in dataset.require_all_markers().items()}
     touched, gone = comparison.list_touched_shards(), comparison.count_gone()
     remaining = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
     last = max((shard for shard, count in remaining.items() if count), default=0)  # empty shards after it are dropped

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ import scipy.io
 from captionlib.data.sources.locations import locate
 from captionlib.errors import CaptionlibError, DatasetError, SubprocessError
 from captionlib.isolation import ProcessLimits, run_isolated
+from captionlib.storage.folders import scratch_folder
 from captionlib.storage.retries import convert_os_errors
 
 __all__ = ["open_matrix"]
@@ -53,13 +53,13 @@ def open_matrix(address: str, name: str) -> Iterator[npt.NDArray[Any]]:
     location = locate(address)
     if not location.fs.exists(location.path):
         raise DatasetError(f"{address} does not exist; expected a MATLAB file")
-    with tempfile.TemporaryDirectory(prefix="captionlib-matlab-") as scratch:
+    with scratch_folder() as scratch:
         path = Path(location.path)
         if not location.is_local:
-            path = Path(scratch) / "matrix.mat"
+            path = scratch / "matrix.mat"
             with location.fs.open(location.path, "rb") as remote, path.open("wb") as local:
                 shutil.copyfileobj(remote, local)
-        copy = Path(scratch) / "matrix"
+        copy = scratch / "matrix"
         try:
             with run_isolated(
                 partial(_copy_matrix, path, address, name, copy), _choose_limits(path, address)

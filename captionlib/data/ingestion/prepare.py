@@ -2,11 +2,9 @@
 
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pydantic import PositiveInt
 
@@ -27,7 +25,7 @@ from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
 from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import Folder
+from captionlib.storage.folders import Folder, scratch_folder
 from captionlib.storage.lock import lock_folder
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
@@ -42,13 +40,13 @@ class PrepareConfig:
     """How to convert a source to a manifest.
 
     Attributes:
-        source_format: key of `SOURCE_FORMATS`, or `auto` to detect the format.
+        source_format: `folder`, `coco`, `karpathy`, `flickr`, `table`, `webdataset` or `hf-parquet`, or `auto` to
+            detect the format.
         options: how to read the source.
         splits: splits to include. If empty, all splits are included.
         limit: maximum number of images, from the start of the source.
         shard_size: rows per shard. After an interruption, later jobs repeat only unfinished shards. If None, an
-            existing manifest keeps its shard size, and `captionlib.data.shards.compaction.choose_shard_size` chooses
-            the size for a new one.
+            existing manifest keeps its shard size, and the size for a new one grows with the number of images.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
         append: keep images of an existing manifest that are not in the source, which then only needs to list new ones.
@@ -166,7 +164,7 @@ def _prepare(
     to_update = existing if existing is not None and existing.is_complete() else None
     source_format = _select_format(addresses, config)
     skips = SkipCounter(config.strict)
-    with tempfile.TemporaryDirectory(prefix="captionlib-prepare-") as scratch:
+    with scratch_folder() as scratch:
         rows = _read(addresses, source_format, config, skips)
         if config.splits:
             rows = _select_splits(rows, config.splits, skips)
@@ -175,7 +173,7 @@ def _prepare(
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
             to_compare = None if config.verify_content is not None else to_update
-            staged = stage_rows(rows, Path(scratch) / "rows.parquet", to_compare, bar.update)
+            staged = stage_rows(rows, scratch / "rows.parquet", to_compare, bar.update)
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         if to_update is not None:
@@ -328,7 +326,7 @@ def _read(
 
 
 def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
-    """Raises DatasetError if none of the images exists, which means that the image folder is wrong."""
+    """Raises DatasetError if none of the images exists. The image folder is then probably wrong."""
     first_error: FetchError | None = None
     for row in rows:
         try:

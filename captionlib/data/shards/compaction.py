@@ -1,6 +1,7 @@
 """Merges small shards and splits large ones, without computing any row again.
 
-First, the manifest is atomically divided into new shards. Then, in each dataset that was made from it, each row and
+A manifest lists the images, and other datasets are made from it. First, the manifest is atomically divided into new
+shards. Then, in each dataset that was made from it, each row and
 failure moves to the shard that now contains its image. Each compaction has an id, which the compacted datasets store as
 `compaction_id`. A dataset whose `compaction_id` differs from that of its source still has the old shards. If compaction
 is interrupted, running the same command again moves the rows of these datasets.
@@ -30,8 +31,8 @@ __all__ = ["Compaction", "choose_shard_size", "plan_compaction"]
 _MIN_SHARD_SIZE = 1000
 _KINDS = ("manifest", "features", "captions", "embeddings")  # inputs before outputs
 
-Count = Callable[[int], None]
-"""Called with a number of moved rows, for a progress bar."""
+ReportMoved = Callable[[int], None]
+"""Called with the number of rows and failures that were moved since the last call, for a progress bar."""
 
 
 def choose_shard_size(images: int) -> int:
@@ -58,21 +59,21 @@ class Compaction:
     shard_size: int | None
     images: int
 
-    def run(self, count: Count = lambda rows: None) -> ShardedDataset:
+    def run(self, report_moved: ReportMoved = lambda rows: None) -> ShardedDataset:
         """Atomically replaces the shards of the dataset.
 
         Args:
-            count: called with numbers of moved rows and failures.
+            report_moved: shows progress.
 
         Returns:
             The new dataset. It is equal to `dataset` if there was nothing to do.
         """
         if self.shard_size is not None:
-            _divide(self.dataset, self.shard_size, self.images, count)
+            _divide(self.dataset, self.shard_size, self.images, report_moved)
         else:
             source = open_dataset(self.dataset.source).require_complete()
             if source.compaction_id != self.dataset.compaction_id:
-                _match_shards(self.dataset, source, count)
+                _match_shards(self.dataset, source, report_moved)
         return open_dataset(self.dataset.folder.uri)
 
 
@@ -102,15 +103,15 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
 
 def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
-    markers = dataset.read_markers() if dataset.source else dataset.require_markers()
+    markers = dataset.read_markers() if dataset.source else dataset.require_all_markers()
     images = sum(marker.images for marker in markers.values())
     return Compaction(dataset, None if dataset.source else shard_size or choose_shard_size(images), images)
 
 
-def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> None:
+def _divide(dataset: ShardedDataset, size: int, images: int, report_moved: ReportMoved) -> None:
     """Divides all rows into shards of `size` rows, unless the dataset has these shards already."""
     shards = -(-images // size)
-    largest = max(marker.rows for marker in dataset.require_markers().values())
+    largest = max(marker.rows for marker in dataset.require_all_markers().values())
     if dataset.config.get("shard_size") == size and dataset.shards == shards and largest <= size:
         return
     config = {**dataset.config, "shard_size": size}
@@ -126,16 +127,16 @@ def _divide(dataset: ShardedDataset, size: int, images: int, count: Count) -> No
             with write_shard(staged, shard, rows) as writer:
                 for batch in buffer.take(rows):
                     writer.write(batch)
-                    count(batch.num_rows)
+                    report_moved(batch.num_rows)
 
 
-def _match_shards(dataset: ShardedDataset, source: ShardedDataset, count: Count) -> None:
+def _match_shards(dataset: ShardedDataset, source: ShardedDataset, report_moved: ReportMoved) -> None:
     """Moves each row and failure to the shard that contains its image in `source`."""
     locations = _ImageLocations.read(dataset)
     input_markers = source.read_markers()
     with update_shards(dataset, source.shards, compaction_id=source.compaction_id) as staged:
         for shard, input_marker in sorted(input_markers.items()):
-            count(_write_moved_rows(dataset, locations, source, input_marker, staged, shard))
+            report_moved(_write_moved_rows(dataset, locations, source, input_marker, staged, shard))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -41,14 +41,17 @@ from captionlib.data.shards.markers import (
     SUCCESS_FILE,
     UPDATE_FOLDER,
     Marker,
+    ShardProgress,
     Totals,
     compute_checksum,
     compute_fingerprint,
     decode_marker,
+    decode_progress,
     decode_record,
     decode_totals,
     encode_record,
     marker_file,
+    parse_time,
     part_name,
     progress_file,
     sum_markers,
@@ -89,6 +92,7 @@ class ShardedDataset:
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
         encoder_weights: path or URL of the weights file of the encoder that computed the features; empty if there is no
             such file. The fingerprint depends on a hash of the weights, not on this path.
+        created: when the dataset was created, as an ISO 8601 time in UTC. Empty if it has just been created.
     """
 
     folder: Folder
@@ -102,6 +106,7 @@ class ShardedDataset:
     compaction_id: str = ""
     source_checksum: str = ""
     encoder_weights: str = ""
+    created: str = field(default="", compare=False)
 
     def done_shards(self) -> set[int]:
         """Returns the numbers of the shards that have a marker and a data file, from a listing of the folders.
@@ -110,17 +115,15 @@ class ShardedDataset:
         """
         return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
 
-    def read_progress(self, shards: Iterable[int]) -> dict[int, int]:
-        """Returns the number of images processed so far by shard, for unfinished shards that report it.
-
-        See `ShardWriter`.
-        """
+    def read_progress(self, shards: Iterable[int]) -> dict[int, ShardProgress]:
+        """Returns the progress by shard, for unfinished shards that report it; see `ShardWriter`."""
         listed = sorted(self._list_parts(MARKERS_FOLDER, PROGRESS_EXTENSION) & set(shards))
-        counts = {}
-        for shard in listed:
-            for content in self.folder.read_many([progress_file(shard)]):
-                counts[shard] = int(content) if content.isdigit() else 0
-        return counts
+        reported = {}
+        for content in self.folder.read_many(map(progress_file, listed)):
+            with suppress(ValueError):  # damaged
+                progress = decode_progress(content)
+                reported[progress.shard] = progress
+        return reported
 
     def remove_progress(self) -> None:
         """Removes the files that `read_progress` reads. A run that was killed may have left some."""
@@ -158,6 +161,19 @@ class ShardedDataset:
         markers = self.read_markers()
         missing = set(range(self.shards)) - markers.keys()
         if missing and self.is_complete():
+            raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
+        return markers
+
+    def require_all_markers(self) -> dict[int, Marker]:
+        """Returns the markers of all shards, by shard.
+
+        Raises:
+            DatasetError: the dataset is not complete, or was removed.
+            DamagedShardError: the dataset is complete, but a marker is missing or damaged.
+        """
+        markers = self.read_markers()
+        if missing := set(range(self.shards)) - markers.keys():
+            self.require_complete()
             raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
         return markers
 
@@ -339,8 +355,8 @@ class ShardedDataset:
 
         Raises:
             DatasetError: a shard is not finished, or the folder was removed meanwhile.
-            FailureRatioError: the fraction of images that could not be read exceeds `max_failure_ratio` or, if that is
-                None, all images failed.
+            FailureRatioError: too many images could not be read: a fraction above `max_failure_ratio`, or all of them
+                if that is None.
         """
         totals = self.compute_totals()
         if totals.shards < self.shards:
@@ -470,8 +486,8 @@ def create_dataset(
         ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or of a different manifest, and
             `overwrite` is not set.
-        DatasetError: the folder holds files that captionlib did not write, or a dataset that was not compacted when
-            `source` was.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset that still has the shards that
+            `source` had before it was compacted.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
@@ -619,6 +635,8 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
     try:
         stored = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(description["arrow_schema"])))
         kind, config, fingerprint = description["kind"], description["config"], description["fingerprint"]
+        if created := str(description.get("created", "")):
+            parse_time(created)
         return ShardedDataset(
             folder,
             kind,
@@ -632,13 +650,14 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
             description.get("compaction_id", ""),
             description.get("source_checksum", ""),
             str(description.get("encoder_weights", "")),
+            created,
         )
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged_description(folder, error) from error
 
 
 def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
-    """Reads the description, after completing an update that was interrupted after its commit."""
+    """Reads the description. If an update was interrupted after its commit, completes the update first."""
     description = _read_description(folder)
     if description is None or not folder.exists(JOURNAL_FILE):
         return description

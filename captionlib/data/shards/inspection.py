@@ -1,29 +1,94 @@
-"""Summarizes a dataset: finished shards, images that could not be read (failures), and inconsistencies."""
+"""Summarizes a dataset: finished shards, images that could not be read (failures), speed, and inconsistencies.
+
+Only the description, the markers, the progress files and the failures are read, and nothing is written. So it works for
+a dataset that a job on a cluster is writing.
+"""
 
 import os
-from collections.abc import Mapping
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, Literal
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import SUCCESS_FILE
+from captionlib.data.shards.lineage import LineageStep, describe_config, list_sources, read_lineage
+from captionlib.data.shards.markers import (
+    JOURNAL_FILE,
+    SUCCESS_FILE,
+    Marker,
+    ShardProgress,
+    Totals,
+    parse_time,
+    sum_markers,
+)
+from captionlib.data.shards.throughput import IDLE_SECONDS, Throughput, measure_throughput
 from captionlib.errors import CaptionlibError, DamagedShardError
 from captionlib.storage.folders import TEMPORARY_FOLDER
 
-__all__ = ["DatasetReport", "FailureReport", "inspect_dataset"]
+__all__ = [
+    "DatasetReport",
+    "FailureExample",
+    "FailureReport",
+    "JobReport",
+    "ShardState",
+    "collect_failures",
+    "inspect_dataset",
+]
+
+ShardState = Literal["done", "failures", "stale", "in progress", "open"]
+"""`failures`: done, but some images could not be read. `stale`: done, but the input shard has changed since."""
+
+_EXAMPLES = 5  # failures that are shown for each reason
+
+
+@dataclass(frozen=True)
+class FailureExample:
+    """An image that could not be read, and the message of the error."""
+
+    image_id: str
+    uri: str
+    message: str
 
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The number of failures with the same reason, and one of these failures as an example.
-
-    All fields but `count` are empty if the failures file is missing.
-    """
+    """The number of failures with the same reason, and a few examples; none if their files are missing."""
 
     count: int
-    image_id: str
-    uri: str
-    message: str
+    examples: list[FailureExample]
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """The progress of the job that writes a dataset, from what its workers have written.
+
+    Attributes:
+        state: `running` if a worker has written something in the last 5 minutes, `stopped` otherwise. `complete` if
+            the dataset is complete.
+        images: number of images of the input; None if it is unknown because the input cannot be read.
+        images_done: number of images of the finished shards.
+        images_in_progress: number of images of unfinished shards that workers have already processed.
+        shard_states: the states of all shards in order. Adjacent shards with the same state are one entry: the
+            state and their number.
+        throughput: the speed; None if it is unknown.
+        seconds_left: estimate of the time that the job still needs; None unless it is running at a known speed.
+        updated: time of this report, as a Unix time.
+    """
+
+    state: Literal["running", "stopped", "complete"]
+    images: int | None
+    images_done: int
+    images_in_progress: int
+    shard_states: list[tuple[ShardState, int]]
+    throughput: Throughput | None
+    seconds_left: float | None
+    updated: float
+
+    def count_shards(self, *states: ShardState) -> int:
+        """Returns the number of shards in these states."""
+        return sum(count for state, count in self.shard_states if state in states)
 
 
 @dataclass(frozen=True)
@@ -34,16 +99,21 @@ class DatasetReport:
         kind: manifest (images and reference captions), features, captions (generated), embeddings or duplicates.
         fingerprint: hash of everything that determines the rows.
         columns: type of each column by name.
+        description: how the dataset was made, in words.
+        created: when the dataset was created, as an ISO 8601 time in UTC.
         complete: whether all shards are finished, and the fraction of failed images is within the limit of the run.
         explanation: why the dataset is not complete and what to do; empty if it is complete.
         size: size of the data files in bytes.
         seconds: time spent on the shards, summed over workers.
         source: path or URL of the dataset that this dataset was made from; empty if there is none.
+        lineage: the datasets that this dataset was made from, the first one first.
         stale: number of shards of the source that have changed, or been added, since this dataset was written. None if
             the source cannot be read.
         failed: number of images that could not be read.
         failures: failures by reason (the category of the error), the most frequent first.
+        job: the progress of the job that writes the dataset.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
+        interrupted_update: whether an update was interrupted. The next command that reads the dataset completes it.
         problems: inconsistencies, including wrong checksums if `inspect_dataset` was called with `verify`.
     """
 
@@ -52,6 +122,8 @@ class DatasetReport:
     fingerprint: str
     columns: Mapping[str, str]
     config: Mapping[str, Any]
+    description: str
+    created: str
     complete: bool
     explanation: str
     shards_done: int
@@ -60,31 +132,38 @@ class DatasetReport:
     size: int
     seconds: float
     source: str
+    lineage: list[LineageStep]
     stale: int | None
     failed: int
     failures: Mapping[str, FailureReport]
+    job: JobReport
     temporary_files: int
+    interrupted_update: bool
     problems: list[str]
 
 
 def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> DatasetReport:
     """Summarizes a dataset. If `verify` is set, checks each data file against the checksum in its marker file."""
-    dataset = open_dataset(uri)
-    totals = dataset.compute_totals()
-    problems = dataset.verify() if verify else []
+    dataset = open_dataset(uri, complete_update=False)
+    markers = dataset.read_markers()
+    totals = sum_markers(markers.values())
     complete = dataset.is_complete()
+    problems = dataset.verify() if verify else []
     if complete and totals.shards < dataset.shards:
         problems.insert(
             0,
             f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a "
             "valid marker file (which marks a shard as finished)",
         )
+    changed, stale, images = _compare_with_source(dataset, markers)
     return DatasetReport(
         folder=dataset.folder.uri,
         kind=dataset.kind,
         fingerprint=dataset.fingerprint,
         columns={column.name: str(column.type) for column in dataset.schema},
         config=dataset.config,
+        description=describe_config(dataset.kind, dataset.config),
+        created=dataset.created,
         complete=complete,
         explanation="" if complete else dataset.explain_incompleteness(totals),
         shards_done=totals.shards,
@@ -93,44 +172,120 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         size=totals.bytes,
         seconds=totals.seconds,
         source=dataset.source,
-        stale=_count_stale_shards(dataset),
+        lineage=read_lineage(dataset),
+        stale=stale,
         failed=totals.failures,
-        failures=_summarize_failures(dataset, totals.reasons),
+        failures=_summarize_failures(dataset, markers, totals),
+        job=_describe_job(dataset, complete, markers, changed, images),
         temporary_files=len(dataset.folder.list(TEMPORARY_FOLDER)),
+        interrupted_update=dataset.folder.exists(JOURNAL_FILE),
         problems=problems,
     )
 
 
-def _count_stale_shards(dataset: ShardedDataset) -> int | None:
+def collect_failures(dataset: ShardedDataset) -> dict[str, FailureReport]:
+    """Returns the images that could not be read when this dataset and the datasets before it were made, by reason.
+
+    The datasets before it are only included as far as they can be read.
+    """
+    counts, examples = Counter[str](), defaultdict[str, list[FailureExample]](list)
+    for each in [*list_sources(dataset)[0], dataset]:
+        markers = each.read_markers()
+        for reason, failure in _summarize_failures(each, markers, sum_markers(markers.values())).items():
+            counts[reason] += failure.count
+            examples[reason] += failure.examples
+    return {reason: FailureReport(count, examples[reason][:_EXAMPLES]) for reason, count in counts.most_common()}
+
+
+def _compare_with_source(
+    dataset: ShardedDataset, markers: Mapping[int, Marker]
+) -> tuple[set[int], int | None, int | None]:
+    """Returns the stale shards, their number plus that of new shards of the source, and the images of the source.
+
+    The numbers are None if the source cannot be read.
+    """
     if not dataset.source:
-        return 0
+        complete = dataset.is_complete()
+        return set(), 0, sum(marker.images for marker in markers.values()) if complete else None
     try:
-        source = open_dataset(dataset.source)
+        source = open_dataset(dataset.source, complete_update=False)
         source_markers = source.read_markers()
     except (CaptionlibError, OSError):
-        return None
-    markers = dataset.read_markers()
+        return set(), None, None
+    images = sum(marker.rows for marker in source_markers.values())
     if dataset.kind == "duplicates":  # one shard, made from all shards of the source
-        return sum(marker.input_checksum != source.compute_content_checksum() for marker in markers.values())
-    changed = sum(
-        shard in source_markers and marker.input_checksum != source_markers[shard].checksum
+        checksum = source.compute_content_checksum()
+        changed = {shard for shard, marker in markers.items() if marker.input_checksum != checksum}
+        return changed, len(changed), images
+    changed = {
+        shard
         for shard, marker in markers.items()
+        if shard in source_markers and marker.input_checksum != source_markers[shard].checksum
+    }
+    return changed, len(changed) + sum(shard >= dataset.shards for shard in source_markers), images
+
+
+def _describe_job(
+    dataset: ShardedDataset, complete: bool, markers: Mapping[int, Marker], changed: Set[int], images: int | None
+) -> JobReport:
+    now = time.time()
+    progress = {} if complete else dataset.read_progress(range(dataset.shards))
+    active = {shard: each for shard, each in progress.items() if now - parse_time(each.updated) <= IDLE_SECONDS}
+    throughput = measure_throughput(markers.values(), active.values())
+    last_activity = max(
+        throughput.last_activity if throughput else 0.0, parse_time(dataset.created) if dataset.created else 0.0
     )
-    return changed + sum(shard >= dataset.shards for shard in source_markers)
+    done = sum(marker.images for shard, marker in markers.items() if shard not in changed)
+    in_progress = sum(each.images for each in active.values())
+    running = not complete and now - last_activity <= IDLE_SECONDS
+    seconds_left = None
+    if running and markers and throughput and throughput.images_per_second > 0:
+        total = images or dataset.shards * done / len(markers)  # if unknown, all shards count as equally large
+        seconds_left = max(0, total - done - in_progress) / throughput.images_per_second
+    return JobReport(
+        state="complete" if complete else "running" if running else "stopped",
+        images=images,
+        images_done=done,
+        images_in_progress=in_progress,
+        shard_states=_list_states(dataset.shards, markers, changed, active),
+        throughput=throughput,
+        seconds_left=seconds_left,
+        updated=now,
+    )
 
 
-def _summarize_failures(dataset: ShardedDataset, reasons: Mapping[str, int]) -> dict[str, FailureReport]:
-    """Reads failures until each reason has an example."""
-    examples: dict[str, FailureReport] = {}
-    for shard, marker in sorted(dataset.read_markers().items()):
-        if marker.reasons.keys() <= examples.keys():
-            continue
-        try:
-            table = dataset.read_failures(shard)
-        except DamagedShardError:  # found by `verify`
-            continue
-        for row in table.to_pylist() if table is not None else []:
-            if row["error"] in reasons:
-                example = FailureReport(reasons[row["error"]], row["image_id"], row["uri"], row["message"])
-                examples.setdefault(row["error"], example)
-    return {reason: examples.get(reason, FailureReport(count, "", "", "")) for reason, count in reasons.items()}
+def _list_states(
+    shards: int, markers: Mapping[int, Marker], changed: Set[int], active: Mapping[int, ShardProgress]
+) -> list[tuple[ShardState, int]]:
+    def get_state(shard: int) -> ShardState:
+        if shard in active:
+            return "in progress"
+        if shard not in markers:
+            return "open"
+        if shard in changed:
+            return "stale"
+        return "failures" if markers[shard].failures else "done"
+
+    return [(state, len(list(group))) for state, group in groupby(map(get_state, range(shards)))]
+
+
+def _summarize_failures(
+    dataset: ShardedDataset, markers: Mapping[int, Marker], totals: Totals
+) -> dict[str, FailureReport]:
+    """Reads failures until each reason has enough examples."""
+    examples: dict[str, list[FailureExample]] = {reason: [] for reason in totals.reasons}
+    for shard, marker in sorted(markers.items()):
+        if any(len(examples[reason]) < _EXAMPLES for reason in marker.reasons):
+            for row in _read_failures(dataset, shard):
+                found = examples.get(row["error"], [])
+                if len(found) < _EXAMPLES:
+                    found.append(FailureExample(row["image_id"], row["uri"], row["message"]))
+    return {reason: FailureReport(count, examples[reason]) for reason, count in totals.reasons.items()}
+
+
+def _read_failures(dataset: ShardedDataset, shard: int) -> Iterable[Mapping[str, Any]]:
+    try:
+        table = dataset.read_failures(shard)
+    except DamagedShardError:  # found by `verify`
+        return []
+    return table.to_pylist() if table is not None else []

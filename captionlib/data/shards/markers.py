@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter
@@ -26,17 +27,22 @@ __all__ = [
     "SUCCESS_FILE",
     "UPDATE_FOLDER",
     "Marker",
+    "ShardProgress",
     "Totals",
     "compute_block_checksum",
     "compute_checksum",
     "compute_checksums",
     "compute_fingerprint",
     "decode_marker",
+    "decode_progress",
     "decode_record",
     "decode_totals",
+    "encode_progress",
     "encode_record",
+    "format_time",
     "from_json",
     "marker_file",
+    "parse_time",
     "part_name",
     "progress_file",
     "sum_markers",
@@ -75,6 +81,7 @@ class Marker:
         bytes: size of the data file.
         checksum: checksum of the data file; see `compute_checksum`.
         seconds: time taken to write the shard.
+        finished: when the shard was finished, as an ISO 8601 time in UTC. Empty if unknown.
         fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
         input_checksum: checksum of the data file of the input shard that this shard was made from. Empty if it was not
             made from another dataset. Of duplicates, which are made from a whole dataset, the hash of its checksums.
@@ -97,6 +104,7 @@ class Marker:
     failures_checksum: str = ""
     reasons: Mapping[str, int] = field(default_factory=dict)
     previous: "Marker | None" = None
+    finished: str = ""
 
     @property
     def images(self) -> int:
@@ -110,6 +118,23 @@ class Marker:
         while marker is not None:
             yield marker
             marker = marker.previous
+
+
+@dataclass(frozen=True)
+class ShardProgress:
+    """What a worker has reported about a shard that it is writing.
+
+    Attributes:
+        shard: number of the shard.
+        images: number of images processed so far.
+        started: when the worker started the shard, as an ISO 8601 time in UTC.
+        updated: when the worker reported this.
+    """
+
+    shard: int
+    images: int
+    started: str
+    updated: str
 
 
 @dataclass(frozen=True)
@@ -156,11 +181,21 @@ def marker_file(shard: int) -> str:
 
 
 def progress_file(shard: int) -> str:
-    """Returns the name of the file that contains the number of processed images of an unfinished shard."""
+    """Returns the name of the file that contains the progress of an unfinished shard."""
     return f"{MARKERS_FOLDER}/{part_name(shard)}{PROGRESS_EXTENSION}"
 
 
-_MARKER, _TOTALS = TypeAdapter(Marker), TypeAdapter(Totals)
+def format_time(seconds: float) -> str:
+    """Returns a Unix time as an ISO 8601 time in UTC, such as `2026-06-01T12:00:00.000+00:00`."""
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def parse_time(text: str) -> float:
+    """Converts an ISO 8601 time to a Unix time. Raises ValueError if the text is not a time."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()  # Python 3.10 does not parse Z
+
+
+_MARKER, _PROGRESS, _TOTALS = TypeAdapter(Marker), TypeAdapter(ShardProgress), TypeAdapter(Totals)
 
 
 def decode_marker(content: bytes) -> Marker:
@@ -169,12 +204,32 @@ def decode_marker(content: bytes) -> Marker:
     Raises:
         ValueError: the content is damaged or not a marker.
     """
-    return _MARKER.validate_python(decode_record(content))
+    marker = _MARKER.validate_python(decode_record(content))
+    if marker.finished:
+        parse_time(marker.finished)
+    return marker
 
 
 def write_marker(folder: Folder, marker: Marker) -> None:
     """Writes the marker of a shard to the folder of a dataset."""
     folder.write(marker_file(marker.shard), encode_record(asdict(marker)))
+
+
+def encode_progress(progress: ShardProgress) -> bytes:
+    """Encodes the progress of a shard as the content of its progress file."""
+    return encode_record(asdict(progress))
+
+
+def decode_progress(content: bytes) -> ShardProgress:
+    """Reads the content of a progress file.
+
+    Raises:
+        ValueError: the content is damaged.
+    """
+    progress = _PROGRESS.validate_python(decode_record(content))
+    parse_time(progress.started)
+    parse_time(progress.updated)
+    return progress
 
 
 def decode_totals(content: bytes) -> tuple[Totals, str]:
@@ -207,7 +262,7 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
     """Returns a hash of the kind of a dataset, its schema version and its configuration.
 
-    These and the input determine the rows.
+    Kind, schema version, configuration and input together determine the rows.
     """
     identity = {"kind": kind, "schema_version": SCHEMA_VERSIONS.get(kind, 1), "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -47,7 +47,7 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
                     failures += marker.failures
                     images += marker.images
             progress = output.read_progress(shards - counted)
-            in_progress = sum(count for shard, count in progress.items() if count != old_progress.get(shard))
+            in_progress = sum(each.images for shard, each in progress.items() if each != old_progress.get(shard))
             added = max(0, images + in_progress - shown)
             shown += added
             add(added, f"{len(counted)}/{output.shards} shards, {failures} failed")

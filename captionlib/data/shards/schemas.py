@@ -51,8 +51,8 @@ COLUMN_DESCRIPTIONS = {
     "version": "Version of the image's file in the source; it changes when the file does. Null if unknown.",
     "split": "Split that contains the image, such as train, val or test; empty if unknown.",
     "captions": "Reference captions, written by humans.",
-    "width": "Width of the image in pixels, as stored in its file; null if unknown.",
-    "height": "Height of the image in pixels, as stored in its file; null if unknown.",
+    "width": "Width of the image in pixels, after the rotation in its EXIF data; null if unknown.",
+    "height": "Height of the image in pixels, after the rotation in its EXIF data; null if unknown.",
     "content_hash": "Hash of the bytes of the image's file: 16 hexadecimal digits; null if unknown.",
     "features": "Image features from the encoder: a vector, or a feature map flattened position by position.",
     "caption": "Best caption.",
@@ -127,7 +127,9 @@ def features_schema(size: int, dtype: str) -> pa.Schema:
 
 
 def captions_schema(positions: int | None = None, has_scores: bool = False) -> pa.Schema:
-    """Returns the schema of a captions dataset. `caption`, `log_prob` and `tokens` describe the best candidate.
+    """Returns the schema of a captions dataset.
+
+    `caption`, `log_prob` and `tokens` (the number of tokens) describe the best candidate.
 
     Args:
         positions: number of positions of the feature map. Adds a column `attention`, which has a vector of attention

@@ -181,7 +181,6 @@ class ShardJob:
         return writers[0].marker
 
     def _read_rows(self, shard: int, input_marker: Marker, selected: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-        """Yields the selected rows of the input."""
         start = 0
         for rows in self.source.read_batches(shard, self.stage.columns, marker=input_marker):
             if (mask := selected[start : start + rows.num_rows]).any():

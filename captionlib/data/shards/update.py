@@ -66,6 +66,11 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
     try:
         yield staged
         written = {part_name(shard): _join_checksums(marker) for shard, marker in sorted(staged.read_markers().items())}
+        staged_files = [*staging.list(), *staging.list(MARKERS_FOLDER)]
+        if written.keys() != {name.partition(".")[0] for name in staged_files if name.startswith("part-")}:
+            raise DatasetError(
+                f"{staging.uri} was changed or removed while it was being written; run the command again"
+            )
         if folder.exists(JOURNAL_FILE) or open_dataset(folder.uri).compute_content_checksum() != checksum_before:
             raise DatasetError(
                 f"{folder.uri}: another command updated this dataset at the same time; run this one again"
@@ -101,8 +106,8 @@ def complete_update(folder: Folder) -> None:
         return
     staging = f"{UPDATE_FOLDER}/{journal['id']}"
     _require_staged(folder, staging, journal["written"])
-    for name in journal["written"]:
-        _move_shard(folder, staging, name)
+    for name, checksums in journal["written"].items():
+        _move_shard(folder, staging, name, checksums)
     old = decode_record(folder.read(DESCRIPTION_FILE))
     if (new := {**old, **journal["description"]}) != old:
         folder.write(DESCRIPTION_FILE, encode_record(new))
@@ -149,16 +154,25 @@ def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> No
     if missing and not moved:
         folder.remove_file(JOURNAL_FILE)
     if missing:
-        raise DatasetError(
-            f"{folder.address(staging)}: expected the new version of {missing[0]}, got no file, probably because two "
-            "commands updated this dataset at the same time; run this command again"
-        )
+        raise _missing_shard_error(folder, staging, missing[0])
 
 
-def _move_shard(folder: Folder, staging: str, name: str) -> None:
-    """Moves the staged shard with this part name. Until it is moved, the marker describes both versions of it."""
+def _missing_shard_error(folder: Folder, staging: str, name: str) -> DatasetError:
+    return DatasetError(
+        f"{folder.address(staging)}: expected the new version of {name}, got no file, probably because two commands "
+        "updated this dataset at the same time; run this command again"
+    )
+
+
+def _move_shard(folder: Folder, staging: str, name: str, checksums: str) -> None:
+    """Moves the staged shard with this part name. Until it is moved, the marker describes both versions of it.
+
+    `checksums` are those of its new files. Raises DatasetError if the shard is neither staged nor in place.
+    """
     new = _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")
     current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
+    if new is None and (current is None or _join_checksums(current) != checksums):
+        raise _missing_shard_error(folder, staging, name)
     if new is None or current == new:
         return  # the shard has been moved already
     if current is not None and _join_checksums(current) != _join_checksums(new):

@@ -32,10 +32,10 @@ class VerifiedFile(RangedFile):
     def __init__(self, fs: Any, path: str, versions: Iterable[Marker]) -> None:
         super().__init__(fs, path)
         versions = list(versions)
-        self._candidates = [version for version in versions if version.bytes == self._size]
+        self._matching_versions = [version for version in versions if version.bytes == self._size]
         self._lock = threading.Lock()
         self._cached = (0, b"")  # offset and bytes of the last read, because readers often continue in the same block
-        if not self._candidates:
+        if not self._matching_versions:
             expected = " or ".join(str(version.bytes) for version in versions)
             raise DamagedShardError(f"expected {expected} bytes, got {self._size}")
 
@@ -65,10 +65,10 @@ class VerifiedFile(RangedFile):
         )
         position = start // BLOCK_BYTES * _CHECKSUM_DIGITS
         with self._lock:
-            self._candidates = [
+            self._matching_versions = [
                 version
-                for version in self._candidates
+                for version in self._matching_versions
                 if not version.blocks or version.blocks[position : position + len(actual)] == actual
             ]
-            if not self._candidates:
+            if not self._matching_versions:
                 raise DamagedShardError(f"bytes {start} to {start + len(content)} differ from their checksums")

@@ -20,8 +20,11 @@ from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import (
     FAILURES_FOLDER,
     Marker,
+    ShardProgress,
     compute_checksum,
     compute_checksums,
+    encode_progress,
+    format_time,
     part_name,
     progress_file,
     write_marker,
@@ -34,13 +37,13 @@ __all__ = ["ShardWriter", "write_shard"]
 
 ROW_GROUP_ROWS = 8192
 ROW_GROUP_BYTES = 32 << 20
-PROGRESS_SECONDS = 5.0  # interval between updates of the number of images of an unfinished shard
+PROGRESS_SECONDS = 5.0  # interval between updates of the progress of an unfinished shard
 
 
 class ShardWriter:
     """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`.
 
-    If writing takes long, the number of images so far is written to a file, so that all Beam runners can show progress.
+    If writing takes long, the progress so far is written to a file, so that all Beam runners can show it.
     """
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, folder: Folder, shard: int) -> None:
@@ -51,7 +54,7 @@ class ShardWriter:
         self._schema = schema
         self._buffer: list[pa.RecordBatch] = []
         self._buffered_rows = self._buffered_bytes = 0
-        self._folder, self._progress_file = folder, progress_file(shard)
+        self._folder, self._shard, self._started = folder, shard, format_time(time.time())
         self._report_at = time.monotonic() + PROGRESS_SECONDS
         self._is_reported = False
 
@@ -81,15 +84,17 @@ class ShardWriter:
         self._buffer, self._buffered_rows, self._buffered_bytes = [], 0, 0
 
     def remove_progress(self) -> None:
-        """Removes the file with the number of images so far."""
+        """Removes the file with the progress so far."""
         if self._is_reported:
-            self._folder.remove_file(self._progress_file)
+            self._folder.remove_file(progress_file(self._shard))
 
     def _report_progress(self) -> None:
         started = time.monotonic()
         with suppress(StorageError, OSError):  # the shard does not depend on this file
             self._is_reported = True
-            self._folder.write(self._progress_file, str(self.rows + len(self.failures)).encode())
+            images = self.rows + len(self.failures)
+            progress = ShardProgress(self._shard, images, self._started, format_time(time.time()))
+            self._folder.write(progress_file(self._shard), encode_progress(progress))
         seconds = time.monotonic() - started
         self._report_at = started + max(PROGRESS_SECONDS, 100 * seconds)  # reports take at most 1% of the time
 
@@ -137,6 +142,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
             blocks=block_checksums,
             failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
             reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
+            finished=format_time(time.time()),
         )
         writer.remove_progress()
         previous = dataset.read_marker_even_if_unfinished(shard)

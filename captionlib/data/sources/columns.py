@@ -101,8 +101,8 @@ def select_column(available: Sequence[str], name: str | None, conventional: Sequ
 def select_caption_columns(available: Sequence[str], names: Sequence[str], table: str) -> tuple[str, ...]:
     """Returns the columns that contain captions.
 
-    They are `names`, if any are given. Otherwise, it is the column with a conventional name, such as `captions`. If
-    there is none, they are all numbered columns, such as `caption_0` and `caption_1`.
+    If `names` is not empty, these columns are returned. Otherwise, the column with a conventional name, such as
+    `captions`, is returned. If there is none, all numbered columns, such as `caption_0` and `caption_1`, are returned.
 
     Raises:
         ConfigError: a column is missing or ambiguous.

@@ -75,7 +75,7 @@ def find_images(address: str) -> list[str]:
 def _is_image_name(name: str, skips: SkipCounter) -> bool:
     extension = get_extension(name)
     if extension and extension not in IMAGE_EXTENSIONS:
-        # Only common forms of extensions are reasons of their own: .001, .002 etc. would be too many.
+        # Only common forms of extensions become separate reasons, because .001, .002 etc. would be too many.
         is_common_form = re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", extension)
         reason = f"not an image: extension {extension}" if is_common_form else "not an image: other extension"
         skips.count_ignored(reason)

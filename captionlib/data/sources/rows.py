@@ -24,8 +24,8 @@ class ManifestRow:
         split: name of the split, such as `train`; empty if unknown.
         captions: reference captions.
         origin: file and line (or row, or entry) that the row was read from, for error messages.
-        version: short string that changes when the image does, but not when only its captions change. If empty,
-            `version_from_uri` computes it.
+        version: short string that changes when the image file changes. It stays the same when only the captions change.
+            If empty, `version_from_uri` computes it.
     """
 
     image_id: str

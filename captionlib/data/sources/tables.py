@@ -84,7 +84,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 def _parse_records(
     records: Iterable[_Record], root: str, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[ManifestRow, bool]]:
-    """Yields each row, and whether `_merge_captions` may merge it. It may if the caption columns contain no lists."""
+    """Yields each row, and whether it may be merged: whether it has captions, but no list of captions."""
     for origin, columns, values in records:
         try:
             uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()

@@ -128,8 +128,8 @@ class Vocabulary:
         """Builds a vocabulary from training captions.
 
         At the levels `words` and `characters`, tokens that occur fewer than `min_count` times are excluded. At the
-        other levels, at most `size` subwords are trained on the words. Words that contain a character that occurs fewer
-        than `min_count` times are excluded from training.
+        other levels, at most `size` subwords are trained on the words. Characters that occur fewer than `min_count`
+        times are excluded, and so are all words that contain them.
 
         Raises:
             ConfigError: there are no captions, no token is frequent enough, `size` is too small, or the package that

@@ -74,7 +74,6 @@ def missing_encoder_error(encoder: Mapping[str, Any], provenance: Mapping[str, A
 
 
 def not_a_checkpoint_error(folder: Folder) -> CheckpointError:
-    """Returns the error for a folder that is not a checkpoint."""
     return CheckpointError(f"{folder.uri} is not a checkpoint: expected a folder with {CONFIG} and {WEIGHTS}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from captionlib.config import describe_differences
@@ -76,10 +77,11 @@ def export_checkpoint(
         WEIGHTS: source.read(WEIGHTS),
         CONFIG: encode_record(config),  # written last
     }
-    _clear(target)
-    for name, content in contents.items():
-        target.write(name, content)
-    target.remove(TEMPORARY_FOLDER)
+    if not _contains(target, contents):
+        _clear(target)
+        for name, content in contents.items():
+            target.write(name, content)
+    target.remove_temporary_files()
     return sorted(contents)
 
 
@@ -113,6 +115,13 @@ def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -
     fs, path = open_file_system(file)
     content: bytes = fs.cat_file(path)
     return content
+
+
+def _contains(target: Folder, contents: Mapping[str, bytes]) -> bool:
+    """Returns whether an earlier run, which failed after it had written all files, wrote the same export."""
+    return set(target.list()) - {TEMPORARY_FOLDER} == contents.keys() and all(
+        target.read(name) == content for name, content in contents.items()
+    )
 
 
 def _clear(target: Folder) -> None:

@@ -4,7 +4,7 @@
 |---|---|
 | `model.safetensors` | the weights |
 | `training.json` | the training configuration and history; informative only |
-| `README.md` | the model card, which describes data, recipe and scores; informative only |
+| `README.md` | the model card: data, training configuration and scores; informative only |
 | `encoder.safetensors` | the weights of the encoder, if training fine-tuned them or an export added them |
 | `datastore.parquet` | features and references of training images for reranking, from `captionlib build-datastore` |
 | `config.json` | architecture, vocabulary, encoder and provenance; written last, with the SHA-256 of the weights |
@@ -206,7 +206,6 @@ def open_folder(folder: FolderLike) -> Folder:
 
 
 def damaged_error(folder: Folder, reason: str) -> CheckpointError:
-    """Returns the error for a damaged checkpoint."""
     return CheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; copy it again, or train again")
 
 

@@ -1,6 +1,7 @@
-"""Model cards: the `README.md` of a checkpoint, in the format of Hugging Face. They show data, recipe and scores.
+"""Model cards: the `README.md` of a checkpoint, in the format of Hugging Face.
 
-A card may be published, so it contains file names, but no paths.
+A card shows the training data, the recipe (training configuration) and the scores. A card may be published, so it
+contains file names, but no paths.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -155,8 +156,10 @@ def _render_use(kind: str, config: Mapping[str, Any], has_encoder: bool) -> Iter
         text = "The features were computed by other software, so the model cannot encode images."
     elif weights == "hub":
         text = f"The encoder is {network}, which is downloaded."
+    elif str(weights).startswith("random:"):
+        text = f"The encoder is {network} with random weights (`{weights}`), which captionlib samples again."
     else:
-        text = f"The encoder is {network} with the weights `{weights}`, which are downloaded or random."
+        text = f"The encoder is {network} with torchvision's weights `{weights}`, which are downloaded."
     yield from ["", text]
     if digest:
         yield f"The SHA-256 of the encoder's tensors is verified: `{digest}`."
@@ -192,7 +195,7 @@ def _render_validation_scores(training: Mapping[str, Any]) -> Iterator[str]:
         yield "No scores were recorded in training."
         return
     epoch = history[-1].get("epoch", len(history))
-    yield f"On the validation splits, by which epoch {epoch} was selected; confidence intervals are not available:"
+    yield f"On the validation splits, which also selected epoch {epoch}. There are no confidence intervals."
     yield from ["", "| Score | Value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in scores.items())]
 
 

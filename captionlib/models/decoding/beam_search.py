@@ -43,7 +43,7 @@ def search_beam(
     """Searches for the most probable sentences of each image, starting from one hypothesis per image.
 
     Returns:
-        At least `config.pool_size` candidates per image, or all if there are fewer, in any order.
+        At least `config.candidate_count` candidates per image, or all if there are fewer, in any order.
     """
     search = _BeamSearch(incremental, config, constraints, start)
     while search.is_running:
@@ -75,8 +75,12 @@ class _BeamSearch:
         self._group = torch.arange(groups, device=device)  # group number of each hypothesis, ascending
         # Groups, log-probabilities, and words (END included) of the hypotheses that finished at each time step.
         self._finished: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._open_width = torch.full((groups, 1), self._width, device=device)  # maximum of unfinished hypotheses
-        self._best_scores = torch.full((groups, config.pool_size), -torch.inf, device=device)  # of finished hypotheses
+        self._open_width = torch.full(
+            (groups, 1), self._width, device=device
+        )  # maximum number of unfinished hypotheses
+        self._best_scores = torch.full(
+            (groups, config.candidate_count), -torch.inf, device=device
+        )  # of finished hypotheses
         self._ranks = torch.arange(self._width, device=device)
 
     @property
@@ -124,7 +128,7 @@ class _BeamSearch:
 
     def _choose_diverse(self, log_probs: Tensor) -> _Continuations:
         """Chooses as `_choose` does, but group by group, with a penalty on words of an image's earlier groups."""
-        group_log_prob, groups = self._beam.log_prob, self._config.beam_groups
+        beam_log_prob, groups = self._beam.log_prob, self._config.beam_groups
         chosen = _Continuations(
             log_probs.new_full((len(self._open_width), self._width), -torch.inf),
             self._open_width.new_zeros(len(self._open_width), self._width),
@@ -137,10 +141,10 @@ class _BeamSearch:
                 continue
             image = self._group[rows] // groups
             scores, word = (log_probs[rows] - penalty[image]).topk(min(self._width, log_probs.shape[1]), dim=1)
-            scores += group_log_prob[rows, None]
+            scores += beam_log_prob[rows, None]
             best, row, column = _top_continuations(scores, image, self._images, self._width)
             word, row = word[row, column], rows[row]
-            log_prob = (group_log_prob[row] + log_probs[row, word]).where(best > -torch.inf, -torch.inf)
+            log_prob = (beam_log_prob[row] + log_probs[row, word]).where(best > -torch.inf, -torch.inf)
             for values, group_values in zip(chosen, (log_prob, row, word), strict=True):
                 values[index::groups] = group_values
             selected = (best > -torch.inf) & (self._ranks < self._open_width[index::groups])
@@ -155,14 +159,16 @@ class _BeamSearch:
         self._finished.append((group, chosen.log_prob[group, rank], words))
         self._open_width = self._open_width - finishing.sum(1, keepdim=True)
         scores = (chosen.log_prob / self._length**self._config.length_penalty).where(finishing, -torch.inf)
-        self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.pool_size, dim=1).values
+        self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.candidate_count, dim=1).values
 
     def _can_improve(self, log_prob: Tensor) -> Tensor:
-        """Returns which hypotheses can still be among the `pool_size` best of their group, `[groups, width] bool`.
+        """Returns which hypotheses can still be among the `candidate_count` best of their group, `[groups, width]
+        bool`.
 
         Log-probabilities only decrease as a sentence grows, so the final score is at most the current log-probability
-        divided by max_tokens ** length_penalty. This bound falls with the log-probability. If a hypothesis is pruned,
-        all less probable ones of its group are pruned too, and none of them takes its place in the beam.
+        divided by max_tokens ** length_penalty. A less probable hypothesis has a lower bound. Therefore, if a
+        hypothesis is pruned, all less probable ones of its group are pruned too, and none of them takes its place in
+        the beam.
         """
         bound = log_prob / self._max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]

@@ -76,8 +76,8 @@ class DecodingConfig:
         return self.max_tokens or max(_DEFAULT_MAX_TOKENS[unit], self.min_words)
 
     @property
-    def pool_size(self) -> int:
-        """Number of candidates decoded per image, from which reranking selects `n_best`."""
+    def candidate_count(self) -> int:
+        """Number of candidates to decode per image: `n_best`, or more if reranking then selects `n_best` of them."""
         return self.n_best if self.rerank.method == "none" else self.rerank.pool_size or self.beam_width
 
     def _check_beam(self) -> None:

@@ -18,6 +18,7 @@ from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
 from captionlib.data.shards.markers import compute_fingerprint, from_json
 from captionlib.errors import CheckpointError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
+from captionlib.models.checkpoints.encoder_file import CONFIG
 from captionlib.models.checkpoints.folder import DATASTORE, FolderLike, open_folder
 from captionlib.models.decoding.cider_d import CiderD
 
@@ -141,6 +142,8 @@ def write_datastore(
         for image_ids, vectors, references in entries:
             columns = [pa.array(image_ids), numpy_to_vectors(vectors), pa.array(references, _REFERENCES)]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+    if not open_folder(folder).exists(CONFIG):
+        raise CheckpointError(f"{open_folder(folder).uri} was removed or moved while its datastore was being written")
 
 
 def read_datastore_fingerprint(folder: FolderLike, captioner: LoadedCaptioner) -> str:

@@ -76,8 +76,8 @@ class Decoder:
             prefix: token ids that every sentence begins with; log-probabilities include them.
 
         Returns:
-            One to `n_best` distinct candidates per image. If `rerank.method` is `image_text`, up to `pool_size`
-            candidates, which `score_captions` reranks.
+            One to `n_best` distinct candidates per image. If `rerank.method` is `image_text`, up to
+            `config.candidate_count` candidates, which `score_captions` reranks.
 
         Raises:
             DatasetError: features are infinite or NaN, such as after an overflow of float16.
@@ -130,4 +130,4 @@ class Decoder:
         for candidate in ranked:
             is_truncated = candidate.token_count == len(candidate.token_ids)
             distinct.setdefault((is_truncated, self._to_key(candidate.token_ids)), candidate)
-        return list(distinct.values())[: self.config.pool_size]
+        return list(distinct.values())[: self.config.candidate_count]

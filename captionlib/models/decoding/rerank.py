@@ -95,9 +95,12 @@ class Reranker:
     def rerank(
         self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, image_ids: Sequence[str] | None
     ) -> list[list[Candidate]]:
-        """Reranks the candidates of each image, `pools`.
+        """Reranks the candidates of each image.
 
-        `image_ids` are used to skip training images among their own neighbors; None if the ids are unknown.
+        Args:
+            pools: the candidates of each image, the most probable first.
+            image_state: the encoded images.
+            image_ids: ids of the images, so that a training image is not its own neighbor; None if they are unknown.
         """
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
         if self._datastore is not None:

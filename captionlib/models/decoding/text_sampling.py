@@ -22,7 +22,7 @@ class TextSample:
     Attributes:
         text: the prefix and its continuation.
         log_prob: ln p(text), the prefix included.
-        tokens: number of words, characters or subwords, including END if it was reached.
+        tokens: number of tokens (words, characters or subwords), including END if it was reached.
     """
 
     text: str

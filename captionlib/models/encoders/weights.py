@@ -103,9 +103,9 @@ def resolve_preprocessing(
 ) -> Preprocessing:
     """Returns the preprocessing that a model needs with these weights.
 
-    It is taken from the header of a weights file, from torchvision's named weights, or otherwise from the model's
-    default weights. `load_weights` lists the possible values of `weights`. `resize_size` overrides the length of the
-    image's shorter side in pixels, and `decode_scale` overrides how JPEG files are decoded.
+    The preprocessing is taken from the header of a weights file, from torchvision's named weights, or otherwise from
+    the model's default weights. `load_weights` lists the possible values of `weights`. `resize_size` overrides the
+    length of the image's shorter side in pixels, and `decode_scale` overrides how JPEG files are decoded.
 
     Raises:
         ConfigError: the weights file cannot be read.

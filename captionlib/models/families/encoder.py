@@ -1,4 +1,4 @@
-"""Image encoders: models that compute features of images, the input of captioners and rankers.
+"""Image encoders: models that compute the image features that captioners and rankers (retrieval models) use.
 
 A family is a provider of models, selected by the prefix of a model's address, such as `timm:`.
 """

@@ -231,7 +231,7 @@ def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
         "min_length": 0,
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
         "repetition_penalty": 1.0,
-        "num_return_sequences": config.pool_size,
+        "num_return_sequences": config.candidate_count,
         "num_beams": config.beam_width,
         "do_sample": False,
         "length_penalty": config.length_penalty,

@@ -125,7 +125,7 @@ def _split_template(location: str) -> tuple[str, str | None]:
     template = option.removeprefix(_TEMPLATE_OPTION)
     if not option.startswith(_TEMPLATE_OPTION) or template.count("{}") != 1:
         raise ConfigError(
-            f"hf:{location}: expected ?template= and a text with {{}} in place of the sentence, such as "
+            f"hf:{location}: expected ?template= and a text with one {{}} for the sentence, such as "
             f"hf:{folder}?template=a photo of {{}}, got ?{option}"
         )
     return folder, template

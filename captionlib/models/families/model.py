@@ -1,4 +1,4 @@
-"""The interface that captioners and rankers of all families share.
+"""The interface that captioners and rankers (image-text retrieval models) of all families share.
 
 A family is a provider of models, selected by the prefix of a model's address, such as `hf:`.
 """

@@ -159,7 +159,10 @@ def _caption_batches(
 def _prepare_once(
     checkpoint: CheckpointVersion, config: GenerationConfig, _datastore: str | None, device: str
 ) -> GenerateCaptions:
-    """Prepares a captioner once per process, and again if the fingerprint of its datastore changes."""
+    """Prepares a captioner once per process, and again if its datastore changes.
+
+    `_datastore` is the fingerprint (hash) of the datastore: training images for reranking; see decoding/datastore.py.
+    """
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
 
 

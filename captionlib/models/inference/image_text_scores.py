@@ -1,4 +1,7 @@
-"""Scores how well captions fit their images by the cosine similarity of the embeddings that a ranker computes."""
+"""Scores how well captions fit their images.
+
+The score is the cosine similarity of the embeddings of caption and image, which a ranker (dual encoder) computes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace

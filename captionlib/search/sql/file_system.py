@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from captionlib.storage.retries import RangedFile, call_with_retries
+from captionlib.storage.retries import RangedFile, call_with_retries, convert_os_errors
 
 __all__ = ["DatasetFile", "DatasetFileSystem"]
 
@@ -26,7 +26,7 @@ class DatasetFile(NamedTuple):
 class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
     """Exposes the given files of other file systems under new names, read-only.
 
-    DuckDB reads `dataset://captions/part-00000.parquet`, wherever the file is stored. It cannot write files or list
+    DuckDB reads `dataset://captions/part-00000.parquet`, wherever the file is stored. DuckDB cannot write files or list
     folders, and does not interpret characters of the actual path as a glob pattern. DuckDB opens a file several times
     in one query. This class opens a local file only once, so a query reads one version of it, even if it is replaced.
     """
@@ -66,7 +66,8 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
             if path not in self._descriptors:
                 if not isinstance(fs, LocalFileSystem) or len(self._descriptors) >= _MAX_OPEN_FILES:
                     return None
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
+                with convert_os_errors(path):
+                    self._descriptors[path] = os.open(path, os.O_RDONLY)
             return self._descriptors[path]
 
     def info(self, path: str, **_options: Any) -> dict[str, Any]:
@@ -111,4 +112,5 @@ class _OpenFile(RangedFile):
         self._size = os.fstat(descriptor).st_size
 
     def _read_range(self, start: int, end: int) -> bytes:
-        return os.pread(self._descriptor, end - start, start)
+        with convert_os_errors(self._path):
+            return os.pread(self._descriptor, end - start, start)

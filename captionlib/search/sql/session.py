@@ -137,7 +137,7 @@ def open_sql(
         folders: the datasets.
         kind: expected kind; None for any.
         limits: resources that the queries may use.
-        duplicates: dataset of duplicates. The images that it lists as duplicates of a kept image have no rows.
+        duplicates: dataset of groups of duplicates. Only the image of each group that is to be kept has a row.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
@@ -161,9 +161,10 @@ def open_sql(
         connection.register_filesystem(files)
         restrict_connection(connection, files.addresses)
         schemas = [dataset.schema for dataset in datasets]
-        left_out = None if duplicates is None else _register_duplicates(connection, duplicates)
-        _create_view(connection, datasets[0].kind, files.addresses[: len(data_files)], schemas, left_out)
-        _create_view(connection, "failures", files.addresses[len(data_files) :], [FAILURES_SCHEMA])
+        with _raise_query_errors(datasets[0].kind):
+            left_out = None if duplicates is None else _register_duplicates(connection, duplicates)
+            _create_view(connection, datasets[0].kind, files.addresses[: len(data_files)], schemas, left_out)
+            _create_view(connection, "failures", files.addresses[len(data_files) :], [FAILURES_SCHEMA])
         with _interrupt_on_ctrl_c(connection):
             yield SqlSession(connection, datasets)
 

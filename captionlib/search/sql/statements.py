@@ -1,6 +1,7 @@
 """Rejects SQL statements that do more than read the dataset, using DuckDB's parser."""
 
 import json
+import re
 from collections.abc import Iterator, Set
 from typing import Any
 
@@ -17,6 +18,9 @@ _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SE
 _REFUSED_FUNCTIONS = frozenset(
     {"current_setting", "currval", "getenv", "getvariable", "nextval", "pg_sleep", "setval", "sleep_ms", "write_log"}
 )
+
+# A stack trace in the text of an error. The group is the message of the exception.
+_STACK_TRACE = re.compile(r"Traceback \(most recent call last\):\n(?:  .*\n)*[\w.]+: (.*)")
 
 
 def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
@@ -97,6 +101,11 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def to_query_error(error: Exception) -> QueryError:
-    """Converts a DuckDB error. Keeps only its description, in one line, without the SQL and advice that follow."""
-    description, _, _ = str(error).partition("\n\n")
+    """Converts a DuckDB error. Keeps only its description, in one line, without the SQL and advice that follow.
+
+    If the file system raised an exception, DuckDB's error contains the stack trace. Only the message of the exception
+    is kept.
+    """
+    raised = _STACK_TRACE.search(str(error))
+    description, _, _ = (raised[1] if raised else str(error)).partition("\n\n")
     return QueryError(f"query: {' '.join(description.split())}")

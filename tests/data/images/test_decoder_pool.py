@@ -1,6 +1,7 @@
 import contextlib
 import fcntl
 import os
+import pickle
 import signal
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from captionlib.data.images.decoder_pool import DecoderConfig, DecoderPool
+from captionlib.data.images.decoder_process import REQUEST_HEADER, DecoderSettings
 from captionlib.data.images.decoding import decode_image
 from captionlib.errors import CaptionlibError, ConfigError, DecodeError
 from tests.data.images.sample_images import (
@@ -246,6 +248,22 @@ def test_decoders_ignore_ctrl_c() -> None:
         os.kill(pid, signal.SIGINT)
         assert pool.decode(GOOD).pixels.shape == (40, 40, 3)
         assert pool.pids == [pid]
+
+
+@pytest.mark.parametrize("sends_settings", [False, True])
+def test_process_whose_parent_dies_while_it_starts_prints_nothing(sends_settings: bool) -> None:
+    settings = pickle.dumps(DecoderSettings(PREPROCESSING, 10**6, 10, 2**40, 60.0))
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-c", "from captionlib.data.images.decoder_process import main; main()"],
+        input=REQUEST_HEADER.pack(len(settings)) + settings if sends_settings else b"",
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, b"")
 
 
 def test_close_cancels_decoding() -> None:

@@ -427,3 +427,13 @@ def test_datasets_of_another_schema_version_are_refused(tmp_path: Path) -> None:
     (tmp_path / "_dataset.json").write_bytes(encode_record({**description, "schema_version": 2}))
     with pytest.raises(DatasetError, match="expected version 1 of the schema of manifest, got 2"):
         open_dataset(tmp_path)
+
+
+def test_missing_marker_is_an_error_for_commands_that_need_all_shards(tmp_path: Path) -> None:
+    dataset = create(tmp_path)
+    (tmp_path / "__shards" / "part-00001.json").unlink()
+    with pytest.raises(DamagedShardError, match=r"part-00001\.parquet is damaged \(its marker is missing\)"):
+        dataset.require_all_markers()
+    dataset.mark_incomplete()
+    with pytest.raises(DatasetError, match="is not complete: expected 2 finished shards, got 1"):
+        dataset.require_all_markers()

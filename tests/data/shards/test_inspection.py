@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.inspection import FailureReport, inspect_dataset
+from captionlib.data.shards.inspection import FailureExample, FailureReport, inspect_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError, DecodeError, FetchError
@@ -24,6 +24,10 @@ def write(folder: object, shards: int = 3, done: int = 2) -> ShardedDataset:
                 error = DecodeError("Truncated", "ends early") if number == 0 else FetchError("NotFound", "not found")
                 writer.write_failure({"image_id": f"bad{shard}{number}", "uri": f"bad{shard}{number}.jpg"}, error)
     return dataset
+
+
+def example(name: str, message: str) -> FailureExample:
+    return FailureExample(name, f"{name}.jpg", message)
 
 
 @pytest.mark.parametrize("place", ["local", "memory"])
@@ -58,8 +62,8 @@ def test_inspect_reports_failures_by_reason_with_examples(tmp_path: Path) -> Non
     assert report.complete
     assert report.failed == 3
     assert report.failures == {
-        "Truncated": FailureReport(2, "bad10", "bad10.jpg", "ends early"),
-        "NotFound": FailureReport(1, "bad21", "bad21.jpg", "not found"),
+        "Truncated": FailureReport(2, [example("bad10", "ends early"), example("bad20", "ends early")]),
+        "NotFound": FailureReport(1, [example("bad21", "not found")]),
     }
     assert list(report.failures) == ["Truncated", "NotFound"]
 
@@ -67,7 +71,7 @@ def test_inspect_reports_failures_by_reason_with_examples(tmp_path: Path) -> Non
 def test_inspect_counts_failures_without_their_file(tmp_path: Path) -> None:
     write(tmp_path, done=2)
     (tmp_path / "__failures" / "part-00001.parquet").unlink()
-    assert inspect_dataset(tmp_path).failures == {"Truncated": FailureReport(1, "", "", "")}
+    assert inspect_dataset(tmp_path).failures == {"Truncated": FailureReport(1, [])}
 
 
 def test_inspect_verify_reports_changed_files(tmp_path: Path) -> None:

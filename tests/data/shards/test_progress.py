@@ -6,6 +6,7 @@ import pytest
 
 from captionlib.data.shards import writer
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.markers import ShardProgress, encode_progress
 from captionlib.data.shards.progress import show_progress
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.stages import ProcessRows, ShardJob
@@ -74,17 +75,20 @@ def test_progress_counts_images_of_shards_in_progress(
 ) -> None:
     monkeypatch.setattr(writer, "PROGRESS_SECONDS", -1.0)
     source, output = datasets
-    output.folder.write("__shards/part-00000.progress", b"3")  # of an earlier run that was killed
+    killed = ShardProgress(0, 3, "2026-06-01T12:00:00+00:00", "2026-06-01T12:00:05+00:00")  # of an earlier run
+    output.folder.write("__shards/part-00000.progress", encode_progress(killed))
     with pytest.raises(KeyboardInterrupt), write_shard(output, 1, 3) as shard:
         rows = [{"image_id": str(n), "uri": "", "split": "", "captions": []} for n in range(2)]
         with show_progress(job(source, output), [0, 1], "label"):
             shard.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
-        assert output.read_progress(range(2)) == {0: 3, 1: 2}
+        assert {shard: each.images for shard, each in output.read_progress(range(2)).items()} == {0: 3, 1: 2}
         raise KeyboardInterrupt
     assert "label: 2/6 images, " in (printed := capsys.readouterr().err)
     assert "0/2 shards, 0 failed" in printed
     write(output, 1, 0)
-    assert output.read_progress(range(2)) == {0: 3}
+    assert output.read_progress(range(2)) == {0: killed}
+    output.folder.write("__shards/part-00000.progress", b"{}")
+    assert output.read_progress(range(2)) == {}
     monkeypatch.setattr(writer, "PROGRESS_SECONDS", 60.0)
     write(output, 0, 0)
     output.finish()

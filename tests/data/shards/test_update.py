@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from benchmarks.simulated_kills import WRITES, Killed
+from captionlib.data.shards import update as update_module
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
@@ -81,6 +83,18 @@ def test_nothing_changes_if_the_block_raises(dataset: ShardedDataset, tmp_path: 
         raise RuntimeError("died")
     assert read(tmp_path) == OLD
     assert dataset.folder.list(UPDATE_FOLDER) == []
+
+
+@pytest.mark.parametrize("lost", ["__shards/part-00002.json", "__shards", "part-00000.parquet"])
+def test_staged_files_that_are_removed_meanwhile_are_an_error(
+    dataset: ShardedDataset, tmp_path: Path, lost: str
+) -> None:
+    with pytest.raises(DatasetError, match="was changed or removed"), update_shards(dataset, 3) as staged:
+        write(staged, 0, ["a", "x"])
+        write(staged, 2, ["e"], ["y"])
+        path = Path(staged.folder.path(lost))
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert read(tmp_path) == OLD
 
 
 def test_readers_see_the_old_rows_until_the_commit(dataset: ShardedDataset, tmp_path: Path) -> None:
@@ -201,6 +215,23 @@ def test_journal_without_its_shards_is_dropped(dataset: ShardedDataset, tmp_path
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         kill_after_commit(dataset, patch, 0)
     dataset.folder.remove(UPDATE_FOLDER)
+    with pytest.raises(DatasetError, match="expected the new version of part-00000, got no file"):
+        open_dataset(tmp_path)
+    assert read(tmp_path) == OLD
+
+
+def test_staged_shards_that_vanish_while_they_are_moved_are_an_error(
+    dataset: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move_shard = update_module._move_shard
+
+    def remove_and_move(folder: Folder, *arguments: str) -> None:
+        folder.remove(UPDATE_FOLDER)
+        move_shard(folder, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(DatasetError, match="the new version of part-00000, got no"):
+        patch.setattr(update_module, "_move_shard", remove_and_move)
+        update(dataset)
     with pytest.raises(DatasetError, match="expected the new version of part-00000, got no file"):
         open_dataset(tmp_path)
     assert read(tmp_path) == OLD

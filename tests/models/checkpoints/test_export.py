@@ -191,6 +191,14 @@ def test_an_interrupted_export_is_repeated(trained: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == names
 
 
+def test_a_finished_export_is_repeated_unless_it_was_edited(trained: Path, tmp_path: Path) -> None:
+    names = export_checkpoint(trained / "captioner", tmp_path / "shared")
+    assert export_checkpoint(trained / "captioner", tmp_path / "shared") == names
+    (tmp_path / "shared" / "README.md").write_text("my own words")
+    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
+        export_checkpoint(trained / "captioner", tmp_path / "shared")
+
+
 def read_card(folder: Path) -> tuple[dict[str, str], str]:
     _, header, body = (folder / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(header), body

@@ -1,4 +1,5 @@
 import _thread
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -252,3 +253,13 @@ def test_query_reads_one_version_of_a_file_that_is_replaced(local: str) -> None:
             writer.write(rows(*replaced))
         assert session.query("SELECT image_id, caption FROM captions ORDER BY image_id").equals(before)
     assert query_sql(local, "SELECT count(*) AS n FROM captions WHERE image_id LIKE 'n%'").to_pylist() == [{"n": 500}]
+
+
+def test_unreadable_file_is_an_error_of_one_line_that_names_it(local: str) -> None:
+    path = Path(local) / "part-00000.parquet"
+    path.unlink()
+    path.symlink_to(path.name)  # a loop of links
+    message = rf"query: {path} cannot be accessed: Too many levels of symbolic links; fix the problem[\w ]+"
+    with pytest.raises(QueryError) as raised:
+        query_sql(local, "SELECT * FROM captions")
+    assert re.fullmatch(message, str(raised.value))

@@ -1,0 +1,49 @@
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from captionlib.serving import job_page
+from captionlib.serving.job_page import create_job_app
+from tests.data.shards.test_inspection import write
+
+
+@pytest.fixture
+def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    monkeypatch.setattr(job_page, "_MIN_AGE_SECONDS", -1.0)
+    monkeypatch.setattr(job_page, "_MAX_SHARE", 1.0)
+    write(tmp_path / "data", done=1)
+    with TestClient(create_job_app(tmp_path / "data", ["localhost"]), base_url="http://localhost") as client:
+        yield client
+
+
+def test_page_follows_the_dataset(client: TestClient, tmp_path: Path) -> None:
+    assert "1 of 3 done" in " ".join(client.get("/").text.replace("<small>", " ").split())
+    write(tmp_path / "data", done=3)
+    assert "3 of 3 done" in " ".join(client.get("/").text.replace("<small>", " ").split())
+
+
+def test_page_has_a_strict_policy_and_no_inline_code(client: TestClient) -> None:
+    response = client.get("/")
+    assert "script-src 'self'; style-src 'self'" in response.headers["content-security-policy"]
+    assert "<style" not in response.text
+    assert "style=" not in response.text
+    assert response.headers["cache-control"] == "no-store"
+    for name in ("page.css", "failures.css", "dataset.css", "live.js"):
+        assert f'"/{name}"' in response.text
+        assert client.get(f"/{name}").status_code == 200
+
+
+def test_page_says_that_the_dataset_is_gone_and_recovers(client: TestClient, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "data")
+    response = client.get("/")
+    assert response.status_code == 503
+    assert "is not a captionlib dataset" in response.text
+    write(tmp_path / "data", done=1)
+    assert client.get("/").status_code == 200
+
+
+def test_other_hosts_are_rejected(client: TestClient) -> None:
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
