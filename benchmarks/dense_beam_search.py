@@ -73,10 +73,10 @@ def measure_ratio(words: int) -> float:
     print(f"# {words} words: {same} of {BATCH} captions are the same")
     ratios = []
     for _ in range(ROUNDS):
-        plain = measure_cpu(lambda: dense.decode(features))
-        ours = measure_cpu(lambda: decoder.decode(features))
-        print(f"# dense loop {BATCH / plain:.0f} captions/s, captionlib {BATCH / ours:.0f}")
-        ratios.append(plain / ours)
+        loop = measure_cpu(lambda: dense.decode(features))
+        stage = measure_cpu(lambda: decoder.decode(features))
+        print(f"# dense loop {BATCH / loop:.0f} captions/s, captionlib {BATCH / stage:.0f}")
+        ratios.append(loop / stage)
     return statistics.median(ratios)
 
 

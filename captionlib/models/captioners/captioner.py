@@ -192,7 +192,7 @@ class CaptionerNetwork(nn.Module):
         self.register_buffer("components", torch.zeros(component_count, feature_size) if component_count else None)
         # The order of the parameters determines which random numbers initialize them.
         weights = sample_normal_weights(vocabulary_size, embedding_size)
-        self.word_vectors = nn.Embedding.from_pretrained(weights, freeze=False)
+        self.word_vectors = nn.Embedding.from_pretrained(weights, freeze=False)  # type: ignore[no-untyped-call]
         self.transformer = None
         if config.cell == "transformer":
             self.transformer = Transformer(feature_size, hidden_size, layers, config.heads, config.dropout)
@@ -208,7 +208,7 @@ class CaptionerNetwork(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if self.transformer is not None:
             for layer in (self.word_vectors, self.output):
-                layer.weight = nn.Parameter(sample_normal_weights(*layer.weight.shape, std=hidden_size**-0.5))
+                layer.weight = nn.Parameter(sample_normal_weights(vocabulary_size, hidden_size, hidden_size**-0.5))
         elif config.weight_init == "neuraltalk":
             self._initialize_weights()
         self.encoder_top = encoder_top  # after the initialization, which would overwrite its pretrained weights

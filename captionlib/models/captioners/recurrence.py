@@ -69,7 +69,8 @@ def run_recurrence(
     recurrent = [first_w_hh.detach().t(), *(w_hh.t() for _, w_hh, _, _ in upper)]
     feed_forward = [_create_feed_forward(dropout, w_ih, b_ih + b_hh) for w_ih, _, b_ih, b_hh in upper]
     h, c = list(state[: len(layers)]), list(state[len(layers) :])
-    hiddens, contexts, weights, previous = [], [], [], []
+    previous: list[Tensor] = []
+    hiddens, contexts, weights = [], [], []
     if attention is not None:
         context, _ = attention(h[-1], annotations, groups)
     all_gates = F.linear(inputs, w_ih, b_ih + b_hh)

@@ -36,17 +36,17 @@ class _Truncated(nn.Sequential):
     """A network that returns a dictionary with the key `features`, as torchvision's truncated networks do."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {"features": super().forward(images)}
+        return {"features": super().forward(images)}  # type: ignore[no-untyped-call]
 
 
 def truncate_vgg(name: str, node: str) -> nn.Module | None:
     """Builds a network of `VGG_URLS` up to and including a node, or returns None if it has no such node."""
-    groups = OrderedDict((group, nn.Sequential()) for group in ("features", "avgpool", "flatten", "classifier"))
+    groups = {group: nn.Sequential() for group in ("features", "avgpool", "flatten", "classifier")}
     for group, layer in _create_layers(name):
         groups[group].append(layer)
         layer_name = f"{group}.{len(groups[group]) - 1}" if group in {"features", "classifier"} else group
         if layer_name == node:
-            return _Truncated(groups).eval()
+            return _Truncated(OrderedDict[str, nn.Module](groups)).eval()
     return None
 
 

@@ -82,7 +82,7 @@ class RankerNetwork(nn.Module):
         self.standardization = Standardization(feature_size)
         self.image_projection = nn.Linear(feature_size, config.joint_embedding_size)
         weights = sample_normal_weights(vocabulary_size, config.embedding_size)
-        self.word_vectors = nn.Embedding.from_pretrained(weights, freeze=False)
+        self.word_vectors = nn.Embedding.from_pretrained(weights, freeze=False)  # type: ignore[no-untyped-call]
         self.recurrence = _build_recurrence(config)
         state_size = config.embedding_size if self.recurrence is None else config.hidden_size
         self.sentence_projection = nn.Linear(state_size, config.joint_embedding_size)
