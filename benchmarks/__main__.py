@@ -35,6 +35,8 @@ BENCHMARKS = {
     "scale": "benchmarks.scale",
     "live-updates": "benchmarks.live_updates",
     "search": "benchmarks.search",
+    "serve-home-page": "benchmarks.serve_home_page",
+    "serve-scroll": "benchmarks.serve_scroll",
     "serve-clients": "benchmarks.serve_clients",
     "serve-soak": "benchmarks.serve_soak",
     "flink-throughput": "benchmarks.flink_throughput",

@@ -32,7 +32,7 @@ def read_dataset(folder: Path) -> Any:
 def read_index(folder: Path) -> Any:
     """Returns all rows with their candidate captions, and the results of searches."""
     index = open_index(str(folder))
-    rows = [(index.get_image(str(number)), index.get_candidates(str(number))) for number in range(IMAGES)]
+    rows = [(index.get_image(str(number)), index.get_details(str(number))) for number in range(IMAGES)]
     searches = index.search_text("red", IMAGES), index.search_similar("0", IMAGES)
     return rows, [table.to_pylist() for table in searches]
 

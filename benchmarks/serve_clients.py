@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from benchmarks.bars import report
+from benchmarks.page_data import find_free_port
 from benchmarks.search_data import SearchData, prepare_data
 
 CLIENTS = 50
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     data, _ = prepare_data(options.rows)
-    port = _find_free_port()
+    port = find_free_port()
     command = [sys.executable, "-m", "jobs.cli", "serve", str(data.index), "--port", str(port)]
     command += ["--workers", str(options.workers), "--thumbnails", str(Path(".bench") / "thumbnails")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
@@ -92,13 +92,6 @@ async def _wait_for_server(port: int) -> None:
             writer.close()
             return
     sys.exit("the server did not start")
-
-
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 if __name__ == "__main__":

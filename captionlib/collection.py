@@ -146,7 +146,7 @@ class Collection:
         return [get_address(source) for source in self.config.sources for get_address in getters]
 
     def find_datasets(self) -> list[str]:
-        """Returns the paths or URLs of all datasets in the folder, also those of sources that it had earlier."""
+        """Returns the paths or URLs of all datasets in the folder, including those of removed sources."""
         names = [f"{name}/{kind}" for name in self.folder.list() for kind in _KINDS if name not in _RESERVED]
         return [
             self.folder.address(name)

@@ -52,17 +52,22 @@ def configclass(cls: type[Config]) -> type[Config]:
     return cast(type[Config], validated)
 
 
-def load_config(config_type: type[Config], path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    config_type: type[Config], path: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()
+) -> Config:
     """Creates a configuration from defaults, a YAML file and overrides such as `training.epochs=5`.
 
-    The file takes precedence over the defaults, and overrides take precedence over the file. A file may extend another
-    file with `extends: base.yaml`, a path relative to the extending file. Sections are merged, and values in the
-    extending file take precedence.
+    The file takes precedence over the defaults, and overrides take precedence over the file. `defaults` have the form
+    of overrides and replace defaults of `config_type`. A file may extend another file with `extends: base.yaml`, a path
+    relative to the extending file. Sections are merged, and values in the extending file take precedence.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is invalid.
     """
-    values = {} if path is None else _read_yaml(Path(path))
+    values: dict[str, Any] = {}
+    apply_overrides(values, defaults)
+    if path is not None:
+        values = _merge(values, _read_yaml(Path(path)))
     apply_overrides(values, overrides)
     return build_config(config_type, values, origin=str(path) if path else "options")
 

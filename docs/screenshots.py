@@ -43,12 +43,17 @@ def _take_pages(browser: WebDriver, demo: Path) -> None:
     site = f"http://127.0.0.1:{PORT}"
     with urlopen(f"{site}/api/v1/search?q=red+ring") as response:
         image_id = json.load(response)["results"][0]["image_id"]
-    search = f"{site}/?q=red+ring"
-    _take(browser, search, "search")
-    _take(browser, search, "search-dark", scheme="dark")
-    _take(browser, search, "search-phone", device="phone")
-    _take(browser, f"{site}/image?{urlencode({'q': 'red ring', 'id': image_id, 'at': 0})}", "image")
-    _take(browser, f"{site}/docs", "api")
+    pages = {
+        "home": "/",
+        "search": "/?q=red+ring",
+        "image": f"/image?{urlencode({'q': 'red ring', 'id': image_id, 'at': 0})}",
+        "no-results": "/?q=%2Bmagneta+%2Bhoop",
+        "api": "/docs",
+    }
+    for name, path in pages.items():
+        _take(browser, site + path, name)
+        _take(browser, site + path, f"{name}-dark", scheme="dark")
+        _take(browser, site + path, f"{name}-phone", device="phone")
     _take(browser, (demo / "report" / "index.html").resolve().as_uri(), "report")
 
 

@@ -25,7 +25,9 @@ __all__ = ["command"]
     metavar="FOLDER",
     help="Embeddings of the same images, for semantic search. Repeatable: one for each of CAPTIONS, in the same order.",
 )
-@click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
+@click.option(
+    "--duplicates", metavar="FOLDER", help="Leave out or mark duplicates, as listed by `captionlib deduplicate`."
+)
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
 @click.option("--thumbnails", metavar="FOLDER", help="Also create thumbnails in FOLDER, for `serve --thumbnails`.")
@@ -60,7 +62,11 @@ def command(
     occur only once in all CAPTIONS.
 
     With --duplicates, only the kept image of each group of duplicates is indexed. If you run the command again without
-    --duplicates, it adds the other images.
+    --duplicates, it adds the other images. With --set keep_duplicates=true, duplicates are indexed and marked, and
+    visitors of `serve` can leave them out.
+
+    The index also contains the reference captions of the images, if the manifest of CAPTIONS can be read, and a list of
+    the images that could not be captioned.
 
     \b
     Examples:

@@ -23,7 +23,9 @@ __all__ = ["command"]
     "--checkpoint", "caption {images}", "Folder that train-captioner wrote, or a model such as hf:FOLDER."
 )
 @weights_option
-@click.option("--n-best", type=click.IntRange(min=1), default=1, show_default=True, help="Captions per image.")
+@click.option(
+    "--n-best", type=click.IntRange(min=1), help="Captions per image.  [default: 1, or decoding.n_best of --config]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 @click.option("--report", metavar="FOLDER", help="Also write an HTML report; its page is index.html.")
 @config_options
@@ -32,7 +34,7 @@ def command(
     images: tuple[str, ...],
     checkpoint: str,
     weights: str | None,
-    n_best: int,
+    n_best: int | None,
     as_json: bool,
     report: str | None,
     config: str | None,
@@ -59,7 +61,8 @@ def command(
     from captionlib.models.families.captioner import open_captioner
     from captionlib.models.inference.captioning import GenerationConfig, caption_images
 
-    settings = load_config(GenerationConfig, config, [*overrides, f"decoding.n_best={n_best}"])
+    n_best_override = [] if n_best is None else [f"decoding.n_best={n_best}"]
+    settings = load_config(GenerationConfig, config, [*overrides, *n_best_override], defaults=["decoding.n_best=1"])
     uris = [uri for image in images for uri in find_images(image)]
     captioner = open_captioner(checkpoint, device)
     if report is not None and captioner.attention_positions is not None:

@@ -70,7 +70,7 @@ def command(
     evaluation = comparison = None
     if compare is not None:
         others = load_predictions(compare, manifest, splits)
-        comparison = compare_predictions(predictions, others, _name_runs(captions, compare))
+        comparison = compare_predictions(predictions, others, _shorten_both(captions, compare))
         predictions = list(comparison.predictions)
     elif with_references := [prediction for prediction in predictions if prediction.references]:
         evaluation = evaluate_predictions(with_references)
@@ -78,7 +78,7 @@ def command(
     cider = comparison.cider if comparison else evaluation.scores.per_image["CIDEr"] if evaluation else None
     history = [] if checkpoint is None else open_captioner(checkpoint).history
     crop_and_attention = read_crop_and_attention(captions, [prediction.image_id for prediction in predictions])
-    if comparison is not None:  # the captions of the page are not those of a single run
+    if comparison is not None:  # no attention maps, because each image has two captions
         crop_and_attention = CropAndAttention(crop_and_attention.preprocessing)
     page = write_report(
         output,
@@ -113,17 +113,17 @@ def _resolve_images(predictions: list[Prediction], images: str | None) -> list[P
 
 def _make_title(captions: str, compare: str | None, splits: Sequence[str]) -> str:
     split = f", {' and '.join(splits)} split" if splits else ""
-    name = _name_run(captions) if compare is None else " compared with ".join(_name_runs(captions, compare))
+    name = _shorten(captions) if compare is None else " compared with ".join(_shorten_both(captions, compare))
     return f"{name}{split}"
 
 
-def _name_run(address: str) -> str:
+def _shorten(address: str) -> str:
     """Returns the last two parts of an address, such as `holidays/captions`."""
     return "/".join(_split_address(address)[-2:])
 
 
-def _name_runs(address: str, other: str) -> tuple[str, str]:
-    """Returns the ends of two addresses, from where they differ. Equal addresses are returned whole."""
+def _shorten_both(address: str, other: str) -> tuple[str, str]:
+    """Returns the shortest ends of two addresses that differ. Equal addresses are returned whole."""
     parts, others = _split_address(address), _split_address(other)
     length = 1
     while parts[-length:] == others[-length:] and length < max(len(parts), len(others)):
@@ -150,9 +150,10 @@ def _describe(
 
     sentences = [f"{images:,} images{' of split ' if splits else ''}{' and '.join(splits)}."]
     if comparison is not None:
+        names = comparison.names
         sentences += [
-            f"{count:,} images of {name} are not in the other run and are left out."
-            for count, name in zip(comparison.not_compared, comparison.names, strict=True)
+            f"{count:,} images of {name} have no caption in {other} and are left out."
+            for count, name, other in zip(comparison.not_compared, names, reversed(names), strict=True)
             if count
         ]
     elif is_dataset(captions):

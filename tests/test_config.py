@@ -47,6 +47,13 @@ def test_problems_in_lists_of_sections_are_named(tmp_path: Path, text: str, mess
         load_config(Group, tmp_path / "c.yaml")
 
 
+def test_the_file_takes_precedence_over_given_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("inner:\n  rate: 0.5\n")
+    config = load_config(Outer, file, ["limit=7"], defaults=["inner.rate=0.1", "inner.kind=b", "limit=2"])
+    assert config == Outer(Inner(0.5, "b"), limit=7)
+
+
 def test_overrides_take_precedence_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("name: from file\ninner:\n  rate: 0.5\n")

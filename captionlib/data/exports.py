@@ -35,12 +35,14 @@ from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses
 from captionlib.storage.lock import LOCK_FILE, lock_folder
 
-__all__ = ["ExportFormat", "ExportSummary", "export_images"]
+__all__ = ["EXPORT_COLUMNS", "ExportFormat", "ExportSummary", "add_sample", "export_images", "find_problem"]
 
 ExportFormat = Literal["webdataset", "metadata", "txt"]
 
+EXPORT_COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
+"""The columns of an exported row."""
+
 _THREADS = 16
-_COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
 _METADATA_FOLDER = "__export"  # `datasets` ignores folders whose names begin with two underscores
 _DESCRIPTION = f"{_METADATA_FOLDER}/export.json"
 _PART = re.compile(r"part-([0-9]+)(\.tar)?")
@@ -219,15 +221,14 @@ class _Export:
             except FetchError as error:
                 return error
 
-        columns = [name for name in _COLUMNS if name in dataset.schema.names]
+        columns = [name for name in EXPORT_COLUMNS if name in dataset.schema.names]
         for batch in dataset.read_batches(shard, columns, batch_size=2 * _THREADS):  # limits the images in memory
             rows = [row for row in batch.to_pylist() if self.selection.selects(row["image_id"], row["split"])]
             for row, content in zip(rows, threads.map(fetch, rows), strict=True):
-                if isinstance(content, FetchError):
-                    failures[content.reason] += 1
-                elif find_format(content) is None:
-                    failures["UnknownFormat"] += 1
-                else:
+                problem = content.reason if isinstance(content, FetchError) else find_problem(content)
+                if problem is not None:
+                    failures[problem] += 1
+                elif isinstance(content, bytes):
                     yield row, content
 
     def _write_tar(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
@@ -235,15 +236,7 @@ class _Export:
         count = 0
         with self.folder.stage(f"{name}.tar") as path, tarfile.open(path, "w") as tar:
             for row, content in samples:
-                key = f"{name}-{count:06}"
-                for extension, data in (
-                    (_find_extension(content), content),
-                    (".txt", _join_captions(row)),
-                    (".json", to_json(row)),
-                ):
-                    member = tarfile.TarInfo(key + extension)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+                add_sample(tar, f"{name}-{count:06}", row, content)
                 count += 1
         return count
 
@@ -261,6 +254,30 @@ class _Export:
         if lines and self.to == "metadata":
             self.folder.write(f"{name}/metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
         return len(lines)
+
+
+def find_problem(content: bytes) -> str | None:
+    """Returns why the bytes of an image cannot be exported; None if they can."""
+    return "UnknownFormat" if find_format(content) is None else None
+
+
+def add_sample(tar: tarfile.TarFile, key: str, row: Mapping[str, Any], content: bytes) -> None:
+    """Adds a sample of WebDataset to a tar: the image, its captions as text, and the row as JSON.
+
+    Args:
+        tar: the open tar.
+        key: name of the three files, without extension.
+        row: the row, whose keys are some of `EXPORT_COLUMNS`.
+        content: bytes of the image; `find_problem` returns None for them.
+    """
+    for extension, data in (
+        (_find_extension(content), content),
+        (".txt", _join_captions(row)),
+        (".json", to_json(row)),
+    ):
+        member = tarfile.TarInfo(key + extension)
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
 
 
 def _find_part(name: str) -> int | None:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.splits import add_split_aliases
 
-__all__ = ["ALL_IMAGES", "ImageSelection", "hash_ids", "read_duplicate_ids", "select_images"]
+__all__ = ["ALL_IMAGES", "ImageSelection", "hash_ids", "read_duplicate_ids", "read_kept_images", "select_images"]
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,17 @@ def read_duplicate_ids(duplicates: ShardedDataset) -> frozenset[str]:
 
     If the kept image of a group has been removed from the dataset, no image of the group is excluded.
     """
+    return frozenset(read_kept_images(duplicates))
+
+
+def read_kept_images(duplicates: ShardedDataset) -> dict[str, str]:
+    """Returns the id of the kept image for each image to exclude; see `read_duplicate_ids`."""
     rows = pa.concat_tables(
         [duplicates.read(shard, ["image_id", "group", "kept"]) for shard in range(duplicates.shards)]
     )
     kept = rows.filter(rows["kept"])["image_id"].combine_chunks()
     excluded = rows.filter(pc.and_(pc.invert(rows["kept"]), pc.is_in(rows["group"], value_set=kept)))
-    return frozenset(excluded["image_id"].to_pylist())
+    return dict(zip(excluded["image_id"].to_pylist(), excluded["group"].to_pylist(), strict=True))
 
 
 def hash_ids(image_ids: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from captionlib.evaluation.predictions import Prediction
 __all__ = ["ComparedScore", "Comparison", "compare_predictions"]
 
 _HIGHER_IS_BETTER = ("BLEU", "METEOR", "ROUGE", "CIDEr")  # other scores, such as the mean length, are neutral
-_TIE = 0.00005  # the page shows four decimals
+_TIE = 0.00005  # smaller differences are ties, because the page shows four decimals
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Comparison:
         scores: the scores of both, over the images with references; empty if there are no references.
         cider: CIDEr of each caption by image id.
         baseline_cider: CIDEr of each caption of the baseline.
-        not_compared: number of images that only the captions have, and that only the baseline has.
+        not_compared: number of images that only the captions contain, and number of images that only the baseline
+            contains.
         notes: messages about missing or unreliable scores.
     """
 
@@ -70,7 +71,7 @@ class Comparison:
 
     @property
     def wins(self) -> tuple[int, int, int]:
-        """The numbers of images whose caption is better by CIDEr, is equally good, and is worse than the baseline."""
+        """The numbers of images whose caption has a higher, an equal and a lower CIDEr than that of the baseline."""
         differences = [value - self.baseline_cider[image_id] for image_id, value in self.cider.items()]
         better, worse = (sum(sign * each >= _TIE for each in differences) for sign in (1, -1))
         return better, len(differences) - better - worse, worse
@@ -89,7 +90,8 @@ def compare_predictions(
 ) -> Comparison:
     """Compares captions with a baseline, on the images that both have.
 
-    References are taken from either. Images without references are compared, but not scored.
+    The references of an image are those of the captions or, if there are none, those of the baseline. Images without
+    references are compared, but not scored.
 
     Raises:
         DatasetError: the two have no image in common.

@@ -59,12 +59,20 @@ def write_report(
 ) -> str:
     """Writes the page, its data and its thumbnails, replaces an earlier report, and returns the page's path or URI.
 
-    Below the title, the page shows `note`, then `scores` (name, value, and a detail such as a confidence interval), the
-    curves of a training `history` (one row per epoch), and the predictions. `cider` maps image ids to the CIDEr of the
-    caption. `attributes` maps image ids to the attributes that the caption mentions, such as `color`, and each of these
-    to whether it is correct. `crop_and_attention` selects the part of the image to show, and adds attention maps.
-    `failures` are images without a caption, by reason. With `comparison`, of the same predictions, the page shows the
-    captions of the baseline beside them. If `progress` is True, a progress bar is shown.
+    Args:
+        folder: folder of the report.
+        title: title of the page.
+        predictions: the captions to show.
+        note: text below the title.
+        scores: name, value and detail of each score. The detail is, for example, a confidence interval.
+        cider: CIDEr of each caption by image id.
+        attributes: for each image id, the attributes that the caption mentions, such as `color`, and whether each of
+            them is correct.
+        history: metrics of each training epoch, shown as curves.
+        crop_and_attention: the part of each image to show, and the attention maps.
+        failures: images without a caption, by reason.
+        comparison: captions of a baseline for the same images, to show beside the captions.
+        progress: show a progress bar.
 
     Raises:
         DatasetError: the folder contains files that do not belong to a report.

@@ -6,7 +6,7 @@ Every step can run on any machine and can safely be repeated.
 import os
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.config import describe_differences, to_dict
-from captionlib.data.selection import hash_ids, read_duplicate_ids
+from captionlib.data.selection import hash_ids, read_kept_images
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import Marker, decode_record, encode_record, part_name
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
@@ -39,16 +40,27 @@ from captionlib.search.index_folder import (
     write_description,
 )
 from captionlib.search.inputs import (
+    ManifestShards,
     check_datasets_match,
     check_same_ranker,
     find_kept_rows,
+    find_manifest,
     match_embeddings_to_captions,
     open_shard,
     read_caption_rows,
+    read_details,
     read_embeddings,
     sample_embeddings,
 )
-from captionlib.search.rows import find_repeated_id, number_rows, read_rows, write_rows
+from captionlib.search.row_groups import RowGrouper
+from captionlib.search.rows import (
+    find_repeated_id,
+    number_rows,
+    read_rows,
+    write_details,
+    write_failures,
+    write_rows,
+)
 from captionlib.search.text_index import write_text_index
 from captionlib.search.vector_index import RowMove, merge_indexes, write_partial_index, write_trained_index
 from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses, resolve_address
@@ -68,7 +80,8 @@ class IndexBuild:
         captions: captions datasets, with one row per captioned image.
         embeddings: one embeddings dataset per captions dataset, in the same order. If empty, the index is text-only.
         config: configuration of the index.
-        duplicates: the duplicates that are left out; None if all images are indexed.
+        duplicates: the duplicates that are left out or marked; None if no duplicates are known.
+        manifests: the manifests that the captions were generated from, in the same order; None if not available.
         shards: all shards of the index, in the order of their rows.
         base: version of the index whose files are reused. If None, the index is built from scratch.
         added: positions in `shards` of the shards that `base` does not contain.
@@ -84,6 +97,7 @@ class IndexBuild:
     embeddings: tuple[ShardedDataset, ...]
     config: IndexConfig
     duplicates: IndexedDuplicates | None = None
+    manifests: tuple[ManifestShards | None, ...] = ()
     shards: tuple[InputShard, ...] = ()
     base: IndexDescription | None = None
     added: tuple[int, ...] = ()
@@ -132,17 +146,32 @@ class IndexBuild:
         shard = self.shards[position]
         captions = self.captions[shard.dataset]
         with temporary_folder(self.folder) as local, open_shard(captions, shard.shard, shard.captions) as caption_file:
-            kept = find_kept_rows(caption_file, _read_left_out(self.duplicates))
+            kept_images = _read_kept_images(self.duplicates)
+            kept = find_kept_rows(caption_file, () if self.config.keep_duplicates else kept_images)
             if kept.sum() != shard.rows:
                 raise _changed_error(self.duplicates)
-            write_rows(local / "rows", local / "candidates", read_caption_rows(caption_file, kept))
+            write_rows(local / "rows", read_caption_rows(caption_file, kept, kept_images))
+            write_details(local / "details", read_details(caption_file, kept, self._read_references(shard)))
             files = {
                 "rows_file": publish_path(self.folder, local / "rows", "rows/", ".arrow"),
-                "candidates_file": publish_path(self.folder, local / "candidates", "candidates/", ".arrow"),
+                "details_file": publish_path(self.folder, local / "details", "details/", ".arrow"),
+                "failures_file": self._publish_failures(shard, local / "failures"),
             }
             if self.embeddings:
                 self._write_partial_index(position, caption_file, kept, local)
         self.folder.write(self._result_file(position), encode_record(files))  # the shard is done when this file exists
+
+    def _read_references(self, shard: InputShard) -> pa.Table | None:
+        manifest = self.manifests[shard.dataset]
+        return manifest.read_references(shard.shard) if shard.manifest and manifest is not None else None
+
+    def _publish_failures(self, shard: InputShard, path: Path) -> str:
+        """Returns the name of the file with the failures of a shard; empty if there are none."""
+        failures = self.captions[shard.dataset].read_failures(shard.shard)
+        if not failures:
+            return ""
+        write_failures(path, failures)
+        return publish_path(self.folder, path, "failures/", ".arrow")
 
     def _read_result(self, position: int) -> dict[str, str] | None:
         """Returns the files of a shard; None if the shard is not done, a file is missing or the result is damaged."""
@@ -151,7 +180,7 @@ class IndexBuild:
         except (FileNotFoundError, ValueError):
             return None
         needed = [*files.values(), self._partial_file(position)] if self.embeddings else files.values()
-        return files if all(self.folder.exists(name) for name in needed) else None
+        return files if all(self.folder.exists(name) for name in needed if name) else None
 
     def _write_partial_index(
         self, position: int, caption_file: pq.ParquetFile, kept: npt.NDArray[np.bool_], local: Path
@@ -214,12 +243,16 @@ class IndexBuild:
         shards = self._list_indexed_shards()
         text = vectors = trained = ""
         vectors_count = 0
+        grouper = RowGrouper()
         with temporary_folder(self.folder) as local:
             files = [self._fetch(shard.rows_file, local) for shard in shards]
             self._check_unique_ids(files)
-            write_text_index(
-                local / "text", self.config.language, number_rows(batch for file in files for batch in read_rows(file))
+            batches = (
+                batch
+                for file, shard in zip(files, shards, strict=True)
+                for batch in grouper.add_numbers(shard.dataset, read_rows(file))
             )
+            write_text_index(local / "text", self.config.language, number_rows(batches))
             text = publish_path(self.folder, local / "text", "text-")
             if self.layout is not None:
                 vectors_count = self._merge_partial_indexes(local)
@@ -237,6 +270,7 @@ class IndexBuild:
             embeddings=tuple(map(_describe_dataset, self.embeddings)),
             layout=self.layout,
             shards=tuple(shards),
+            groups=grouper.groups,
             captions_count=sum(shard.rows for shard in shards),
             vectors_count=vectors_count,
             text=text,
@@ -248,15 +282,10 @@ class IndexBuild:
     def _list_indexed_shards(self) -> list[IndexedShard]:
         base = {shard.content: shard for shard in self.base.shards} if self.base else {}
         results = {position: decode_record(self.folder.read(self._result_file(position))) for position in self.added}
-        indexed = []
-        for position, shard in enumerate(self.shards):
-            if position in results:
-                files = results[position]
-            else:
-                reused = base[shard.content]
-                files = {"rows_file": reused.rows_file, "candidates_file": reused.candidates_file}
-            indexed.append(IndexedShard(**asdict(shard), **files))
-        return indexed
+        return [
+            IndexedShard(**asdict(shard), **(results.get(position) or _list_files(base[shard.content])))
+            for position, shard in enumerate(self.shards)
+        ]
 
     def _merge_partial_indexes(self, local: Path) -> int:
         moves = []
@@ -324,6 +353,14 @@ class IndexBuild:
         return f"{self._temporary}/{part_name(position)}.json"
 
 
+def _list_files(shard: IndexedShard) -> dict[str, str]:
+    return {
+        "rows_file": shard.rows_file,
+        "details_file": shard.details_file,
+        "failures_file": shard.failures_file,
+    }
+
+
 def plan_build(
     captions: Addresses,
     embeddings: Addresses | None,
@@ -339,8 +376,9 @@ def plan_build(
     if their content has not changed. Centroids are trained again only if the index has too many rows for its layout. If
     `overwrite` is True, the index is built from scratch, whatever the folder contains.
 
-    The dataset `duplicates` contains groups of duplicates. Only one image of each group is indexed. If that dataset
-    changes, the affected shards are indexed again.
+    The dataset `duplicates` contains groups of duplicates. Only one image of each group is indexed or, if
+    `config.keep_duplicates` is set, the others are marked as its duplicates. If that dataset changes, the affected
+    shards are indexed again.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
@@ -354,10 +392,11 @@ def plan_build(
             f"expected one embeddings dataset for each of {len(captions_datasets)} captions datasets, in the same "
             f"order, got {len(embeddings_datasets)}"
         )
-    left_out = None if duplicates is None else _describe_duplicates(duplicates)
-    build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config, left_out)
+    described = None if duplicates is None else _describe_duplicates(duplicates)
+    manifests = tuple(map(find_manifest, captions_datasets))
+    build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config, described, manifests)
     base = _read_base(build, overwrite)
-    shards = _leave_out_duplicates(build, base, _list_shards(build))
+    shards = _find_duplicates(build, base, _list_shards(build))
     pending = sum(dataset.shards for dataset in captions_datasets) - len(shards)
     for captions_dataset, embeddings_dataset in zip(captions_datasets, embeddings_datasets, strict=False):
         check_datasets_match(captions_dataset, embeddings_dataset)
@@ -395,12 +434,23 @@ def _list_shards(build: IndexBuild) -> list[InputShard]:
     shards = []
     for index, captions in enumerate(build.captions):
         embeddings = build.embeddings[index] if build.embeddings else None
-        markers = captions.read_markers()  # a marker is the JSON file that records that a shard is complete
-        embedding_markers: dict[int, Marker] = embeddings.read_markers() if embeddings else {}
+        markers = captions.require_markers()  # a marker is the JSON file that records that a shard is complete
+        embedding_markers: dict[int, Marker] = embeddings.require_markers() if embeddings else {}
         complete = sorted(markers.keys() & embedding_markers.keys() if embeddings else markers)
+        manifest = build.manifests[index]
         for shard in complete:
-            checksum = embedding_markers[shard].checksum if embeddings else ""
-            shards.append(InputShard(index, shard, markers[shard].rows, markers[shard].checksum, checksum))
+            marker = markers[shard]
+            shards.append(
+                InputShard(
+                    dataset=index,
+                    shard=shard,
+                    rows=marker.rows,
+                    captions=marker.checksum,
+                    embeddings=embedding_markers[shard].checksum if embeddings else "",
+                    failures=marker.failures_checksum,
+                    manifest=manifest.checksums.get(shard, "") if manifest else "",
+                )
+            )
         if not complete:
             folders = f"both {captions.folder.uri} and {embeddings.folder.uri}" if embeddings else captions.folder.uri
             raise DatasetError(f"expected shards that are complete in {folders}, got none; finish writing them first")
@@ -413,14 +463,14 @@ def _describe_duplicates(address: str | os.PathLike[str]) -> IndexedDuplicates:
 
 
 @lru_cache(maxsize=1)
-def _read_left_out(duplicates: IndexedDuplicates | None) -> frozenset[str]:
-    """Returns the ids of the images that are left out. Each process reads them once."""
+def _read_kept_images(duplicates: IndexedDuplicates | None) -> dict[str, str]:
+    """Returns the id of the kept image for each duplicate. Each process reads them once."""
     if duplicates is None:
-        return frozenset()
+        return {}
     dataset = open_dataset(duplicates.folder, "duplicates").require_complete()
     if dataset.compute_content_checksum() != duplicates.checksum:
         raise _changed_error(duplicates)
-    return read_duplicate_ids(dataset)
+    return read_kept_images(dataset)
 
 
 def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
@@ -428,35 +478,41 @@ def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
     return DatasetError(f"{name} changed while the index was being built; run the command again")
 
 
-def _leave_out_duplicates(
+def _find_duplicates(
     build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
 ) -> list[InputShard]:
-    """Subtracts the duplicates that are left out from the row count of each shard.
+    """Adds the hash of its duplicates to each shard. Subtracts those that are left out from the row count.
 
-    If the existing index leaves out the same duplicates, the ids of the shards that it contains are not read again.
+    If the duplicates have not changed, the ids of the shards that the existing index contains are not read again.
     """
-    left_out = _read_left_out(build.duplicates)
-    if not left_out:
+    kept_images = _read_kept_images(build.duplicates)
+    if not kept_images:
         return list(shards)
     same = base is not None and base.duplicates is not None and base.duplicates == build.duplicates
     known = {shard.captions: shard for shard in base.shards} if base is not None and same else {}
-    reduced = []
+    changed = []
     for shard in shards:
         if shard.captions in known:
             indexed = known[shard.captions]
-            reduced.append(replace(shard, rows=indexed.rows, left_out=indexed.left_out))
+            changed.append(replace(shard, rows=indexed.rows, duplicates=indexed.duplicates))
             continue
         batches = build.captions[shard.dataset].read_batches(shard.shard, ["image_id"], batch_size=65_536)
-        found = left_out.intersection(image_id for batch in batches for image_id in batch["image_id"].to_pylist())
-        reduced.append(replace(shard, rows=shard.rows - len(found), left_out=hash_ids(found) if found else ""))
-    return reduced
+        found = kept_images.keys() & {image_id for batch in batches for image_id in batch["image_id"].to_pylist()}
+        if not found:
+            changed.append(shard)
+        elif build.config.keep_duplicates:
+            changed.append(replace(shard, duplicates=hash_ids(f"{each} {kept_images[each]}" for each in found)))
+        else:
+            changed.append(replace(shard, duplicates=hash_ids(found), rows=shard.rows - len(found)))
+    return changed
 
 
 def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard]) -> list[InputShard]:
     """Adds the shards of `base` that are being written again, so their images stay in the index."""
     finished = {(shard.dataset, shard.shard) for shard in shards}
+    names = [each.name for each in fields(InputShard)]
     kept = [
-        InputShard(shard.dataset, shard.shard, shard.rows, shard.captions, shard.embeddings, left_out=shard.left_out)
+        InputShard(**{name: getattr(shard, name) for name in names})
         for shard in base.shards
         if (shard.dataset, shard.shard) not in finished
         and shard.dataset < len(build.captions)
@@ -497,7 +553,7 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, shards: Seque
         base = None
     if base is None and build.embeddings:
         layout = VectorLayout.choose(build.config, rows, build.embeddings[0].schema.field("embedding").type.list_size)
-    indexed = {shard.content for shard in base.shards} if base is not None else set[tuple[str, str, str]]()
+    indexed = {shard.content for shard in base.shards} if base is not None else set[tuple[str, ...]]()
     return replace(
         build,
         shards=tuple(shards),
@@ -510,5 +566,4 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, shards: Seque
 
 
 def _describe_dataset(dataset: ShardedDataset) -> IndexedDataset:
-    ranker = str(dataset.config.get("ranker", "")) if dataset.kind == "embeddings" else ""
-    return IndexedDataset(resolve_address(dataset.folder.uri), dataset.fingerprint, dataset.shards, ranker)
+    return IndexedDataset(resolve_address(dataset.folder.uri), dataset.fingerprint, dataset.shards, dataset.config)

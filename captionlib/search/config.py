@@ -33,12 +33,15 @@ class IndexConfig:
             stores one byte per dimension, `pq` one byte per four dimensions. `auto` chooses by the number of rows.
         nlist: number of inverted lists. If None, it is about twice the square root of the number of rows.
         nprobe: number of inverted lists to search per query. If None, it is chosen for a recall@10 of about 0.95.
+        keep_duplicates: whether to index the duplicates of kept images, marked as duplicates, instead of leaving them
+            out.
     """
 
     language: str = "english"
     vectors: Literal["auto", "flat", "sq8", "pq"] = "auto"
     nlist: PositiveInt | None = None
     nprobe: PositiveInt | None = None
+    keep_duplicates: bool = False
 
     def __post_init__(self) -> None:
         if self.language not in LANGUAGES:

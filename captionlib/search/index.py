@@ -7,8 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
@@ -17,8 +16,8 @@ import pyarrow as pa
 from cachetools import LRUCache
 
 from captionlib.data.sources.values import is_unicode
-from captionlib.data.splits import add_split_aliases
 from captionlib.errors import CaptionlibError, CheckpointError, DatasetError, QueryError
+from captionlib.search.filters import FacetCounts, Facets, Filter, name_sources
 from captionlib.search.index_folder import (
     DESCRIPTION,
     IndexDescription,
@@ -26,7 +25,7 @@ from captionlib.search.index_folder import (
     fetch_locally,
     read_description,
 )
-from captionlib.search.rows import CandidateStore, RowStore
+from captionlib.search.rows import COLUMNS, DetailStore, FailureStore, RowStore
 from captionlib.search.text_index import Sort, TextIndex
 from captionlib.search.vector_index import Hits, RowNumbers, VectorIndex, Vectors
 from captionlib.storage.folders import Folder
@@ -45,29 +44,6 @@ _RANK_CONSTANT = 60  # see `fuse_rankings`
 _LOGGER = logging.getLogger("captionlib")
 
 
-@dataclass(frozen=True)
-class Filter:
-    """Restricts a search to matching images.
-
-    Attributes:
-        where: SQL condition over the columns of a row. It can be slow, so do not accept it from untrusted users.
-        split: dataset split of the images, such as `val`.
-        min_log_prob: minimum log-probability of a caption.
-    """
-
-    where: str | None = None
-    split: str | None = None
-    min_log_prob: float | None = None
-
-    def to_sql(self) -> tuple[str, list[Any]]:
-        """Returns the filter as one SQL condition and its parameters."""
-        splits = None if self.split is None else sorted(add_split_aliases([self.split]))
-        parameters = {"list_contains(?, split)": splits, "log_prob >= ?": self.min_log_prob}
-        set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
-        where = [f"(\n{self.where}\n)"] if self.where is not None else []
-        return " AND ".join([*where, *set_parameters]), list(set_parameters.values())
-
-
 class _Version:
     """The open files of one version of an index. They stay readable if the files are removed. Thread-safe.
 
@@ -77,8 +53,13 @@ class _Version:
     def __init__(self, description: IndexDescription, path: Path) -> None:
         self.description = description
         self.rows = RowStore(path / shard.rows_file for shard in description.shards)
-        candidates = [path / shard.candidates_file for shard in description.shards]
-        self.candidates = CandidateStore(candidates, description.first_rows)
+        self.details = DetailStore([path / shard.details_file for shard in description.shards], description.first_rows)
+        self.facets = Facets(description.groups, name_sources([dataset.folder for dataset in description.captions]))
+        self.failures = FailureStore(
+            (path / shard.failures_file, self.facets.sources[shard.dataset])
+            for shard in description.shards
+            if shard.failures_file
+        )
         self.text = TextIndex(path / description.text, description.config.language)
         self.vectors: VectorIndex | None = None
         if description.layout is not None:
@@ -86,19 +67,25 @@ class _Version:
         self._lock = threading.Lock()
         self._matching: LRUCache[Filter, RowNumbers] = LRUCache(_CACHED_FILTERS)
 
-    @cached_property
-    def splits(self) -> dict[str, int]:
-        return self.rows.count_splits()
-
     def find_matching(self, where: Filter) -> RowNumbers:
         """Returns the numbers of the rows that match a filter. They are cached for the next page of results."""
         with self._lock:
             rows = self._matching.get(where)
         if rows is None:
-            rows = self.rows.find_matching(*where.to_sql())
+            condition, parameters = where.to_sql()
+            if where.source is not None:
+                first, last = self._find_rows(where.source)
+                condition, parameters = f"{condition} AND row >= ? AND row < ?", [*parameters, first, last]
+            rows = self.rows.find_matching(condition, parameters)
             with self._lock:
                 self._matching[where] = rows
         return rows
+
+    def _find_rows(self, source: str) -> tuple[int, int]:
+        """Returns the number of the first row of a source, and of the first row after it."""
+        shards = zip(self.description.shards, self.description.first_rows, strict=False)
+        found = [(first, first + shard.rows) for shard, first in shards if self.facets.sources[shard.dataset] == source]
+        return (found[0][0], found[-1][1]) if found else (0, 0)  # the shards of a dataset are adjacent
 
 
 def _on_one_version(
@@ -274,13 +261,16 @@ class Index:
         offset: int = 0,
         where: Filter | None = None,
         sort: Sort = "relevance",
-    ) -> tuple[pa.Table, int]:
-        """Works like `search_text`, but also returns the total number of matches. `where` must not contain SQL."""
+    ) -> tuple[pa.Table, FacetCounts]:
+        """Works like `search_text`, but also counts the matches by facet. `where` must not contain SQL."""
         where = where or Filter()
         if where.where is not None:
             raise QueryError("search_text_and_count: expected a filter without SQL; use search_text and count its rows")
-        hits, count = self._version.text.search_and_count(query, offset + limit, where.split, where.min_log_prob, sort)
-        return self._to_table(hits[offset:]), count
+        version = self._version
+        matches = version.text.count_groups(query, len(version.facets), where.min_log_prob)
+        counts = version.facets.count(where, matches)
+        hits = self._find_text(query, offset + limit if counts.total else 0, where, sort)
+        return self._to_table(hits[offset:]), counts
 
     @_on_one_version
     def search_sentence(
@@ -366,24 +356,55 @@ class Index:
         return row
 
     @_on_one_version
-    def get_candidates(self, image_id: str) -> list[dict[str, Any]]:
-        """Returns the candidate captions of one image and their log-probabilities, best first.
+    def get_details(self, image_id: str) -> dict[str, Any]:
+        """Returns the candidate captions of an image, best first, its references and its attention weights.
+
+        The references are None if the manifest was not available when the index was built. The attention weights,
+        `[tokens, positions]`, are None if the captions were generated without them.
 
         Raises:
             QueryError: the image is not in the index.
         """
-        return self._version.candidates.read(self._find_row(image_id))
+        return self._version.details.read(self._find_row(image_id))
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """The names of the captions datasets: the shortest parts of their paths that distinguish them."""
+        return self._version.facets.sources
+
+    @property
+    def failures(self) -> FailureStore:
+        """The images without a caption, with the reasons."""
+        return self._version.failures
 
     @_on_one_version
-    def sample(self, limit: int = 20) -> pa.Table:
+    def sample(self, limit: int = 20, where: Filter | str | None = None) -> pa.Table:
         """Returns evenly spaced rows of the index, with a score of 0."""
-        rows = self._version.rows.sample(limit)
+        where = _to_filter(where)
+        if where == Filter():
+            rows = self._version.rows.sample(limit)
+        else:
+            matching = self._version.find_matching(where)
+            rows = matching[np.linspace(0, len(matching), min(limit, len(matching)), endpoint=False).astype(int)]
         return self._to_table(Hits(rows, np.zeros(len(rows), np.float32)))
 
     @_on_one_version
-    def count_splits(self) -> dict[str, int]:
-        """Returns the number of images in each split, sorted by the name of the split."""
-        return dict(self._version.splits)
+    def suggest_query(self, query: str) -> str | None:
+        """Returns a query in which the words that no caption contains are replaced by similar words of captions.
+
+        Returns None if there are no such words.
+        """
+
+        def find_captions(rows: RowNumbers) -> list[str]:
+            captions: list[str] = self._version.rows.take(rows)["caption"].to_pylist()
+            return captions
+
+        return self._version.text.suggest_query(query, find_captions)
+
+    @_on_one_version
+    def count_facets(self, where: Filter | None = None) -> FacetCounts:
+        """Returns the number of images by facet, regardless of the SQL condition and log-probability of `where`."""
+        return self._version.facets.count(where or Filter())
 
     def list_uris(self) -> Iterator[str]:
         """Yields the URIs of all images."""
@@ -404,12 +425,25 @@ class Index:
         Raises:
             QueryError: the image is not in the index.
         """
+        return self.description.captions[self._find_dataset(image_id)]
+
+    @_on_one_version
+    def find_source(self, image_id: str) -> str:
+        """Returns the name of the source of an image; see `sources`.
+
+        Raises:
+            QueryError: the image is not in the index.
+        """
+        return self.sources[self._find_dataset(image_id)]
+
+    def _find_dataset(self, image_id: str) -> int:
         shard = bisect.bisect_right(self.description.first_rows, self._find_row(image_id)) - 1
-        return self.description.captions[self.description.shards[shard].dataset]
+        return self.description.shards[shard].dataset
 
     def _find_text(self, query: str, limit: int, where: Filter, sort: Sort) -> Hits:
         if where.where is None:
-            return self._version.text.search(query, limit, None, where.split, where.min_log_prob, sort)
+            groups = self._version.facets.select(where)
+            return self._version.text.search(query, limit, None, groups, where.min_log_prob, sort)
         return self._version.text.search(query, limit, self._version.find_matching(where), sort=sort)
 
     def _find_vector(self, vector: Vectors, limit: int, where: Filter) -> Hits:
@@ -454,7 +488,7 @@ class Index:
         return vectors
 
     def _to_table(self, hits: Hits) -> pa.Table:
-        rows = self._version.rows.take(hits.rows)
+        rows = self._version.rows.take(hits.rows).select(COLUMNS)
         return rows.append_column(pa.field("score", pa.float32(), nullable=False), pa.array(hits.scores, pa.float32()))
 
 

@@ -3,7 +3,8 @@
     folder/
       index.json              the description, replaced atomically
       rows/HASH.arrow         the columns that search results show, one file per shard
-      candidates/HASH.arrow   the candidate captions, one file per shard
+      details/HASH.arrow      candidate captions, references and attention, one file per shard
+      failures/HASH.arrow     the images without a caption, one file per shard that has any
       text-HASH/              the Tantivy index
       vectors-HASH.faiss      the Faiss index
       trained-HASH.faiss      an empty Faiss index with trained centroids, used to add shards
@@ -32,6 +33,7 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.shards.markers import compute_checksum, from_json, to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
+from captionlib.search.row_groups import RowGroup
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, convert_full_disk_errors
 from captionlib.storage.retries import convert_os_errors
 
@@ -56,8 +58,8 @@ __all__ = [
 ]
 
 DESCRIPTION = "index.json"
-FORMAT_VERSION = 3
-SUBFOLDERS = ("rows", "candidates")
+FORMAT_VERSION = 4
+SUBFOLDERS = ("rows", "details", "failures")
 
 _HASH_CHARACTERS = 32
 _PREFIXES = ("text-", "vectors-", "trained-")
@@ -71,18 +73,18 @@ class IndexedDataset:
     Attributes:
         fingerprint: hash of everything that determines the rows of the dataset.
         shards: number of shards of the complete dataset.
-        ranker: fingerprint of the ranker, the image-text dual encoder that computed the embeddings; empty for captions.
+        config: everything that determines the rows, except for the input, such as the encoder and the captioner.
     """
 
     folder: str
     fingerprint: str
     shards: int
-    ranker: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class IndexedDuplicates:
-    """A dataset of duplicates. The images that it lists as duplicates of another image are not in the index.
+    """A dataset of duplicates. The images that it lists as duplicates are left out or marked; see `IndexConfig`.
 
     Attributes:
         checksum: content checksum of the dataset.
@@ -102,7 +104,9 @@ class InputShard:
         rows: number of captioned images, excluding duplicates that are left out.
         captions: checksum of the captions file.
         embeddings: checksum of the embeddings file; empty if the index is text-only.
-        left_out: hash of the ids of the duplicates that are left out; empty if there are none.
+        duplicates: hash of the duplicates that are left out or marked; empty if there are none.
+        failures: checksum of the failures file of the captions; empty if there is none.
+        manifest: checksum of the manifest file that contains the references; empty if it is not available.
     """
 
     dataset: int
@@ -110,12 +114,14 @@ class InputShard:
     rows: int
     captions: str
     embeddings: str
-    left_out: str = field(default="", kw_only=True)
+    duplicates: str = field(default="", kw_only=True)
+    failures: str = field(default="", kw_only=True)
+    manifest: str = field(default="", kw_only=True)
 
     @property
-    def content(self) -> tuple[str, str, str]:
+    def content(self) -> tuple[str, ...]:
         """Identifies the content. Shards with the same content share files, even if their datasets differ."""
-        return self.captions, self.embeddings, self.left_out
+        return self.captions, self.embeddings, self.duplicates, self.failures, self.manifest
 
 
 @dataclass(frozen=True)
@@ -124,11 +130,13 @@ class IndexedShard(InputShard):
 
     Attributes:
         rows_file: name of the file that contains the rows.
-        candidates_file: name of the file that contains the candidate captions.
+        details_file: name of the file that contains candidate captions, references and attention.
+        failures_file: name of the file that lists the images without a caption; empty if there are none.
     """
 
     rows_file: str
-    candidates_file: str
+    details_file: str
+    failures_file: str
 
 
 @dataclass(frozen=True)
@@ -141,9 +149,11 @@ class IndexDescription:
         config: configuration of the build.
         captions: the captions datasets.
         embeddings: the embeddings datasets, in the order of the captions; empty if the index is text-only.
-        duplicates: the duplicates that are left out; None if all images are indexed.
+        duplicates: the duplicates that are left out or marked; None if no duplicates are known.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, in the order of their rows.
+        groups: the groups of rows with the same values of all facets. The text index has the number of each row's
+            group.
         captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.
@@ -159,6 +169,7 @@ class IndexDescription:
     embeddings: tuple[IndexedDataset, ...]
     layout: VectorLayout | None
     shards: tuple[IndexedShard, ...]
+    groups: tuple[RowGroup, ...]
     captions_count: int
     vectors_count: int
     text: str
@@ -171,8 +182,8 @@ class IndexDescription:
     def files(self) -> list[str]:
         """The files and folders of this version."""
         vectors = [self.vectors, self.trained] if self.vectors else []
-        names = [name for shard in self.shards for name in (shard.rows_file, shard.candidates_file)]
-        return [self.text, *vectors, *dict.fromkeys(names)]
+        names = [name for each in self.shards for name in (each.rows_file, each.details_file, each.failures_file)]
+        return [self.text, *vectors, *dict.fromkeys(filter(None, names))]
 
     @property
     def first_rows(self) -> list[int]:
@@ -187,7 +198,7 @@ class IndexDescription:
     @property
     def ranker(self) -> str:
         """Fingerprint of the ranker that computed the embeddings; empty if it is unknown or the index is text-only."""
-        return self.embeddings[0].ranker if self.embeddings else ""
+        return str(self.embeddings[0].config.get("ranker", "")) if self.embeddings else ""
 
 
 def read_description(folder: Folder) -> IndexDescription | None:
@@ -309,8 +320,8 @@ def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
 def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | None = None) -> Path:
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
-    All files are compared with their checksums, except the candidates of a local index: `CandidateStore` checks these
-    when it reads them. The cache contains one version of each index. Files that it already contains are not copied
+    All files are compared with their checksums, except the details of a local index: `DetailStore` checks these when it
+    reads them. The cache contains one version of each index. Files that it already contains are not copied
     again. If `cache` is None, it is `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder if that is
     not set.
 
@@ -320,7 +331,7 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         if folder.is_local and os.access(folder.path(description.text), os.W_OK):
-            names = [name for name in description.files if not name.startswith("candidates/")]
+            names = [name for name in description.files if not name.startswith("details/")]
             list(pool.map(lambda name: check_hash(Path(folder.path(name)), name, folder.address(name)), names))
             return Path(folder.path("")).absolute()
         # The index is remote, or its folder is read-only. Tantivy must write a lock file even to read an index.
@@ -328,7 +339,7 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
         copy = cache / uuid.uuid5(uuid.NAMESPACE_URL, folder.uri).hex
         list(pool.map(partial(_fetch_to_cache, folder, copy), description.files))
     used = {copy / name for name in (*description.files, *SUBFOLDERS)}
-    for path in [*copy.iterdir(), *(path for name in SUBFOLDERS for path in (copy / name).iterdir())]:
+    for path in [*copy.iterdir(), *(path for name in SUBFOLDERS for path in (copy / name).glob("*"))]:
         if path not in used and not path.name.startswith("."):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return copy

@@ -1,7 +1,9 @@
 """Reads the captions and embeddings that an index is built from, and checks that they cover the same images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +13,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captionlib.data.arrays import vectors_to_numpy
-from captionlib.data.shards.dataset import ShardedDataset
+from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import compute_checksum, part_name
 from captionlib.data.shards.schemas import add_missing_columns
-from captionlib.errors import DatasetError
+from captionlib.data.sources.versions import find_modified_times
+from captionlib.errors import DatasetError, StorageError
 from captionlib.search.index_folder import InputShard
-from captionlib.search.rows import CANDIDATES_SCHEMA, ROW_SCHEMA
-from captionlib.storage.folders import scratch_folder
+from captionlib.search.rows import COLUMNS, DETAILS_BATCH_ROWS, DETAILS_SCHEMA, ROW_SCHEMA
+from captionlib.storage.folders import Folder, scratch_folder
 
 __all__ = [
+    "ManifestShards",
     "check_datasets_match",
     "check_same_ranker",
     "find_kept_rows",
+    "find_manifest",
     "match_embeddings_to_captions",
     "open_shard",
     "read_caption_rows",
+    "read_details",
     "read_embeddings",
     "sample_embeddings",
 ]
@@ -103,26 +109,109 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
             yield pq.ParquetFile(file)
 
 
-def find_kept_rows(parquet: pq.ParquetFile, left_out_ids: frozenset[str]) -> npt.NDArray[np.bool_]:
-    """Returns, for each row of a captions shard, whether its image is kept, `[rows]`."""
-    if not left_out_ids:
+def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.NDArray[np.bool_]:
+    """Returns, for each row of a captions shard, whether its image is not left out, `[rows]`."""
+    if not left_out:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
-    return np.fromiter((image_id not in left_out_ids for image_id in ids), np.bool_, len(ids))
+    return np.fromiter((image_id not in left_out for image_id in ids), np.bool_, len(ids))
 
 
-def read_caption_rows(parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_]) -> Iterator[pa.RecordBatch]:
-    """Yields the rows for which `kept`, `[rows]`, is true, with only the columns that an index stores."""
-    schema = pa.schema([*ROW_SCHEMA, *CANDIDATES_SCHEMA])
+def read_caption_rows(
+    parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], kept_images: Mapping[str, str]
+) -> Iterator[pa.RecordBatch]:
+    """Yields the rows of a captions shard for which `kept`, `[rows]`, is true, with the columns of `ROW_SCHEMA`.
+
+    `kept_images` has the id of the kept image for each duplicate.
+    """
+    stored = pa.schema([ROW_SCHEMA.field(name) for name in (*COLUMNS, "version")])
+    for batch in _read_kept(parquet, stored.names, kept, _TEXT_BATCH_ROWS):
+        rows = add_missing_columns(batch, stored)
+        kept_ids = [kept_images.get(image_id) for image_id in rows["image_id"].to_pylist()] if kept_images else None
+        duplicate_of = pa.nulls(rows.num_rows, pa.string()) if kept_ids is None else pa.array(kept_ids, pa.string())
+        columns = [*rows.columns, find_modified_times(rows["version"]), duplicate_of]
+        yield pa.RecordBatch.from_arrays(columns, schema=ROW_SCHEMA)
+
+
+def read_details(
+    parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], references: pa.Table | None
+) -> Iterator[pa.RecordBatch]:
+    """Yields the details of the rows for which `kept`, `[rows]`, is true, with the columns of `DETAILS_SCHEMA`.
+
+    `references` has the columns image_id and captions of the manifest; None if the manifest is not available.
+    """
+    ids = None if references is None else references["image_id"].combine_chunks()
+    for batch in _read_kept(parquet, ["image_id", *DETAILS_SCHEMA.names], kept, DETAILS_BATCH_ROWS):
+        columns = {name: batch[name] for name in DETAILS_SCHEMA.names if name in batch.schema.names}
+        if references is not None:
+            columns["references"] = references["captions"].take(pc.index_in(batch["image_id"], value_set=ids))
+            columns["references"] = columns["references"].combine_chunks()
+        # Casting adds missing image-text scores as nulls, and removes the number of positions from the type of maps.
+        yield pa.RecordBatch.from_arrays(
+            [
+                columns[field.name].cast(field.type) if field.name in columns else pa.nulls(batch.num_rows, field.type)
+                for field in DETAILS_SCHEMA
+            ],
+            schema=DETAILS_SCHEMA,
+        )
+
+
+def _read_kept(
+    parquet: pq.ParquetFile, columns: Sequence[str], kept: npt.NDArray[np.bool_], batch_rows: int
+) -> Iterator[pa.RecordBatch]:
     start = 0
-    for batch in parquet.iter_batches(_TEXT_BATCH_ROWS, columns=schema.names):
+    for batch in parquet.iter_batches(batch_rows, columns=list(columns)):
         mask = kept[start : start + batch.num_rows]
         start += batch.num_rows
-        rows = batch if mask.all() else batch.filter(pa.array(mask))
-        candidates = rows["candidates"].cast(CANDIDATES_SCHEMA.field(0).type)  # adds missing scores as nulls
-        yield add_missing_columns(
-            rows.set_column(rows.schema.get_field_index("candidates"), CANDIDATES_SCHEMA.field(0), candidates), schema
-        )
+        yield batch if mask.all() else batch.filter(pa.array(mask))
+
+
+def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
+    """Returns the manifest that captions were generated from, or None if it cannot be read.
+
+    The captions may have been generated from features. A path on a machine is not used if the captions are remote, as
+    another worker may not be able to read it.
+    """
+    stages = [captions]
+    while stages[-1].kind != "manifest":
+        address = stages[-1].source
+        if not address or Folder(address).is_local != captions.folder.is_local:
+            return None
+        try:
+            stages.append(open_dataset(address))
+        except (DatasetError, StorageError, OSError):
+            return None
+    return ManifestShards(stages[-1], _match_shards(stages))
+
+
+@dataclass(frozen=True)
+class ManifestShards:
+    """A manifest, and the checksums of its shards.
+
+    Attributes:
+        dataset: the manifest.
+        checksums: the checksum of each shard from which the shard of the captions with the same number was generated.
+            Shards that have changed since then are missing.
+    """
+
+    dataset: ShardedDataset
+    checksums: Mapping[int, str]
+
+    def read_references(self, shard: int) -> pa.Table:
+        """Returns the columns image_id and captions of a shard."""
+        with open_shard(self.dataset, shard, self.checksums[shard]) as parquet:
+            return parquet.read(columns=["image_id", "captions"])
+
+
+def _match_shards(stages: Sequence[ShardedDataset]) -> dict[int, str]:
+    """Returns the checksums of the shards of the last dataset that led to the current shards of the first dataset."""
+    markers = [stage.read_markers() for stage in stages]
+    matches = {}
+    for shard in markers[0]:
+        path = [each[shard] for each in markers if shard in each]
+        if len(path) == len(markers) and all(made.input_checksum == given.checksum for made, given in pairwise(path)):
+            matches[shard] = path[-1].checksum
+    return matches
 
 
 def match_embeddings_to_captions(

@@ -6,7 +6,6 @@ Parquet, each of them could require decoding a whole row group.
 
 import hashlib
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -18,20 +17,26 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.shards.schemas import add_missing_columns, captions_schema
+from captionlib.data.row_buffer import RowBuffer
+from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns, captions_schema
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.sql.session import SqlLimits, connect, restrict_connection
 from captionlib.search.sql.statements import check_condition, check_reads_only, to_query_error
 
 __all__ = [
-    "CANDIDATES_SCHEMA",
     "COLUMNS",
+    "DETAILS_BATCH_ROWS",
+    "DETAILS_SCHEMA",
+    "FAILURE_SCHEMA",
     "ROW_SCHEMA",
-    "CandidateStore",
+    "DetailStore",
+    "FailureStore",
     "RowStore",
     "find_repeated_id",
     "number_rows",
     "read_rows",
+    "write_details",
+    "write_failures",
     "write_rows",
 ]
 
@@ -42,11 +47,32 @@ COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_t
 """
 
 _CAPTIONS = captions_schema(has_scores=True)
-ROW_SCHEMA = pa.schema([_CAPTIONS.field(name) for name in COLUMNS])
-CANDIDATES_SCHEMA = pa.schema([_CAPTIONS.field("candidates")])
+ROW_SCHEMA = pa.schema(
+    [
+        *(_CAPTIONS.field(name) for name in (*COLUMNS, "version")),
+        pa.field("modified", pa.timestamp("s")),
+        pa.field("duplicate_of", pa.string()),
+    ]
+)
+"""The columns of a row.
+
+`modified` is the time, in UTC, at which the file of the image was last modified; null if it is unknown. `duplicate_of`
+is the id of the kept image if the image is a duplicate of it, and null otherwise.
+"""
+
+_REFERENCES = pa.field("references", pa.list_(pa.string()))
+_ATTENTION = pa.field("attention", pa.list_(pa.list_(pa.float16())))
+DETAILS_SCHEMA = pa.schema([_CAPTIONS.field("candidates"), _REFERENCES, _ATTENTION])
+"""The columns that only the page of an image shows. References and attention are null if they are not known."""
+
+FAILURE_SCHEMA = pa.schema([FAILURES_SCHEMA.field(name) for name in ("image_id", "stage", "error")])
+"""The columns of an image without a caption. Messages are left out, because they can contain private addresses."""
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
-_CANDIDATES_BATCH_ROWS = 512  # reading a row decompresses its batch, and all earlier batches to count their rows
+_SOURCE = pa.field("source", pa.string(), nullable=False)
+DETAILS_BATCH_ROWS = 256
+"""Number of rows in a batch of details. Reading a row decompresses its batch."""
+
 _MAX_SLICED_ROWS = 100  # up to this many rows, slicing each row is much faster than `take`
 
 
@@ -57,20 +83,29 @@ class RepeatedId(NamedTuple):
     rows: int
 
 
-def write_rows(rows_path: Path, candidates_path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """Writes rows and their candidate captions to two Arrow files. The candidates are compressed."""
+def write_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Writes rows to an Arrow file."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def write_details(path: Path, batches: Iterator[pa.RecordBatch]) -> None:
+    """Writes details to a compressed Arrow file, in batches of equal size, so that `DetailStore` finds a row."""
+    buffer = RowBuffer(batches)
     compressed = pa.ipc.IpcWriteOptions(compression="zstd")
     with (
-        pa.OSFile(str(rows_path), "wb") as rows_file,
-        pa.OSFile(str(candidates_path), "wb") as candidates_file,
-        pa.ipc.new_file(rows_file, ROW_SCHEMA) as rows,
-        pa.ipc.new_file(candidates_file, CANDIDATES_SCHEMA, options=compressed) as candidates,
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_file(file, DETAILS_SCHEMA, options=compressed) as writer,
     ):
-        for batch in batches:
-            rows.write_batch(batch.select(COLUMNS))
-            candidates.write_table(
-                pa.Table.from_batches([batch.select(CANDIDATES_SCHEMA.names)]), max_chunksize=_CANDIDATES_BATCH_ROWS
-            )
+        while details := buffer.take_table(DETAILS_BATCH_ROWS, DETAILS_SCHEMA):
+            writer.write_table(details.combine_chunks(), max_chunksize=DETAILS_BATCH_ROWS)
+
+
+def write_failures(path: Path, failures: pa.Table) -> None:
+    """Writes images without a caption to an Arrow file."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, FAILURE_SCHEMA) as writer:
+        writer.write_table(failures.select(FAILURE_SCHEMA.names))
 
 
 def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
@@ -92,8 +127,7 @@ def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     start = 0
     for batch in batches:
         numbers = pa.array(np.arange(start, start + batch.num_rows), pa.int64())
-        schema = pa.schema([_ROW, *batch.schema])
-        yield pa.RecordBatch.from_arrays([numbers, *batch.columns], schema=schema)
+        yield batch.add_column(0, _ROW, numbers)
         start += batch.num_rows
 
 
@@ -143,20 +177,15 @@ class RowStore:
             return np.empty(0, np.int64)
         return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
 
-    def count_splits(self) -> dict[str, int]:
-        """Returns the number of images in each split, sorted by split name."""
-        counts = Counter[str]()
-        for batch in self._batches:
-            counts.update({each["values"]: each["counts"] for each in pc.value_counts(batch["split"]).to_pylist()})
-        return dict(sorted(counts.items()))
-
     def list_uris(self) -> Iterator[str]:
         """Yields the URIs of all images."""
         for batch in self._batches:
             yield from batch["uri"].to_pylist()
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
-        """Returns the row numbers, ascending, of the rows that match a SQL condition over `COLUMNS`.
+        """Returns the row numbers, ascending, of the rows that match a SQL condition.
+
+        The condition can use the columns of `ROW_SCHEMA`, and `row`, the row number.
 
         Raises:
             QueryError: the condition is invalid or fails.
@@ -166,8 +195,8 @@ class RowStore:
         return self._filter.find_matching(where, parameters)
 
 
-class CandidateStore:
-    """The candidate captions of all rows of an index. This class is thread-safe.
+class DetailStore:
+    """The details of all rows of an index: candidate captions, references and attention. This class is thread-safe.
 
     All files are mapped into memory at the start, so they stay readable after a build removes them. A file is
     compared with its checksum when it is first read.
@@ -183,8 +212,8 @@ class CandidateStore:
         self._files = [pa.memory_map(str(path)).read_buffer() for path in paths]
         self._checked: set[int] = set()
 
-    def read(self, row: int) -> list[dict[str, Any]]:
-        """Returns the candidate captions of a row, best first.
+    def read(self, row: int) -> dict[str, Any]:
+        """Returns the details of a row; see `DETAILS_SCHEMA`.
 
         Raises:
             DatasetError: the file is damaged.
@@ -196,15 +225,40 @@ class CandidateStore:
                 f"{path} is damaged: its content does not match its checksum; build the index again with --overwrite"
             )
         self._checked.add(index)
-        position = row - int(self._first_rows[index])
-        reader = pa.ipc.open_file(file)
-        for batch_index in range(reader.num_record_batches):
-            batch = reader.get_batch(batch_index)
-            if position < batch.num_rows:
-                candidates: list[dict[str, Any]] = batch["candidates"][position].as_py()
-                return candidates
-            position -= batch.num_rows
-        raise IndexError(row)
+        batch_index, position = divmod(row - int(self._first_rows[index]), DETAILS_BATCH_ROWS)
+        details: dict[str, Any] = pa.ipc.open_file(file).get_batch(batch_index).slice(position, 1).to_pylist()[0]
+        return details
+
+
+class FailureStore:
+    """The images without a caption, with the reasons. This class is thread-safe.
+
+    Args:
+        files: for each file, its path and the name of the source of its images.
+    """
+
+    def __init__(self, files: Iterable[tuple[Path, str]]) -> None:
+        tables = [FAILURE_SCHEMA.append(_SOURCE).empty_table()]
+        for path, source in files:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            tables.append(table.append_column(_SOURCE, pa.repeat(pa.scalar(source), len(table))))
+        self._failures = pa.concat_tables(tables)
+
+    def __len__(self) -> int:
+        return len(self._failures)
+
+    def count(self, column: str) -> dict[str, int]:
+        """Returns the number of images by the values of a column, highest number first."""
+        counts = self._failures[column].value_counts().to_pylist()
+        return {each["values"]: each["counts"] for each in sorted(counts, key=lambda each: -each["counts"])}
+
+    def find(self, error: str | None = None, source: str | None = None) -> pa.Table:
+        """Returns the images with a reason and of a source; None for all."""
+        found = self._failures
+        for column, value in (("error", error), ("source", source)):
+            if value is not None:
+                found = found.filter(pc.equal(found[column], value))
+        return found
 
 
 class _RowFilter:
@@ -229,7 +283,7 @@ class _RowFilter:
             query_error = error if isinstance(error, QueryError) else to_query_error(error)
             message = str(query_error).removeprefix("query: ")  # the prefix of all messages of `to_query_error`
             raise QueryError(
-                f"where: {message} Expected a condition over {', '.join(COLUMNS)}, "
+                f"where: {message} Expected a condition over {', '.join(ROW_SCHEMA.names)}, "
                 "such as: split = 'val' AND log_prob > -10"
             ) from error
         return np.ascontiguousarray(np.ma.getdata(rows), np.int64)

@@ -1,32 +1,40 @@
 """Full-text search over captions with Tantivy, ranked by BM25.
 
-A query is a list of words and "phrases". `+` before a word or phrase requires it, and `-` excludes it.
+A query is a list of words and "phrases". `+` before a word or phrase requires it, and `-` excludes it. The last phrase
+need not be closed.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import tantivy
 from tantivy import Filter, Occur, Query
 
 from captionlib.data.sources.values import is_unicode
-from captionlib.data.splits import add_split_aliases
 from captionlib.errors import DatasetError, QueryError, StorageError
 from captionlib.search.vector_index import Hits, RowNumbers
 
-__all__ = ["Sort", "TextIndex", "write_text_index"]
+__all__ = ["Sort", "TextIndex", "find_unclosed_phrase", "write_text_index"]
 
 Sort = Literal["relevance", "log_prob", "image_text_score"]
 
+_COLUMNS = ["row", "group", "image_id", "caption", "log_prob", "image_text_score"]
 _ANALYZER = "captions"
 _WRITER_BYTES = 128_000_000
 _MAX_WORD_LENGTH = 40
 _MAX_CLAUSES = 64
+_MIN_CORRECTED_LENGTH = 4
+_MIN_SIMILARITY = 0.6  # `difflib.SequenceMatcher.ratio`
+_SUGGESTION_CAPTIONS = 20
+_QUOTES = str.maketrans("“”„«»", '"' * 5)  # phones and word processors replace plain quotation marks
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
 # If a filter matches at most this many rows, their numbers become part of the query. Otherwise, the hits are filtered.
@@ -41,7 +49,9 @@ class _Clause(NamedTuple):
 
 
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
-    """Writes a text index to a new folder. `rows` have the columns of `ROW_SCHEMA`, and `row`, the row number.
+    """Writes a text index to a new folder.
+
+    `rows` have the columns of `ROW_SCHEMA`, and the numbers `row` of the row and `group` of its `RowGroup`.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.
@@ -64,7 +74,7 @@ def _write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch])
     # One thread, so that the same captions in the same order give the same scores.
     writer = index.writer(_WRITER_BYTES, 1)
     for batch in rows:
-        for row in batch.select(["row", "image_id", "split", "caption", "log_prob", "image_text_score"]).to_pylist():
+        for row in batch.select(_COLUMNS).to_pylist():
             values = {name: value for name, value in row.items() if value is not None}
             writer.add_document(tantivy.Document.from_dict(values, index.schema))
     writer.commit()
@@ -77,10 +87,10 @@ def _make_schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
     builder.add_text_field("caption", tokenizer_name=_ANALYZER, index_option="position")
     builder.add_text_field("image_id", tokenizer_name="raw", index_option="basic")
-    builder.add_text_field("split", tokenizer_name="raw", index_option="basic")
     builder.add_float_field("log_prob", indexed=True, fast=True)
     builder.add_float_field("image_text_score", indexed=True, fast=True)
     builder.add_integer_field("row", indexed=True, fast=True)
+    builder.add_integer_field("group", indexed=True, fast=True)
     return builder.build()
 
 
@@ -122,16 +132,19 @@ class TextIndex:
         query: str,
         limit: int,
         matching: RowNumbers | None = None,
-        split: str | None = None,
+        groups: Sequence[int] | None = None,
         min_log_prob: float | None = None,
         sort: Sort = "relevance",
     ) -> Hits:
-        """Returns the best captions for a query. `matching` are the row numbers to search, ascending; None for all.
+        """Returns the best captions for a query.
+
+        `matching` are the row numbers to search, ascending, and `groups` the numbers of the groups of rows to search;
+        None for all.
 
         Raises:
             QueryError: the query contains only stop words, or too many words and phrases.
         """
-        parsed = self._restrict(self._parse(query), split, min_log_prob)
+        parsed = self._restrict(self._parse(query), groups, min_log_prob)
         if matching is None:
             return self._search(parsed, limit, sort)
         if len(matching) <= _MAX_TERM_SET:
@@ -146,18 +159,15 @@ class TextIndex:
             if np.count_nonzero(is_match) >= limit or len(hits) < fetched or fetched == len(self):
                 return hits[is_match][:limit]
 
-    def search_and_count(
-        self,
-        query: str,
-        limit: int,
-        split: str | None = None,
-        min_log_prob: float | None = None,
-        sort: Sort = "relevance",
-    ) -> tuple[Hits, int]:
-        """Returns the best captions for a query, and the number of all captions that match; see `search`."""
-        parsed = self._restrict(self._parse(query), split, min_log_prob)
-        hits, count = self._search_and_count(parsed, max(1, limit), sort)
-        return hits[:limit], count
+    def count_groups(self, query: str, groups: int, min_log_prob: float | None = None) -> npt.NDArray[np.int64]:
+        """Returns the number of captions in each of `groups` groups that match a query, `[groups]`; see `search`."""
+        parsed = self._restrict(self._parse(query), None, min_log_prob)
+        counts = np.zeros(groups, np.int64)
+        if groups:
+            aggregation = {"groups": {"terms": {"field": "group", "size": groups}}}
+            for bucket in self._searcher.aggregate(parsed, aggregation)["groups"]["buckets"]:
+                counts[int(bucket["key"])] = bucket["doc_count"]
+        return counts
 
     def filter_hits(self, query: str, hits: Hits) -> Hits:
         """Returns the hits whose captions contain every required word and no excluded word of a query.
@@ -187,7 +197,41 @@ class TextIndex:
 
     def to_sentence(self, query: str) -> str:
         """Returns a query without its signs and excluded words."""
-        return " ".join(phrase or word for sign, phrase, word in _CLAUSE.findall(query) if sign != "-")
+        return " ".join(phrase or word for sign, phrase, word in _find_clauses(query) if sign != "-")
+
+    def suggest_query(self, query: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
+        """Returns a query in which the words that no caption contains are replaced by similar words of captions.
+
+        `find_captions` returns the captions of rows. Returns None if there are no such words.
+        """
+        replacements: dict[str, str] = {}
+        for clause in self._parse_clauses(query):
+            for _, word in clause.words:
+                if clause.occur != Occur.MustNot and not self._searcher.doc_freq("caption", word):
+                    similar = self._find_similar_word(word, find_captions)
+                    if similar is not None:
+                        replacements[word] = similar
+        parts, end = [], 0
+        for token in self._analyzer.pre_tokenize(query).tokens:
+            if token.text in replacements:
+                parts += [query[end : token.char_offset_from], replacements[token.text]]
+                end = token.char_offset_to
+        return "".join([*parts, query[end:]]) if parts else None
+
+    def _find_similar_word(self, word: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
+        """Returns the most frequent similar word in captions; None if there is none. `word` is stemmed."""
+        if len(word) < _MIN_CORRECTED_LENGTH:
+            return None
+        for distance in (1, 2):
+            similar = Query.fuzzy_term_query(self._schema, "caption", word, distance)
+            counts = Counter[str]()
+            for caption in find_captions(self._search(similar, _SUGGESTION_CAPTIONS, "relevance").rows):
+                tokens = self._analyzer.pre_tokenize(caption).tokens
+                spelled = {token.text: caption[token.char_offset_from : token.char_offset_to] for token in tokens}
+                counts.update(spelled[match] for match in get_close_matches(word, spelled, 1, _MIN_SIMILARITY))
+            if counts:
+                return counts.most_common(1)[0][0].lower()
+        return None
 
     def find_image(self, image_id: str) -> int | None:
         """Returns the row number of an image, or None if the image is not in the index."""
@@ -195,29 +239,26 @@ class TextIndex:
         return int(hits.rows[0]) if len(hits) else None
 
     def _search(self, query: Query, limit: int, sort: Sort) -> Hits:
-        return self._search_and_count(query, limit, sort, count=False)[0] if limit else Hits.empty()
-
-    def _search_and_count(self, query: Query, limit: int, sort: Sort, count: bool = True) -> tuple[Hits, int]:
-        """Returns the best captions, and the number of all captions that match; 0 if `count` is False."""
+        if not limit:
+            return Hits.empty()
         order_by = None if sort == "relevance" else sort
         limit = min(limit, max(1, len(self)))
         try:
-            result: Any = self._searcher.search(query, limit, count=count, order_by_field=order_by)
+            result: Any = self._searcher.search(query, limit, count=False, order_by_field=order_by)
         except ValueError as error:
             if order_by != "image_text_score":
                 raise
             raise QueryError("the index has no image_text_score; build it again with --overwrite") from error
-        hits = self._to_hits([hit for hit in result.hits if hit[0] is not None])  # captions may have no score
-        return hits, int(result.count or 0)
+        return self._to_hits([hit for hit in result.hits if hit[0] is not None])  # captions may have no score
 
     def _to_hits(self, scored_addresses: list[tuple[Any, Any]]) -> Hits:
         rows = self._searcher.fast_field_values("row", [address for _, address in scored_addresses])
         return Hits(np.array(rows, np.int64), np.array([score for score, _ in scored_addresses], np.float32))
 
-    def _restrict(self, query: Query, split: str | None, min_log_prob: float | None) -> Query:
+    def _restrict(self, query: Query, groups: Sequence[int] | None, min_log_prob: float | None) -> Query:
         conditions = []
-        if split is not None:
-            conditions.append(Query.term_set_query(self._schema, "split", sorted(add_split_aliases([split]))))
+        if groups is not None:
+            conditions.append(Query.term_set_query(self._schema, "group", groups))
         if min_log_prob is not None:
             kind = tantivy.FieldType.Float
             conditions.append(Query.range_query(self._schema, "log_prob", kind, lower_bound=float(min_log_prob)))
@@ -241,7 +282,7 @@ class TextIndex:
 
     def _parse_clauses(self, query: str) -> Iterator[_Clause]:
         signs = {"+": Occur.Must, "-": Occur.MustNot, "": Occur.Should}
-        for sign, phrase, word in _CLAUSE.findall(query):
+        for sign, phrase, word in _find_clauses(query):
             tokens = self._analyzer.pre_tokenize(phrase or word).tokens
             if tokens:
                 yield _Clause(signs[sign], [(token.position, token.text) for token in tokens])
@@ -251,3 +292,15 @@ class TextIndex:
             return Query.term_query(self._schema, "caption", words[0][1])
         first = words[0][0]
         return Query.phrase_query(self._schema, "caption", [(position - first, word) for position, word in words])
+
+
+def _find_clauses(query: str) -> list[tuple[str, str, str]]:
+    """Returns the sign and the phrase or word of each clause. A phrase that is not closed ends with the query."""
+    clauses: list[tuple[str, str, str]] = _CLAUSE.findall(query.translate(_QUOTES))
+    return clauses
+
+
+def find_unclosed_phrase(query: str) -> str | None:
+    """Returns the last phrase of a query if its closing quotation mark is missing, and otherwise None."""
+    parts = query.translate(_QUOTES).split('"')
+    return parts[-1].strip() or None if len(parts) % 2 == 0 else None

@@ -1,7 +1,7 @@
 """HTTP routes of the JSON API and of the thumbnails."""
 
 from functools import partial
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Depends, File, HTTPException, Path as PathParameter, Query, Request, Response, UploadFile
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,6 +16,7 @@ from captionlib.serving.responses import (
     CaptionCandidate,
     CaptionedImage,
     CaptionResponse,
+    FailuresResponse,
     HealthResponse,
     ImageResponse,
     ImageSearchResponse,
@@ -26,10 +27,13 @@ from captionlib.serving.service import MAX_QUERY_CHARACTERS, MAX_RESULTS, Search
 from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
 from captionlib.serving.uploads import Uploads
 
-__all__ = ["API", "ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
+__all__ = ["API", "DATE_PATTERN", "ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
 
 API = "/api/v1"
 """Prefix of the paths of the API. A change that breaks clients gets a new prefix."""
+
+DATE_PATTERN = "^([0-9]{4}(-[0-9]{2})?)?$"
+"""A year or a month; empty for any date."""
 
 _MAX_CAPTIONED_IMAGES = 16
 _THUMBNAIL_HEADERS = {"Cache-Control": "private, max-age=86400"}
@@ -124,6 +128,22 @@ def search_images(
     split: Annotated[
         str | None, Query(max_length=100, description="Return only images in this split.", examples=["val"])
     ] = None,
+    source: Annotated[
+        str | None,
+        Query(max_length=300, description="Return only images of this captions dataset.", examples=["captions"]),
+    ] = None,
+    date: Annotated[
+        str | None,
+        Query(
+            pattern=DATE_PATTERN,
+            description="Return only images whose file was last modified in this year or month, in UTC.",
+            examples=["2026-03"],
+        ),
+    ] = None,
+    duplicates: Annotated[
+        Literal["all", "kept"],
+        Query(description="kept: leave out the duplicates of kept images, if the index has any.", examples=["all"]),
+    ] = "all",
     min_log_prob: Annotated[
         float | None,
         Query(
@@ -144,8 +164,35 @@ def search_images(
 ) -> SearchResponse:
     if mode not in service.modes:
         raise HTTPException(400, f"mode {mode} is not available; expected {' or '.join(service.modes)}")
-    search = Search(q, mode, split or None, min_log_prob, sort)
+    kept_only = duplicates == "kept"
+    search = Search(q, mode, split or None, min_log_prob, sort, source or None, date or None, kept_only)
     return service.search(search, cursor, limit)
+
+
+@router.get(
+    f"{API}/failures",
+    summary="List the images that could not be captioned, with the reasons",
+    tags=["Search"],
+    responses=describe_problems(400, 422),
+)
+def list_failures(
+    service: Service,
+    reason: Annotated[
+        str | None, Query(max_length=100, description="Return only images with this reason.", examples=["Truncated"])
+    ] = None,
+    source: Annotated[
+        str | None,
+        Query(max_length=300, description="Return only images of this captions dataset.", examples=["captions"]),
+    ] = None,
+    cursor: Annotated[
+        str | None,
+        Query(max_length=100, description="The next_cursor of the previous page.", examples=["100-5d1b4e01"]),
+    ] = None,
+    limit: Annotated[
+        int, Query(ge=1, le=MAX_RESULTS, description="Maximum number of images on a page.", examples=[100])
+    ] = 100,
+) -> FailuresResponse:
+    return service.find_failures(reason or None, source or None, cursor, limit)
 
 
 @router.get(

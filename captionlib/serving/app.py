@@ -16,6 +16,7 @@ from starlette.staticfiles import StaticFiles
 from captionlib import __version__
 from captionlib.errors import BusyError, ImageError, QueryError
 from captionlib.serving import api, pages
+from captionlib.serving.exports import Exports
 from captionlib.serving.middleware import RequestLimits, SecurityHeaders
 from captionlib.serving.monitoring import CLIENT_CLOSED_REQUEST, Monitoring
 from captionlib.serving.problems import add_problem_type, make_problem, render_problem
@@ -57,6 +58,7 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
     app.state.service = service
     app.state.thumbnails = thumbnails
     app.state.uploads = uploads
+    app.state.exports = Exports(config)
     app.state.pages = pages.Pages(service)
     app.include_router(api.router)
     app.include_router(pages.router)

@@ -26,6 +26,11 @@ class ServingConfig:
         max_image_pixels: maximum number of pixels (width x height) of images to decode.
         image_timeout_seconds: timeout for fetching an image, and separately for decoding it.
         max_thumbnail_bytes: maximum total size of thumbnails on disk, enforced after every 200 new thumbnails.
+        max_exported_images: maximum number of images of a selection that is saved.
+        max_export_bytes: maximum total size of the images of a selection that is saved as a WebDataset. The tar lists
+            the images that would exceed it.
+        max_concurrent_exports: maximum number of selections that are saved as WebDatasets at once. Further requests
+            fail with status 503.
         allow_private_hosts: whether to also fetch images from hosts that are not public. Enable this only if you trust
             the author of the dataset, who chose the image URLs: visitors can view the images at these URLs.
         log_requests: whether to write a line of JSON to standard error for each request.
@@ -41,5 +46,8 @@ class ServingConfig:
     max_image_pixels: PositiveInt = 50_000_000
     image_timeout_seconds: PositiveFloat = 10.0
     max_thumbnail_bytes: PositiveInt = 2**30
+    max_exported_images: PositiveInt = 1000
+    max_export_bytes: PositiveInt = 2**30
+    max_concurrent_exports: PositiveInt = 2
     allow_private_hosts: bool = False
     log_requests: bool = False

@@ -3,27 +3,44 @@
 import base64
 import io
 import math
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends, File, Form, Query, Request, Response, UploadFile
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi import APIRouter, Depends, File, Form, HTTPException, Query, Request, Response, UploadFile
+from fastapi.responses import HTMLResponse, RedirectResponse, StreamingResponse
 from markupsafe import Markup, escape
 
 from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.evaluation.pages import create_environment
+from captionlib.search.filters import Filter
 from captionlib.search.output import write_output
-from captionlib.search.text_index import Sort
-from captionlib.serving.api import ImageId, Service, ThumbnailStore, UploadQueue, read_state
-from captionlib.serving.responses import Problem, SearchResult
-from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, Search, SearchService, make_cursor
+from captionlib.search.text_index import Sort, find_unclosed_phrase
+from captionlib.serving.api import DATE_PATTERN, ImageId, Service, ThumbnailStore, UploadQueue, read_state
+from captionlib.serving.exports import Exports
+from captionlib.serving.responses import FacetsResponse, Problem, SearchResult
+from captionlib.serving.service import (
+    MAX_OFFSET,
+    MAX_QUERY_CHARACTERS,
+    MAX_RESULTS,
+    Search,
+    SearchService,
+    make_cursor,
+    make_failures_cursor,
+)
 
 __all__ = ["Pages", "router"]
 
 _PAGE_RESULTS = 48
+_EXAMPLES = 12  # images that a page without results shows
 _TALLEST, _WIDEST = 0.5, 2.5  # aspect ratios; see page.css
-_DEFAULTS = {"mode": "text", "sort": "relevance"}
+_DEFAULTS = {"mode": "text", "sort": "relevance", "duplicates": "all"}
+_MAX_MONTHS = 24  # more months are shown as years
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "June", "July", "Aug", "Sept", "Oct", "Nov", "Dec")
 _EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 _LAST_PAGE = MAX_OFFSET // _PAGE_RESULTS + 1
 _ERROR_HEADINGS = {
@@ -33,6 +50,31 @@ _ERROR_HEADINGS = {
     422: "Invalid request",
     429: "Too busy",
     503: "Too busy",
+}
+
+
+_REASONS = {
+    "BadAddress": "the address is not valid",
+    "BadCertificate": "the certificate of the server is not valid",
+    "ConnectionFailed": "the server did not answer",
+    "Corrupt": "the file is damaged",
+    "DecoderDied": "decoding failed",
+    "Empty": "the file is empty",
+    "Forbidden": "access is denied",
+    "ForbiddenHost": "the server does not fetch images from private hosts",
+    "MissingPackage": "a package that reads the address is not installed",
+    "NotAnImage": "the file is not an image",
+    "NotAFile": "the address is not a file",
+    "NotFound": "the image was not found",
+    "OutOfMemory": "decoding needs too much memory",
+    "Timeout": "fetching or decoding took too long",
+    "TooLarge": "the file is too large",
+    "TooManyPixels": "the image has too many pixels",
+    "TooManyRedirects": "the server redirected too often",
+    "TooManyScans": "the file would take too long to decode",
+    "Truncated": "the file is incomplete",
+    "Unreadable": "the file cannot be read",
+    "UnsupportedFormat": "the format is not supported",
 }
 
 
@@ -50,8 +92,15 @@ class Pages:
             mode_labels={"text": "Words", "sentence": "Description", "hybrid": "Both"},
         )
         self._environment.filters.update(
-            address=_format_search, highlight=_highlight, percent=_format_percent, ratio=_format_ratio
+            address=_format_search,
+            reason=lambda reason: _REASONS.get(reason, f"another reason ({reason})"),
+            highlight=_highlight,
+            percent=_format_percent,
+            ratio=_format_ratio,
         )
+
+        for name in self._environment.list_templates():
+            self._environment.get_template(name)  # compiled now, so that the first visitor does not wait
 
     def render(self, template: str, status_code: int = 200, **values: object) -> HTMLResponse:
         return HTMLResponse(self._environment.get_template(template).render(**values), status_code)
@@ -62,6 +111,7 @@ class Pages:
 
 
 PageRenderer = Annotated[Pages, read_state("pages")]
+ExportQueue = Annotated[Exports, read_state("exports")]
 
 router = APIRouter(include_in_schema=False)
 
@@ -72,6 +122,9 @@ def _read_search(
     mode: str = "text",
     split: Annotated[str, Query(max_length=100)] = "",
     sort: str = "relevance",
+    source: Annotated[str, Query(max_length=300)] = "",
+    date: str = "",
+    duplicates: str = "all",
     like: str = "",
 ) -> Search:
     """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default."""
@@ -80,6 +133,9 @@ def _read_search(
         mode=next((available for available in service.modes if available == mode), "text"),
         split=split or None,
         sort=next((known for known in get_args(Sort) if known == sort), "relevance"),
+        source=source or None,
+        date=date if date and re.fullmatch(DATE_PATTERN, date) else None,
+        kept_only=duplicates == "kept",
         like=None if q.strip() else like or None,
     )
 
@@ -99,8 +155,9 @@ def show_search(
     page = min(page, _LAST_PAGE)
     first = (page - 1) * _PAGE_RESULTS
     response = service.search(search, make_cursor(first, search), _PAGE_RESULTS)
-    is_home = not search.query.strip() and search.like is None
-    shown = service.sample(_PAGE_RESULTS) if is_home else response.results
+    is_home = search.is_empty
+    shown = service.sample(_PAGE_RESULTS, search.filter) if is_home else response.results
+    examples = [] if shown or is_home or page > 1 else service.sample(_EXAMPLES, Filter())
     captions = [result.caption for result in shown]
     return pages.render(
         "results.html" if fragment else "search.html",
@@ -108,12 +165,14 @@ def show_search(
         search=search,
         response=response,
         shown=shown,
+        examples=examples,
         words=service.index.find_words(search.query, captions) if search.mode != "sentence" else [[]] * len(shown),
         is_home=is_home,
         page=page,
         first=first,
         last_page=min(_LAST_PAGE, math.ceil((response.total or 0) / _PAGE_RESULTS)),
-        splits=service.count_splits(search),
+        facets=_list_facets(service, search, response.facets),
+        unclosed_phrase=find_unclosed_phrase(search.query) if search.mode != "sentence" else None,
     )
 
 
@@ -133,15 +192,48 @@ def show_image(
     )
 
 
+@router.get("/failures")
+def show_failures(
+    service: Service,
+    pages: PageRenderer,
+    reason: Annotated[str, Query(max_length=100)] = "",
+    source: Annotated[str, Query(max_length=300)] = "",
+    page: Annotated[int, Query(ge=1)] = 1,
+) -> HTMLResponse:
+    page = min(page, MAX_OFFSET // MAX_RESULTS)
+    first = (page - 1) * MAX_RESULTS
+    key = make_failures_cursor(first, reason or None, source or None)
+    response = service.find_failures(reason or None, source or None, key, MAX_RESULTS)
+    return pages.render("failures.html", service=service, response=response, reason=reason, source=source, page=page)
+
+
+@router.get("/static/attention_maps.js")
+def get_attention_script() -> Response:
+    """Returns the script of the report that shows attention maps."""
+    script = files("captionlib.evaluation") / "templates" / "attention_maps.js"
+    return Response(script.read_bytes(), media_type="text/javascript")
+
+
 @router.post("/export")
 def export_selection(
     service: Service,
-    image_ids: Annotated[list[str], Form(alias="id", max_length=MAX_OFFSET)],
-    export_format: Annotated[Literal["csv", "parquet"], Form(alias="format")],
+    thumbnails: ThumbnailStore,
+    exports: ExportQueue,
+    image_ids: Annotated[list[str], Form(alias="id")],
+    export_format: Annotated[Literal["csv", "parquet", "webdataset"], Form(alias="format")],
 ) -> Response:
+    limit = service.config.max_exported_images
+    if len(image_ids) > limit:
+        raise HTTPException(
+            422, f"expected at most {limit} selected images, got {len(image_ids)}; save fewer at a time"
+        )
     table = service.get_rows(image_ids)
+    if export_format == "webdataset":
+        headers = {"Content-Disposition": 'attachment; filename="selection.tar"'}
+        parts = exports.start(table.to_pylist(), thumbnails.fetch)
+        return StreamingResponse(parts, media_type="application/x-tar", headers=headers)
     content = io.BytesIO()
-    write_output(table.to_reader(), content, export_format)
+    write_output(table.drop_columns(["uri"]).to_reader(), content, export_format)
     headers = {"Content-Disposition": f'attachment; filename="captions.{export_format}"'}
     return Response(content.getvalue(), media_type=_EXPORT_TYPES[export_format], headers=headers)
 
@@ -181,6 +273,57 @@ def show_docs(pages: PageRenderer) -> HTMLResponse:
     return pages.render("docs.html")
 
 
+@dataclass(frozen=True)
+class _Facet:
+    """A choice among the values of a facet.
+
+    Attributes:
+        name: name of the parameter in the address.
+        label: name of the facet.
+        unset: label of the choice that does not restrict the search.
+        selected: the chosen value; empty if there is none.
+        options: the values, their labels and the number of images with each.
+    """
+
+    name: str
+    label: str
+    unset: str
+    selected: str
+    options: list[tuple[str, str, int]]
+
+
+def _list_facets(service: SearchService, search: Search, counts: FacetsResponse | None) -> list[_Facet]:
+    """Returns the facets with more than one value in the index, or with a chosen value."""
+    if counts is None:
+        return []
+    facets = [
+        _Facet("split", "Split", "All splits", search.split or "", _list_values(counts.splits)),
+        _Facet("source", "Source", "All sources", search.source or "", _list_values(counts.sources)),
+        _Facet("date", "Date of the file", "Any date", search.date or "", _list_dates(counts.dates)),
+    ]
+    shown = [facet for facet in facets if facet.selected or len(facet.options) > 1]
+    if service.count_duplicates():
+        kept = [("kept", "Without duplicates", counts.kept)]
+        shown.append(_Facet("duplicates", "Duplicates", "With duplicates", "kept" if search.kept_only else "", kept))
+    return shown
+
+
+def _list_values(counts: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    return [(value, value, count) for value, count in counts.items() if value]
+
+
+def _list_dates(months: Mapping[str, int]) -> list[tuple[str, str, int]]:
+    """Returns the months, latest first, or the years if there are many months."""
+    years = Counter[str]()
+    for month, count in months.items():
+        years[month[:4]] += count
+    if len(months) > _MAX_MONTHS or any(len(month) == len("2026") for month in months):
+        return [(year, year, years[year]) for year in sorted(years, reverse=True)]
+    return [
+        (month, f"{_MONTHS[int(month[5:]) - 1]} {month[:4]}", months[month]) for month in sorted(months, reverse=True)
+    ]
+
+
 def _format_percent(probability: float) -> str:
     """Formats a probability as a percentage. Small percentages have two significant digits."""
     percent = 100 * probability
@@ -205,7 +348,16 @@ def _highlight(caption: str, words: Sequence[tuple[int, int]]) -> Markup:
 
 def _format_search(search: Search, path: str = "/", **changes: Any) -> str:
     """Returns the URL of a search after changing some parameters. Parameters with default values are omitted."""
-    values = {"q": search.query, "mode": search.mode, "split": search.split, "sort": search.sort, "like": search.like}
+    values = {
+        "q": search.query,
+        "mode": search.mode,
+        "split": search.split,
+        "source": search.source,
+        "date": search.date,
+        "duplicates": "kept" if search.kept_only else "all",
+        "sort": search.sort,
+        "like": search.like,
+    }
     parameters = {
         name: value for name, value in (values | changes).items() if value not in (_DEFAULTS.get(name), None, "")
     }

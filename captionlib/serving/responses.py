@@ -1,13 +1,18 @@
 """Response models of the JSON API. The HTML pages show the same data."""
 
+from datetime import datetime
 from typing import Literal
 
 from pydantic import BaseModel, Field
 
 __all__ = [
+    "Attention",
     "CaptionCandidate",
     "CaptionResponse",
     "CaptionedImage",
+    "FacetsResponse",
+    "FailedImage",
+    "FailuresResponse",
     "HealthResponse",
     "ImageResponse",
     "ImageSearchResponse",
@@ -46,6 +51,20 @@ class SearchResult(CaptionCandidate):
     thumbnail_url: str = Field(description="URL of a small JPEG of the image.")
 
 
+class FacetsResponse(BaseModel):
+    """Numbers of images by the values of each facet.
+
+    Each facet counts the images that match all filters except for its own, so the numbers show what another value of
+    that facet would find. With mode=text, only matches of the query are counted.
+    """
+
+    splits: dict[str, int] = Field(description="Number of images by split.")
+    sources: dict[str, int] = Field(description="Number of images by source, the captions dataset.")
+    dates: dict[str, int] = Field(description="Number of images by the month of the file; unknown dates are left out.")
+    kept: int = Field(description="Number of images that are not duplicates of a kept image.")
+    duplicates: int = Field(description="Number of images that are duplicates of a kept image.")
+
+
 class SearchResponse(BaseModel):
     """A page of search results, best first."""
 
@@ -54,7 +73,21 @@ class SearchResponse(BaseModel):
     total: int | None = Field(description="Number of matching captions; null if the mode ranks all images.")
     next_cursor: str | None = Field(description="The parameter `cursor` for the next page; null on the last page.")
     message: str | None = Field(description="Reason why the query cannot be executed; null otherwise.")
+    suggestion: str | None = Field(description="A query with similar words that finds images, if this one finds none.")
+    facets: FacetsResponse | None = Field(description="Numbers of images; null if the query cannot be executed.")
     results: list[SearchResult]
+
+
+class Attention(BaseModel):
+    """The attention maps of a caption: where the captioner looked for each of its words."""
+
+    maps: list[str] = Field(
+        description="A map for each word and the end of the caption: base64 of one byte per position, row by row, "
+        "scaled to a maximum of 255."
+    )
+    crop: tuple[float, float, float, float] = Field(
+        description="The part of the image that the maps cover: left, top, width and height as fractions of the image."
+    )
 
 
 class ImageResponse(CaptionCandidate):
@@ -64,12 +97,36 @@ class ImageResponse(CaptionCandidate):
     split: str
     width: int | None = Field(description="Width of the image in pixels; null if unknown.")
     height: int | None = Field(description="Height of the image in pixels; null if unknown.")
-    dataset: str = Field(description="Name of the captions dataset that contains the image.")
-    dataset_fingerprint: str = Field(description="Hash of everything that determines the captions of the dataset.")
+    modified: datetime | None = Field(description="When the file was last modified, in UTC; null if unknown.")
+    version: str | None = Field(description="Version of the file in its source; null if unknown.")
+    duplicate_of: str | None = Field(description="Id of the kept image that this image duplicates; null if none.")
+    source: str = Field(description="Name of the captions dataset that contains the image.")
+    provenance: dict[str, str] = Field(description="Models and settings that the caption comes from.")
+    references: list[str] | None = Field(description="Captions written by people; null if they are not known.")
+    attention: Attention | None = Field(description="Attention maps of the caption; null if there are none.")
     thumbnail_url: str = Field(description="URL of a small JPEG of the image.")
     preview_url: str = Field(description="URL of a larger JPEG of the image.")
     candidates: list[CaptionCandidate] = Field(description="All caption candidates, most probable first.")
     similar: list[SearchResult] = Field(description="The most similar images; empty if the index has no vectors.")
+
+
+class FailedImage(BaseModel):
+    """An image without a caption."""
+
+    image_id: str
+    source: str = Field(description="Name of the captions dataset that should contain the image.")
+    stage: str = Field(description="Step that failed: fetch or decode.")
+    reason: str = Field(description="Why the image has no caption, such as `Truncated`.")
+
+
+class FailuresResponse(BaseModel):
+    """A page of the images without a caption."""
+
+    total: int = Field(description="Number of images with the requested reason and source.")
+    reasons: dict[str, int] = Field(description="Number of all images without a caption by reason.")
+    sources: dict[str, int] = Field(description="Number of all images without a caption by source.")
+    next_cursor: str | None = Field(description="The parameter `cursor` for the next page; null on the last page.")
+    images: list[FailedImage]
 
 
 class ScoredSentence(BaseModel):

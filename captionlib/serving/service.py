@@ -14,13 +14,18 @@ from urllib.parse import urlencode
 import pyarrow as pa
 
 from captionlib.errors import QueryError
-from captionlib.search.index import Filter, Index
+from captionlib.search.filters import Filter
+from captionlib.search.index import Index
 from captionlib.search.rows import COLUMNS, ROW_SCHEMA
 from captionlib.search.text_index import Sort
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.monitoring import MODEL_SECONDS
+from captionlib.serving.provenance import describe_provenance, make_attention
 from captionlib.serving.responses import (
     CaptionCandidate,
+    FacetsResponse,
+    FailedImage,
+    FailuresResponse,
     ImageResponse,
     ImageSearchResponse,
     ScoredSentence,
@@ -32,7 +37,16 @@ from captionlib.serving.responses import (
 if TYPE_CHECKING:  # imports torch, which takes seconds and is needed only for image search
     from captionlib.search.models import ImageQueryModels
 
-__all__ = ["MAX_OFFSET", "MAX_QUERY_CHARACTERS", "MAX_RESULTS", "CursorError", "Search", "SearchService", "make_cursor"]
+__all__ = [
+    "MAX_OFFSET",
+    "MAX_QUERY_CHARACTERS",
+    "MAX_RESULTS",
+    "CursorError",
+    "Search",
+    "SearchService",
+    "make_cursor",
+    "make_failures_cursor",
+]
 
 MAX_QUERY_CHARACTERS = 500
 MAX_RESULTS = 100
@@ -58,6 +72,9 @@ class Search:
         split: dataset split of the images; None for all splits.
         min_log_prob: minimum log-probability of a caption.
         sort: order of the results in mode `text`.
+        source: name of the captions dataset of the images; None for all.
+        date: year or month in which the files of the images were last modified; None for all.
+        kept_only: whether to leave out the duplicates of kept images.
         like: id of an image in the index, to find similar images. It is used only if there is no query.
     """
 
@@ -66,7 +83,19 @@ class Search:
     split: str | None = None
     min_log_prob: float | None = None
     sort: Sort = "relevance"
+    source: str | None = None
+    date: str | None = None
+    kept_only: bool = False
     like: str | None = None
+
+    @property
+    def filter(self) -> Filter:
+        return Filter(None, self.split, self.min_log_prob, self.source, self.date, self.kept_only)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to search for, although there may be a filter."""
+        return not self.query.strip() and self.like is None
 
 
 class SearchService:
@@ -126,18 +155,28 @@ class SearchService:
         Raises:
             CursorError: the cursor belongs to a different search.
         """
-        query = search.query
-        response = SearchResponse(query=query, mode=search.mode, total=None, next_cursor=None, message=None, results=[])
-        if not query.strip() and search.like is None:
-            return response
+        query, where = search.query, search.filter
+        response = SearchResponse(
+            query=query,
+            mode=search.mode,
+            total=None,
+            next_cursor=None,
+            message=None,
+            suggestion=None,
+            facets=None,
+            results=[],
+        )
         offset = _read_cursor(cursor, search)
-        where = Filter(split=search.split, min_log_prob=search.min_log_prob)
         page = limit + 1, offset, where  # one more row shows whether there is a next page
+        counts = self.index.count_facets(where)
         try:
-            if not query.strip() and search.like is not None:
+            if search.is_empty:
+                table = self.index.sample(0)
+            elif not query.strip() and search.like is not None:
                 table = self.index.search_similar(search.like, *page)
             elif search.mode == "text":
-                table, response.total = self.index.search_text_and_count(query, *page, search.sort)
+                table, counts = self.index.search_text_and_count(query, *page, search.sort)
+                response.total = counts.total
             elif search.mode == "sentence":
                 table = self.index.search_sentence(query, *page)
             else:
@@ -145,24 +184,19 @@ class SearchService:
         except QueryError as error:
             response.message = str(error).split(": ", 1)[-1]
             return response
+        response.facets = FacetsResponse(
+            splits=counts.splits,
+            sources=counts.sources,
+            dates=counts.months,
+            kept=counts.kept,
+            duplicates=counts.duplicates,
+        )
+        if response.total == 0:
+            response.suggestion = self.index.suggest_query(query)
         response.results = _to_results(table.slice(0, limit))
         if table.num_rows > limit and offset + limit <= MAX_OFFSET:
             response.next_cursor = make_cursor(offset + limit, search)
         return response
-
-    def count_splits(self, search: Search) -> dict[str, int]:
-        """Returns the number of images in each split. For a search in mode `text`, counts only the matches."""
-        counts = self.index.count_splits()
-        if search.mode != "text" or not search.query.strip():
-            return counts
-        try:
-            return {split: self._count(search, split) for split in counts}
-        except QueryError:
-            return counts
-
-    def _count(self, search: Search, split: str) -> int:
-        where = Filter(split=split, min_log_prob=search.min_log_prob)
-        return self.index.search_text_and_count(search.query, 1, 0, where)[1]
 
     def find_adjacent(self, search: Search, position: int, image_id: str) -> tuple[str | None, str | None]:
         """Returns the ids of the results before and after an image; an id is None if there is no result.
@@ -176,14 +210,40 @@ class SearchService:
             return None, None
         return (ids[index - 1] if index else None), (ids[index + 1] if index + 1 < len(ids) else None)
 
-    def sample(self, limit: int) -> list[SearchResult]:
+    def sample(self, limit: int, where: Filter) -> list[SearchResult]:
         """Returns evenly spaced images of the index as examples."""
-        return _to_results(self.index.sample(limit))
+        return _to_results(self.index.sample(limit, where))
+
+    def count_duplicates(self) -> int:
+        """Returns the number of images in the index that are marked as duplicates of a kept image."""
+        return self.index.count_facets().duplicates
+
+    def find_failures(self, reason: str | None, source: str | None, cursor: str | None, limit: int) -> FailuresResponse:
+        """Returns images without a caption.
+
+        Raises:
+            CursorError: the cursor belongs to a different list.
+        """
+        offset = _read_cursor(cursor, (reason, source))
+        failures = self.index.failures
+        found = failures.find(reason, source)
+        has_next = len(found) > offset + limit and offset + limit <= MAX_OFFSET
+        return FailuresResponse(
+            total=len(found),
+            reasons=failures.count("error"),
+            sources=failures.count("source"),
+            next_cursor=make_failures_cursor(offset + limit, reason, source) if has_next else None,
+            images=[
+                FailedImage(image_id=row["image_id"], source=row["source"], stage=row["stage"], reason=row["error"])
+                for row in found.slice(offset, limit).to_pylist()
+            ],
+        )
 
     def get_image(self, image_id: str) -> ImageResponse:
         """Returns one image with its caption candidates and similar images; see `Index.get_image`."""
         row = self.index.get_image(image_id)
-        dataset = self.index.find_dataset(image_id)
+        details = self.index.get_details(image_id)
+        config = self.index.find_dataset(image_id).config
         return ImageResponse(
             image_id=image_id,
             caption=row["caption"],
@@ -193,22 +253,26 @@ class SearchService:
             split=row["split"],
             width=row["width"],
             height=row["height"],
-            dataset=dataset.folder.rstrip("/").rpartition("/")[2],  # the path is private
-            dataset_fingerprint=dataset.fingerprint,
+            modified=row["modified"],
+            version=row["version"],
+            duplicate_of=row["duplicate_of"],
+            source=self.index.find_source(image_id),
+            provenance=describe_provenance(config),
+            references=details["references"],
+            attention=make_attention(details["attention"], config, row),
             thumbnail_url=_thumbnail_url(image_id, "small"),
             preview_url=_thumbnail_url(image_id, "large"),
-            candidates=_to_candidates(self.index.get_candidates(image_id), row),
+            candidates=_to_candidates(details["candidates"], row),
             similar=self._find_similar(image_id),
         )
 
     def get_rows(self, image_ids: Sequence[str]) -> pa.Table:
-        """Returns the rows of images without their URIs. Ids that are not in the index are ignored."""
+        """Returns the rows of images. Ids that are not in the index are ignored."""
         rows = []
-        for image_id in image_ids:
+        for image_id in dict.fromkeys(image_ids):
             with suppress(QueryError):
                 rows.append(self.index.get_image(image_id))
-        columns = [name for name in COLUMNS if name != "uri"]
-        return pa.Table.from_pylist(rows, ROW_SCHEMA).select(columns)
+        return pa.Table.from_pylist(rows, ROW_SCHEMA).select(COLUMNS)
 
     def get_image_uri(self, image_id: str) -> str:
         """Returns the URI of an image, which must not be shown to visitors; see `Index.get_image`."""
@@ -262,15 +326,20 @@ class SearchService:
             return []
 
 
-def make_cursor(offset: int, search: Search) -> str:
-    """Returns the cursor that continues a search at an offset.
+def make_cursor(offset: int, search: object) -> str:
+    """Returns the cursor that continues a search, or another list, at an offset.
 
     The cursor contains a checksum of `search`, so a different search rejects it.
     """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
 
-def _read_cursor(cursor: str | None, search: Search) -> int:
+def make_failures_cursor(offset: int, reason: str | None, source: str | None) -> str:
+    """Returns the cursor that continues a list of images without a caption at an offset."""
+    return make_cursor(offset, (reason, source))
+
+
+def _read_cursor(cursor: str | None, search: object) -> int:
     """Returns the offset in a cursor, or 0 if there is no cursor. See `make_cursor`."""
     if not cursor:
         return 0

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Literal
@@ -102,6 +103,15 @@ class Thumbnails:
             self._in_progress[path] = task
             task.add_done_callback(lambda _: self._in_progress.pop(path))
         return await asyncio.shield(self._in_progress[path])
+
+    async def fetch(self, uri: str) -> bytes:
+        """Returns the bytes of an image. `uri` must come from a dataset, not from a visitor.
+
+        Raises:
+            ImageError: the image cannot be fetched.
+            BusyError: too many images are being fetched.
+        """
+        return await self._threads.run(urlsplit(uri).netloc, partial(self._fetcher.fetch, uri))
 
     def make(self, content: bytes, size: ThumbnailSize) -> bytes:
         """Creates a thumbnail of an image file without storing it."""

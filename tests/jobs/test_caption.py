@@ -107,3 +107,15 @@ def test_json_contains_attention_maps_only_on_request(captioners: Path, image: s
     row = json.loads(caption(image, "-c", captioners / "attention", "--json", "--set", "attention_maps=true").stdout)
     assert len(row["attention"]) == row["tokens"]
     assert "attention" not in json.loads(caption(image, "-c", captioners / "attention", "--json").stdout)
+
+
+def test_n_best_overrides_the_configuration_and_is_1_without_one(captioners: Path, image: str, tmp_path: Path) -> None:
+    (tmp_path / "three.yaml").write_text("decoding:\n  n_best: 3\n")
+
+    def count(*options: str | Path) -> int:
+        row = json.loads(caption(image, "-c", captioners / "pooled", "--json", *options).stdout)
+        return len(row["candidates"])
+
+    assert count() == 1
+    assert count("--config", tmp_path / "three.yaml") == 3
+    assert count("--config", tmp_path / "three.yaml", "--n-best", "2") == 2

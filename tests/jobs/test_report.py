@@ -114,8 +114,8 @@ def test_comparison_leaves_out_images_of_one_run_and_needs_no_references(tmp_pat
     report(tmp_path / "captions", "-o", tmp_path / "report", "--compare", tmp_path / "other")
     assert [item["id"] for item in read_items(tmp_path / "report")] == [first, second]
     text = read_main(tmp_path / "report")
-    assert "2 images of captions are not in the other run and are left out." in text
-    assert "1 images of other are not in the other run and are left out." in text
+    assert "2 images of captions have no caption in other and are left out." in text
+    assert "1 images of other have no caption in captions and are left out." in text
     assert "There are no references, so the captions have no scores. 1 of 2 images have different captions." in text
 
 

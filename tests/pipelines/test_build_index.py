@@ -4,7 +4,8 @@ from uuid import uuid4
 
 import pytest
 
-from captionlib.errors import CheckpointError, ConfigError, DatasetError, FingerprintError
+from captionlib.data.shards.dataset import open_dataset
+from captionlib.errors import CheckpointError, ConfigError, DamagedShardError, DatasetError, FingerprintError
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.search.index import open_index
@@ -236,6 +237,16 @@ def test_unsuitable_folders_are_rejected(tmp_path: Path) -> None:
         plan_build(captions, None, tmp_path / "mine", IndexConfig())
     with pytest.raises(ConfigError, match="language: expected one of none, arabic"):
         IndexConfig("klingon")
+
+
+@pytest.mark.parametrize("damaged", ["captions", "embeddings"])
+def test_missing_marker_is_an_error_rather_than_a_smaller_index(tmp_path: Path, damaged: str) -> None:
+    captions, embeddings = write_both(str(tmp_path))
+    for folder in (captions, embeddings):
+        open_dataset(folder).finish(max_failure_ratio=1)
+    (tmp_path / damaged / "__shards" / "part-00001.json").unlink()
+    with pytest.raises(DamagedShardError, match="its marker is missing"):
+        plan_build(captions, embeddings, tmp_path / "index", IndexConfig())
 
 
 def test_opening_with_another_ranker_is_rejected(root: str) -> None:

@@ -58,10 +58,15 @@ def make_rows(count: int, start: int = 0) -> list[Row]:
 
 
 def write_captions_dataset(
-    address: str, shards: Mapping[int, Sequence[Row]], total: int, failed: Mapping[int, Sequence[str]] | None = None
+    address: str,
+    shards: Mapping[int, Sequence[Row]],
+    total: int,
+    failed: Mapping[int, Sequence[str]] | None = None,
+    existing: ShardedDataset | None = None,
 ) -> ShardedDataset:
-    """Writes some of the `total` shards of a captions dataset."""
-    dataset = create_dataset(address, "captions", captions_schema(), config={"input": "images"}, shards=total)
+    """Writes some of the `total` shards of a captions dataset, which may exist."""
+    config, lineage = (existing.config, existing.lineage) if existing else ({"input": "images"}, None)
+    dataset = create_dataset(address, "captions", captions_schema(), config=config, shards=total, lineage=lineage)
     for shard, captions in shards.items():
         failures = (failed or {}).get(shard, [])
         with write_shard(dataset, shard, len(captions) + len(failures)) as writer:

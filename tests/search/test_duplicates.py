@@ -1,5 +1,7 @@
+import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -134,3 +136,23 @@ def test_missing_marker_is_an_error_rather_than_a_missing_image(tmp_path: Path) 
     (tmp_path / "embeddings" / "__shards" / "part-00001.json").unlink()
     with pytest.raises(DamagedShardError, match="its marker is missing"):
         find_duplicates(tmp_path / "embeddings", tmp_path / "duplicates")
+
+
+def test_duplicates_are_incomplete_while_they_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_embeddings(tmp_path / "embeddings", [("a", [1, 0], 20, None)])
+    find_duplicates(tmp_path / "embeddings", tmp_path / "duplicates")
+    write_embeddings(tmp_path / "new", [("b", [1, 0], 20, None)])
+    shutil.rmtree(tmp_path / "embeddings")
+    (tmp_path / "new").rename(tmp_path / "embeddings")
+    complete = []
+
+    def write_and_look(dataset: ShardedDataset, *arguments: Any) -> Any:
+        complete.append(dataset.is_complete())
+        return write_shard(dataset, *arguments)
+
+    monkeypatch.setattr("captionlib.search.duplicates.write_shard", write_and_look)
+    find_duplicates(tmp_path / "embeddings", tmp_path / "duplicates")
+    assert complete == [False]
+    assert read_groups(tmp_path / "duplicates") == []

@@ -82,7 +82,7 @@ def ids(table: pa.Table) -> list[str]:
 )
 def test_text_query_matches_words_phrases_and_signs(few: Index, query: str, expected: set[str]) -> None:
     assert set(ids(few.search_text(query))) == expected
-    assert few.search_text_and_count(query, 2)[1] == len(expected)
+    assert few.search_text_and_count(query, 2)[1].total == len(expected)
 
 
 def test_captions_with_more_of_the_words_rank_higher(few: Index) -> None:
@@ -179,7 +179,7 @@ def test_hybrid_search_honors_required_and_excluded_words(many: Index) -> None:
     assert all("cat" not in caption and "pizza" not in caption for caption in table["caption"].to_pylist())
     assert table.num_rows == 500
     both = many.search_hybrid("dog +cat", 2000)["caption"].to_pylist()
-    assert len(both) == many.search_text_and_count("+cat")[1]
+    assert len(both) == many.search_text_and_count("+cat")[1].total
     assert all("cat" in caption for caption in both)
     assert many.search_hybrid("-cat", 3).num_rows == 3
     with pytest.raises(QueryError, match="sentence: expected words, got none"):

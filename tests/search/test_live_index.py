@@ -65,7 +65,7 @@ def test_open_index_changes_to_a_new_version(root: str) -> None:
     gone, changed = SHARDS[1][0][0], SHARDS[1][1][0]
     assert len(image_ids(index, "zebra")) == 19
     assert index.get_image(changed)["caption"] == "a zebra in the snow"
-    assert index.get_candidates(changed)[0]["caption"] == "a zebra in the snow"
+    assert index.get_details(changed)["candidates"][0]["caption"] == "a zebra in the snow"
     assert index.search_sentence("horse", 1)["image_id"].to_pylist() == ["new"]
     assert index.search_text("zebra", 30, where="log_prob < -35").num_rows < 19
     assert len(index) == 60
@@ -73,7 +73,7 @@ def test_open_index_changes_to_a_new_version(root: str) -> None:
         index.get_image(gone)
     assert gone not in index.search_sentence("dog", 100)["image_id"].to_pylist()
     assert image_ids(snapshot, "zebra") == set()
-    assert snapshot.get_candidates(gone)[0]["caption"] == SHARDS[1][0][1]
+    assert snapshot.get_details(gone)["candidates"][0]["caption"] == SHARDS[1][0][1]
 
 
 def test_index_checks_for_a_new_version_only_after_the_interval(root: str) -> None:
@@ -98,7 +98,7 @@ def test_previous_version_stays_readable_after_its_files_are_removed_and_is_then
         assert len(image_ids(index, f"+version +{number}")) == 60
     assert snapshot.search_text("dog", 100).equals(before[0])
     assert snapshot.search_sentence("dog", 100).equals(before[1])
-    assert snapshot.get_candidates("im59")[0]["caption"] == SHARDS[2][-1][1]
+    assert snapshot.get_details("im59")["candidates"][0]["caption"] == SHARDS[2][-1][1]
     assert snapshot.search_text("dog", 100, where="tokens = 6").num_rows == before[0].num_rows
     del snapshot
     gc.collect()
@@ -169,7 +169,7 @@ def test_concurrent_searches_see_one_version_each(tmp_path: Path) -> None:
             captions = [set(table["caption"].to_pylist()) for table in tables]
             if any(len(each) != 1 for each in captions) or captions[0] != captions[1] or len(tables[0]) != 60:
                 problems.append(captions)
-            if snapshot.get_candidates("im3")[0]["caption"] not in captions[0]:
+            if snapshot.get_details("im3")["candidates"][0]["caption"] not in captions[0]:
                 problems.append("candidates")
             seen.update(captions[0])
 
@@ -246,7 +246,7 @@ def test_build_that_is_killed_leaves_nothing_behind(root: str, step: int, monkey
     description = read_description(folder)
     assert description is not None
     names = {name for name in folder.list() if "-" in name or name == "__temporary"}
-    names |= {f"{name}/{file}" for name in ("rows", "candidates") for file in folder.list(name)}
+    names |= {f"{name}/{file}" for name in ("rows", "details") for file in folder.list(name)}
     assert names == {*description.files, *description.previous}
 
 
@@ -293,7 +293,7 @@ def test_flipped_bits_are_detected(tmp_path: Path) -> None:
 
     def search_all() -> list[object]:
         index = open_index(f"{root}/index", WordRanker())
-        rows = [index.get_image(row[0]) | {"candidates": index.get_candidates(row[0])} for row in SHARDS[1]]
+        rows = [index.get_image(row[0]) | index.get_details(row[0]) for row in SHARDS[1]]
         searches = [index.search_text("dog", 100), index.search_sentence("cat", 100), index.search_similar("im3", 100)]
         return [
             rows,
@@ -344,7 +344,7 @@ def test_damaged_copy_of_a_remote_index_is_fetched_again(tmp_path: Path) -> None
             path.write_bytes(b"damaged" + path.read_bytes()[7:])
     index = open_index(f"{root}/index", WordRanker(), cache=tmp_path)
     assert index.search_sentence("dog", 3).num_rows == 3
-    assert index.get_candidates("im3")[0]["caption"] == SHARDS[0][3][1]
+    assert index.get_details("im3")["candidates"][0]["caption"] == SHARDS[0][3][1]
 
 
 def test_shard_that_changes_during_a_build_is_an_error(root: str) -> None:

@@ -7,14 +7,14 @@ import pytest
 from captionlib.errors import DatasetError, QueryError
 from captionlib.search.index_folder import compute_hash
 from captionlib.search.rows import (
-    CANDIDATES_SCHEMA,
-    COLUMNS,
+    DETAILS_SCHEMA,
     ROW_SCHEMA,
-    CandidateStore,
+    DetailStore,
     RowStore,
     find_repeated_id,
     number_rows,
     read_rows,
+    write_details,
     write_rows,
 )
 
@@ -27,7 +27,7 @@ def _make_candidates(row: int) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
-    """Files of rows and candidates, named after their checksums. One shard is empty."""
+    """Files of rows and details, named after their checksums. One shard is empty."""
     folder: Path = tmp_path_factory.mktemp("rows")
     paths, start = [], 0
     for size in SIZES:
@@ -41,12 +41,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
                 "log_prob": -n,
                 "tokens": n % 90,
             }
-            | {"candidates": _make_candidates(n)}
+            | {"candidates": _make_candidates(n), "references": [f"reference {n}"]}
             for n in numbers
         ]
-        written = folder / "rows", folder / "candidates"
-        batch = pa.RecordBatch.from_pylist(rows, pa.schema([*ROW_SCHEMA, *CANDIDATES_SCHEMA]))
-        write_rows(*written, [batch.slice(position, 600) for position in range(0, size, 600)])
+        written = folder / "rows", folder / "details"
+        batch = pa.RecordBatch.from_pylist(rows, pa.schema([*ROW_SCHEMA, *DETAILS_SCHEMA]))
+        batches = [batch.slice(position, 600) for position in range(0, size, 600)]
+        write_rows(written[0], [each.select(ROW_SCHEMA.names) for each in batches])
+        write_details(written[1], (each.select(DETAILS_SCHEMA.names) for each in batches))
         paths.append(
             (written[0].rename(folder / f"r{start}{size}"), written[1].rename(folder / compute_hash(written[1])))
         )
@@ -63,7 +65,7 @@ def store(files: list[tuple[Path, Path]]) -> RowStore:
 def test_take_returns_rows_in_the_requested_order(store: RowStore, count: int) -> None:
     rows = np.random.default_rng(count).permutation(len(store))[:count]
     table = store.take(rows)
-    assert table.schema.names == list(COLUMNS)
+    assert table.schema == ROW_SCHEMA
     assert table["image_id"].to_pylist() == [str(row) for row in rows]
     assert [len(caption) for caption in table["caption"].to_pylist()] == table["tokens"].to_pylist()
 
@@ -102,17 +104,9 @@ def test_wrong_condition_is_one_error_with_an_example(store: RowStore, where: st
     assert message.startswith(f"where: {problem}")
     assert message.endswith(
         " Expected a condition over image_id, uri, split, caption, log_prob, tokens, image_text_score, width, height, "
-        "such as: split = 'val' AND "
-        "log_prob > -10"
+        "version, modified, duplicate_of, such as: split = 'val' AND log_prob > -10"
     )
     assert "\n" not in message
-
-
-def test_splits_are_sorted() -> None:
-    store = RowStore([])
-    values = [{"image_id": "1", "uri": "u", "split": split, "caption": "c"} for split in ("val", "test", "val")]
-    store._batches = [pa.RecordBatch.from_pylist(values, ROW_SCHEMA)] * 2
-    assert list(store.count_splits()) == ["test", "val"]
 
 
 def test_rows_are_numbered_as_int64_even_if_empty(files: list[tuple[Path, Path]]) -> None:
@@ -126,27 +120,30 @@ def test_damaged_rows_are_one_error(tmp_path: Path) -> None:
         list(read_rows(tmp_path / "rows"))
 
 
-def test_candidates_are_compressed_in_small_batches(files: list[tuple[Path, Path]]) -> None:
+def test_details_are_compressed_in_batches_of_equal_size(files: list[tuple[Path, Path]]) -> None:
     path = files[-1][1]
     with pa.ipc.open_file(str(path)) as reader:
         sizes = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
         uncompressed = reader.read_all().nbytes
-    assert sizes == [512, 88, 512, 88, 100]
+    assert sizes == [256, 256, 256, 256, 256, 20]
     assert path.stat().st_size < uncompressed / 2
 
 
-@pytest.mark.parametrize("row", [0, 89, 90, 601, 602, 1389])
-def test_candidates_of_a_row_are_read(files: list[tuple[Path, Path]], row: int) -> None:
-    candidates = CandidateStore([path for _, path in files], [0, 90, 90]).read(row)
-    assert candidates == [{**candidate, "image_text_score": None} for candidate in _make_candidates(row)]
+@pytest.mark.parametrize("row", [0, 89, 90, 345, 346, 601, 1389])
+def test_details_of_a_row_are_read(files: list[tuple[Path, Path]], row: int) -> None:
+    assert DetailStore([path for _, path in files], [0, 90, 90]).read(row) == {
+        "candidates": [{**candidate, "image_text_score": None} for candidate in _make_candidates(row)],
+        "references": [f"reference {row}"],
+        "attention": None,
+    }
 
 
-def test_damaged_candidates_are_detected_when_they_are_read(files: list[tuple[Path, Path]], tmp_path: Path) -> None:
+def test_damaged_details_are_detected_when_they_are_read(files: list[tuple[Path, Path]], tmp_path: Path) -> None:
     content = bytearray(files[0][1].read_bytes())
     content[len(content) // 2] ^= 1
     damaged = tmp_path / files[0][1].name
     damaged.write_bytes(content)
-    store = CandidateStore([damaged], [0])
+    store = DetailStore([damaged], [0])
     with pytest.raises(DatasetError, match="is damaged: its content does not match its checksum"):
         store.read(0)
 

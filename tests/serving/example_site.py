@@ -15,9 +15,10 @@ from fastapi import FastAPI
 from PIL import Image
 
 from captionlib.data.images.decoder_pool import DecoderConfig
-from captionlib.data.shards.dataset import create_dataset
-from captionlib.data.shards.schemas import captions_schema
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
+from captionlib.errors import DecodeError
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
@@ -30,6 +31,19 @@ from tests.search.example_index import Row, WordRanker, make_rows, write_embeddi
 
 MALICIOUS = '<script>document.title="stolen"</script>'
 """An image id and part of a caption that a page must not execute."""
+
+MODIFIED_NS = 1_772_366_400_000_000_000
+"""Time in the version of every other image, 1 March 2026 at noon. The others are a month later."""
+
+_FAILURES = {"failed 0": "Truncated", "failed 1": "Truncated", "failed 2": "Odd"}
+_CONFIG = {
+    "captioner": "captioner-of-tests",
+    "encoder": {
+        "model": "vgg16",
+        "node": "fc7",
+        "preprocessing": {"resize_size": 256, "crop_size": 224, "interpolation": "bilinear", "mean": [0], "std": [1]},
+    },
+}
 
 COLORS = ["teal", "crimson", "gold", "navy", "olive", "plum"]
 
@@ -62,7 +76,7 @@ def make_site(
     """Writes images, captions and embeddings, indexes them, and creates the application."""
     rows = make_site_rows(count)
     _write_captions(folder, rows)
-    write_embeddings_dataset(str(folder / "embeddings"), {0: rows}, 1)
+    write_embeddings_dataset(str(folder / "embeddings"), {0: rows}, 1, failed={0: list(_FAILURES)})
     build = plan_build(folder / "captions", folder / "embeddings", folder / "index", IndexConfig())
     build.train()
     build.add_shard(0)
@@ -117,6 +131,8 @@ def _write_captions(folder: Path, rows: list[Row]) -> None:
             {
                 "image_id": image_id,
                 "uri": str(path),
+                "version": f"400-{MODIFIED_NS + number % 2 * 31 * 86_400 * 10**9:x}",
+                "attention": [[1.0, 0.0, 0.0, 0.5]] * (len(caption.split()) + 1),
                 "split": "val" if number % 3 else "train",
                 "width": size[0] if number % 5 else None,
                 "height": size[1] if number % 5 else None,
@@ -129,8 +145,30 @@ def _write_captions(folder: Path, rows: list[Row]) -> None:
                 ],
             }
         )
-    schema = captions_schema()
-    dataset = create_dataset(folder / "captions", "captions", schema, config={"input": "images"}, shards=1)
-    with write_shard(dataset, 0, len(rows)) as writer:
+    manifest = _write_manifest(folder, values)
+    schema = captions_schema(positions=4)
+    dataset = create_dataset(folder / "captions", "captions", schema, config=_CONFIG, source=manifest)
+    marker = manifest.read_marker(0)
+    assert marker is not None
+    with write_shard(dataset, 0, len(values) + len(_FAILURES), marker.checksum) as writer:
         writer.write(pa.RecordBatch.from_pylist(values, schema=schema))
+        for image_id, reason in _FAILURES.items():
+            writer.write_failure({"image_id": image_id, "uri": f"/secret/{image_id}"}, DecodeError(reason, "secret"))
     dataset.finish()
+
+
+def _write_manifest(folder: Path, captioned: list[dict[str, Any]]) -> ShardedDataset:
+    values = [
+        {name: row[name] for name in ("image_id", "uri", "version", "split")}
+        | {"captions": [f"a person wrote this about {number}"]}
+        for number, row in enumerate(captioned)
+    ]
+    values += [
+        {"image_id": image_id, "uri": f"/secret/{image_id}", "version": None, "split": "val", "captions": []}
+        for image_id in _FAILURES
+    ]
+    manifest = create_dataset(folder / "manifest", "manifest", MANIFEST_SCHEMA, config={}, shards=1)
+    with write_shard(manifest, 0, len(values)) as writer:
+        writer.write(pa.RecordBatch.from_pylist(values, schema=MANIFEST_SCHEMA))
+    manifest.finish()
+    return manifest

@@ -181,6 +181,43 @@ def test_grid_can_be_used_by_keyboard(site: str, browser: WebDriver) -> None:
     wait_for(browser, "location.pathname == '/' && location.search == '?q=dog'")
 
 
+def test_filters_are_in_the_address_and_keep_the_focus(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/?q=dog")
+    total = int(browser.find_element(By.CLASS_NAME, "summary").text.split()[0])
+    for name, value in (("split", "val"), ("date", "2026-04")):
+        select = browser.find_element(By.ID, name)
+        select.find_element(By.CSS_SELECTOR, f"option[value='{value}']").click()
+        wait_for(browser, f"location.search.includes('{name}={value}') && !document.querySelector('[aria-busy=true]')")
+    filtered = int(browser.find_element(By.CLASS_NAME, "summary").text.split()[0])
+    assert 0 < filtered < total
+    assert f"({filtered})" in browser.find_element(By.CSS_SELECTOR, "#date :checked").text
+    browser.refresh()
+    assert browser.find_element(By.CLASS_NAME, "summary").text.split()[0] == str(filtered)
+    browser.find_element(By.CSS_SELECTOR, ".cards .open").click()
+    wait_for(browser, "location.pathname == '/image'")
+    assert "split=val" in browser.find_element(By.CSS_SELECTOR, ".back a").get_attribute("href")
+    browser.get(f"{site}/?q=dog&split=val")
+    browser.find_element(By.LINK_TEXT, "Clear filters").click()
+    wait_for(browser, "location.search == '?q=dog'")
+    assert console_errors(browser) == []
+
+
+def test_words_show_their_attention_maps(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/image?id=im3")
+    words = browser.find_elements(By.CLASS_NAME, "word")
+    assert [word.text for word in words] == ["a", "dog", "and", "a", "horse", "."]
+    words[1].click()
+    covered = browser.execute_script(
+        "const [crop, image] = [...document.querySelectorAll('.crop.highlighted, figure img')]"
+        ".sort((a, b) => a.tagName > b.tagName ? 1 : -1).map(each => each.getBoundingClientRect());"
+        "return [crop.width / crop.height, crop.height / image.height]"
+    )
+    assert covered == [pytest.approx(1, abs=0.02), pytest.approx(0.875, abs=0.02)], "the square crop in the center"
+    words[1].send_keys(Keys.ARROW_RIGHT)
+    assert browser.switch_to.active_element.text == "and"
+    assert console_errors(browser) == []
+
+
 def test_pasted_image_is_searched(site: str, browser: WebDriver) -> None:
     browser.get(f"{site}/image?id=nothing")
     browser.execute_script(
@@ -234,7 +271,10 @@ def test_busy_thumbnails_are_loaded_later(site: Site, browser: WebDriver, monkey
     browser.get_log("browser")
 
 
-PAGES = ("/", "/?q=dog", "/?q=%2Bdog+%2Bgiraffe", "/?like=im3", "/image?id=im3&q=dog&at=3", "/docs", "/nothing")
+PAGES = (
+    *("/", "/?q=dog", "/?q=%2Bdog+%2Bgiraffe", "/?q=dog&date=2026-03&split=val", "/?like=im3"),
+    *("/image?id=im3&q=dog&at=3", "/failures", "/docs", "/nothing"),
+)
 
 
 @pytest.mark.parametrize(("width", "height", "scheme"), [(360, 740, "dark"), (1200, 900, "light")])

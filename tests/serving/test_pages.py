@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,11 +18,17 @@ from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.errors import BusyError
+from captionlib.search.build import plan_build
+from captionlib.search.config import IndexConfig
+from captionlib.search.index import open_index
+from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.pages import _format_ratio
 from captionlib.serving.responses import SearchResult
+from captionlib.serving.service import SearchService
+from tests.search.example_index import write_captions_dataset
 
-from .example_site import MALICIOUS, make_site
+from .example_site import MALICIOUS, MODIFIED_NS, make_site
 
 BROWSER = {"accept": "text/html"}
 
@@ -343,10 +349,50 @@ def test_image_page_shows_candidates_and_where_the_row_came_from(client: TestCli
     image = client.get("/api/v1/image?id=im0").json()
     best, other = (candidate["word_probability"] for candidate in image["candidates"])
     assert (best, other) == (pytest.approx(math.exp(-1 / 6)), pytest.approx(math.exp(-2 / 7)))
-    assert (image["dataset"], len(image["dataset_fingerprint"]) > 8) == ("captions", True)
+    assert (image["source"], image["provenance"]) == (
+        "captions",
+        {"Captioner": "captioner-of", "Encoder": "vgg16, fc7"},
+    )
     html = client.get("/image?id=im0").text
-    assert image["dataset_fingerprint"][:12] in html
+    assert "<dt>Encoder</dt><dd>vgg16, fc7</dd>" in html
     assert "<td>75%</td>" in html
+
+
+def test_image_page_shows_references_attention_and_the_file(client: TestClient) -> None:
+    image = client.get("/api/v1/image?id=im2").json()
+    assert image["references"] == ["a person wrote this about 2"]
+    assert [list(base64.b64decode(each)) for each in image["attention"]["maps"]] == [[255, 0, 0, 128]] * 6
+    # The crop of 224 of 256 pixels of the shorter side, in the center of an image of 90 x 140 pixels.
+    assert image["attention"]["crop"] == pytest.approx([1 / 16, (1 - 0.875 * 90 / 140) / 2, 0.875, 0.875 * 90 / 140])
+    assert (image["modified"], image["version"]) == ("2026-03-01T12:00:00", f"400-{MODIFIED_NS:x}")
+    html = client.get("/image?id=im2").text
+    assert "<li>a person wrote this about 2</li>" in html
+    assert "2026-03-01 12:00 UTC" in html
+    assert 'data-maps="/wAAgA==' in html
+    assert client.get("/static/attention_maps.js").text.startswith("// Attention maps")
+
+
+def test_failures_are_listed_with_reasons_but_without_addresses(client: TestClient) -> None:
+    failures = client.get("/api/v1/failures", params={"limit": 2}).json()
+    assert (failures["total"], failures["reasons"]) == (3, {"Truncated": 2, "Odd": 1})
+    assert [image["image_id"] for image in failures["images"]] == ["failed 0", "failed 1"]
+    rest = client.get("/api/v1/failures", params={"limit": 2, "cursor": failures["next_cursor"]}).json()
+    assert ([image["reason"] for image in rest["images"]], rest["next_cursor"]) == (["Odd"], None)
+    html = client.get("/failures?reason=Truncated").text
+    assert "<td>failed 1</td><td>the file is incomplete</td>" in html
+    assert "secret" not in html + client.get("/failures").text
+    assert "another reason (Odd)" in html
+    assert '<a href="/failures">3 without a caption</a>' in client.get("/").text
+
+
+def test_unknown_facet_values_find_nothing(client: TestClient) -> None:
+    for facet in ({"source": "nowhere"}, {"date": "1999-01"}, {"split": MALICIOUS}):
+        response = client.get("/api/v1/search", params={"q": "dog", **facet}).json()
+        assert (response["total"], response["results"]) == (0, [])
+        page = client.get("/", params={"q": "dog", **facet})
+        assert "Search without the filters" in page.text
+        assert "<script>document" not in page.text
+    assert client.get("/api/v1/search", params={"q": "dog", "date": "March"}).status_code == 422
 
 
 def test_unclosed_quote_is_closed(client: TestClient) -> None:
@@ -354,6 +400,9 @@ def test_unclosed_quote_is_closed(client: TestClient) -> None:
         client.get("/api/v1/search", params={"q": q}).json() for q in ('"dog and a cat"', '"dog and a cat')
     )
     assert unclosed["results"] == closed["results"] != []
+    note = "A closing quotation mark was added: “dog and a cat”."
+    assert note in client.get("/", params={"q": "“dog and a cat"}).text
+    assert note not in client.get("/", params={"q": '"dog and a cat"'}).text
 
 
 def test_matched_words_are_marked_and_escaped(client: TestClient) -> None:
@@ -377,11 +426,17 @@ def test_image_page_links_to_the_previous_and_next_result(client: TestClient) ->
     assert 'rel="next"' not in moved, "the index has changed, so the position belongs to a different image"
 
 
-def test_splits_have_counts_of_the_search(client: TestClient) -> None:
+def test_facets_have_counts_of_the_search(client: TestClient) -> None:
     html = client.get("/?q=dog").text
-    counts = {split: int(count) for split, count in re.findall(r"<span>(\w+) <small>(\d+)</small>", html)}
-    expected = {s: client.get(f"/api/v1/search?q=dog&split={s}").json()["total"] for s in ("train", "val")}
-    assert counts == expected
+    counts = {value: int(count) for value, count in re.findall(r'<option value="([^"]+)" *>[^(<]+\((\d+)\)', html)}
+    assert counts.keys() == {"train", "val", "2026-03", "2026-04"}
+    for value, count in counts.items():
+        facet = {"date" if value.startswith("2026") else "split": value}
+        assert client.get("/api/v1/search", params={"q": "dog", **facet}).json()["total"] == count > 0
+    one_month = client.get("/api/v1/search", params={"q": "dog", "date": "2026-04", "split": "val"}).json()
+    assert one_month["facets"]["splits"]["val"] == one_month["total"] < counts["val"]
+    sentence = client.get("/api/v1/search?q=dog&mode=sentence&date=2026-04&limit=100").json()
+    assert len(sentence["results"]) == sum(sentence["facets"]["splits"].values())
 
 
 def test_images_like_an_image_have_an_address(client: TestClient) -> None:
@@ -393,9 +448,22 @@ def test_images_like_an_image_have_an_address(client: TestClient) -> None:
 
 def test_search_without_results_suggests_others(client: TestClient) -> None:
     html = client.get("/?q=%2Bdog+%2Bgiraffe&split=val").text
-    assert 'href="/?q=%2Bdog+%2Bgiraffe">Search all splits' in html
+    assert 'href="/?q=%2Bdog+%2Bgiraffe">Search without the filters' in html
     assert 'href="/?q=dog+giraffe&amp;split=val">Search for any of the words' in html
     assert 'href="/?q=dog+giraffe&amp;mode=sentence">Search the images by this description' in html
+    assert html.count('<span class="caption"') == 12, "examples"
+
+
+@pytest.mark.parametrize(
+    ("query", "suggestion"),
+    [("frisbe", "frisbee"), ("+hosre -cat", "+horse -cat"), ('"a pizzza', '"a pizza'), ("xyz", None)],
+)
+def test_misspelled_words_are_corrected(client: TestClient, query: str, suggestion: str | None) -> None:
+    response = client.get("/api/v1/search", params={"q": query}).json()
+    assert (response["total"], response["suggestion"]) == (0, suggestion)
+    if suggestion is not None:
+        assert client.get("/api/v1/search", params={"q": suggestion}).json()["total"] > 0
+        assert f'Did you mean <a href="/?{urlencode({"q": suggestion})}' in client.get("/", params={"q": query}).text
 
 
 @pytest.mark.parametrize("words", ["text", "relevance"])
@@ -433,3 +501,18 @@ def test_first_visit_is_small(client: TestClient) -> None:
 )
 def test_class_of_an_aspect_ratio(width: int | None, height: int | None, expected: str) -> None:
     assert _format_ratio(SearchResult.model_construct(width=width, height=height)) == expected
+
+
+def test_index_without_images_has_pages(tmp_path: Path) -> None:
+    write_captions_dataset(str(tmp_path / "captions"), {0: []}, 1, failed={0: ["broken"]})
+    build = plan_build(tmp_path / "captions", None, tmp_path / "index", IndexConfig())
+    build.add_shard(0)
+    build.finish()
+    limits = ServingConfig(allowed_hosts=("testserver",))
+    service = SearchService(open_index(tmp_path / "index", refresh_seconds=None), limits)
+    with TestClient(create_app(service, tmp_path / "thumbnails")) as client:
+        assert "The index has no images yet" in client.get("/").text
+        assert "No results for “dog”" in client.get("/?q=dog&split=val").text
+        assert "The index contains only text" in client.get("/?like=x").text
+        assert "<td>broken</td>" in client.get("/failures").text
+        assert client.get("/image?id=x").status_code == 404

@@ -103,7 +103,7 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
 
 def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
-    markers = dataset.read_markers() if dataset.source else dataset.require_all_markers()
+    markers = dataset.require_markers() if dataset.source else dataset.require_all_markers()
     images = sum(marker.images for marker in markers.values())
     return Compaction(dataset, None if dataset.source else shard_size or choose_shard_size(images), images)
 
@@ -133,7 +133,7 @@ def _divide(dataset: ShardedDataset, size: int, images: int, report_moved: Repor
 def _match_shards(dataset: ShardedDataset, source: ShardedDataset, report_moved: ReportMoved) -> None:
     """Moves each row and failure to the shard that contains its image in `source`."""
     locations = _ImageLocations.read(dataset)
-    input_markers = source.read_markers()
+    input_markers = source.require_all_markers()
     with update_shards(dataset, source.shards, compaction_id=source.compaction_id) as staged:
         for shard, input_marker in sorted(input_markers.items()):
             report_moved(_write_moved_rows(dataset, locations, source, input_marker, staged, shard))
@@ -154,7 +154,7 @@ class _ImageLocations:
     @classmethod
     def read(cls, dataset: ShardedDataset) -> "_ImageLocations":
         hashes, shards = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-        for shard in sorted(dataset.read_markers()):
+        for shard in sorted(dataset.require_markers()):
             hashes += [_hash_ids(dataset.read(shard, ["image_id"])), _hash_ids(_read_failures(dataset, shard))]
             shards.append(np.full(len(hashes[-2]) + len(hashes[-1]), shard, np.int32))
         order = np.argsort(all_hashes := np.concatenate(hashes))

@@ -184,9 +184,9 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
 
 
 def collect_failures(dataset: ShardedDataset) -> dict[str, FailureReport]:
-    """Returns the images that could not be read when this dataset and the datasets before it were made, by reason.
+    """Returns the images that could not be read, by reason, in a dataset and in those that it was made from.
 
-    The datasets before it are only included as far as they can be read.
+    Datasets that cannot be read are left out.
     """
     counts, examples = Counter[str](), defaultdict[str, list[FailureExample]](list)
     for each in [*list_sources(dataset)[0], dataset]:

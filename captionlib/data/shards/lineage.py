@@ -37,7 +37,7 @@ class LineageStep:
 
 
 def read_lineage(dataset: ShardedDataset) -> list[LineageStep]:
-    """Describes the datasets that this dataset was made from, the first one first, without the dataset itself."""
+    """Describes the datasets that this dataset was made from, in the order in which they were made."""
     sources, unreadable = list_sources(dataset)
     steps = [] if unreadable is None else [unreadable]
     for source in sources:
@@ -50,9 +50,10 @@ def read_lineage(dataset: ShardedDataset) -> list[LineageStep]:
 
 
 def list_sources(dataset: ShardedDataset) -> tuple[list[ShardedDataset], LineageStep | None]:
-    """Returns the datasets that this dataset was made from, the first one first.
+    """Returns the datasets that this dataset was made from, in the order in which they were made.
 
-    If one of them cannot be read, it and those before it are missing, and its description is returned too.
+    If one of them cannot be read, this one and all earlier ones are left out, and a step with the problem is returned
+    too.
     """
     sources: list[ShardedDataset] = []
     address = dataset.source

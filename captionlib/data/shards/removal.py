@@ -131,7 +131,7 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
     markers = dataset.require_markers()
     source = None
     if dataset.source and dataset.kind != "duplicates":
-        source = open_dataset(dataset.source).read_markers()
+        source = open_dataset(dataset.source).require_markers()
     is_current: dict[int, bool] = {}
     found: set[str] = set()
     uris: set[str] = set()

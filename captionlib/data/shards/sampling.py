@@ -80,7 +80,7 @@ def open_sample(
 
 def _write_sample(source: ShardedDataset, address: str, limit: int, workers: int) -> ShardedDataset:
     # A marker is the file that records that a shard is complete.
-    starts = np.cumsum([0, *(marker.rows for _, marker in sorted(source.read_markers().items()))])
+    starts = np.cumsum([0, *(marker.rows for _, marker in sorted(source.require_markers().items()))])
     total = int(starts[-1])
     count = min(limit, total)
     positions = ((np.arange(count) + 0.5) * total / max(1, count)).astype(np.int64)

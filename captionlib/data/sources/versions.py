@@ -5,10 +5,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from captionlib.data.sources.locations import Location
 from captionlib.storage.file_systems import split_protocol
 
-__all__ = ["version_from_file", "version_from_listing", "version_from_stat", "version_from_uri"]
+__all__ = ["find_modified_times", "version_from_file", "version_from_listing", "version_from_stat", "version_from_uri"]
+
+# A time has at least 15 digits, so it is later than 1972. ETags of S3 can look like a version with a smaller number.
+_STAT_VERSION = "^[0-9a-f]+-(?P<nanoseconds>(?:1[0-9a-f]|[1-9a-f])[0-9a-f]{14})$"
 
 # Keys in the listings of remote file systems: a hash or version number of the content, and the modification time.
 _CONTENT_KEYS = ("generation", "md5Hash", "content_md5", "md5", "ETag", "etag", "checksum")
@@ -18,6 +24,16 @@ _TIME_KEYS = ("mtime", "LastModified", "last_modified", "modified", "modificatio
 def version_from_stat(stat: os.stat_result) -> str:
     """Returns the version of a local file: its size and modification time in nanoseconds, in hexadecimal."""
     return f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+
+
+def find_modified_times(versions: pa.StringArray) -> pa.TimestampArray:
+    """Returns the modification times, in UTC, of the files with the given versions; see `version_from_stat`.
+
+    The time is null for all other versions, which do not contain the time of the file of an image.
+    """
+    times = pc.extract_regex(versions, _STAT_VERSION).field("nanoseconds")
+    seconds = [int(time, 16) // 10**9 if time else None for time in times.to_pylist()]
+    return pa.array(seconds, pa.int64()).cast(pa.timestamp("s"))
 
 
 def version_from_listing(details: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -94,7 +94,8 @@ def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, d
     """
     torch_device = resolve_device(device)
     network, classifier, note = _load_network(config)
-    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size)
+    preprocessing = resolve_preprocessing(config.model, config.weights)
+    preprocessing = replace(preprocessing, resize_size=config.resize_size or preprocessing.resize_size)
     with ImageFetcher() as fetcher:
         image = decode_image(fetcher.fetch(os.fspath(uri)), preprocessing).pixels
     with torch.inference_mode():

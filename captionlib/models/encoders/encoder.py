@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from captionlib.config import configclass
 from captionlib.data.images.decoding import DecodeScale, Preprocessing, SizeLimit
 from captionlib.errors import ConfigError
+from captionlib.models.checkpoints.encoder_file import LOCAL_WEIGHTS
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory, resolve_device
 from captionlib.models.encoders.network import EncoderNetwork, require_finite, truncate_network
 from captionlib.models.encoders.weights import (
@@ -100,7 +101,7 @@ class EncoderConfig:
                 "the features were imported, so the network that computed them is unknown and cannot encode more "
                 "images; import the features of these images too"
             )
-        if description["weights"] in ("file", "folder") and weights is None:
+        if description["weights"] in LOCAL_WEIGHTS and weights is None:
             kind = "weights file" if description["weights"] == "file" else "model folder"
             raise ConfigError(
                 f"the encoder ({description['model']} at {description['node']}) was loaded from a {kind}; "
@@ -125,6 +126,14 @@ class EncoderConfig:
             return self.weights
         prefix, location = split_address(self.model)
         return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
+
+    def override_preprocessing(self, preprocessing: Preprocessing) -> Preprocessing:
+        """Returns a preprocessing with the configured `resize_size` and `decode_scale`."""
+        return replace(
+            preprocessing,
+            resize_size=self.resize_size or preprocessing.resize_size,
+            decode_scale=self.decode_scale or preprocessing.decode_scale,
+        )
 
     def resolve_paths(self) -> "EncoderConfig":
         """Returns a copy in which local paths are absolute, for workers with different working directories."""
@@ -226,7 +235,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
         network = truncate_network(config.model, config.node)
     weights, config = load_network_weights(network, config)
     network.load_state_dict(weights, assign=True)
-    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
+    preprocessing = resolve_preprocessing(config.model, config.weights)
     return build_encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
 
 
@@ -245,11 +254,13 @@ def build_encoder(
             `[batch, size]` or `[batch, channels, height, width]`.
         config: the configuration, which becomes part of the encoder's description.
         preprocessing: how to convert an image to pixels, and the mean and standard deviation for normalization.
+            `config` overrides its `resize_size` and `decode_scale`.
         device: device that the network is moved to.
         weights_hash: hash of everything that determines the network's output and is not part of `config`.
         trainable: see `EncoderNetwork`.
     """
     dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
+    preprocessing = config.override_preprocessing(preprocessing)
     module = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
     return Encoder(module, config, preprocessing, device, weights_hash)
 
@@ -305,7 +316,7 @@ def pack_encoder_weights(config: EncoderConfig) -> bytes:
     tensors = load_weights(config.model, config.weights, network)
     halves = {name: tensor.half() for name, tensor in tensors.items() if tensor.is_floating_point()}
     exact = {name: half for name, half in halves.items() if torch.equal(half.float(), tensors[name])}
-    preprocessing = resolve_preprocessing(config.model, config.weights, config.resize_size, config.decode_scale)
+    preprocessing = config.override_preprocessing(resolve_preprocessing(config.model, config.weights))
     return serialize_weights({**tensors, **exact}, preprocessing)
 
 

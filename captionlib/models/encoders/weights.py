@@ -5,7 +5,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from urllib.error import URLError
@@ -17,7 +17,7 @@ from fsspec.implementations.cached import SimpleCacheFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
-from captionlib.data.images.decoding import DecodeScale, Preprocessing
+from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.shards.markers import from_json
 from captionlib.errors import CaptionlibError, ConfigError
 from captionlib.models.encoders.vgg import VGG_PREPROCESSING, VGG_URLS, VGG_WEIGHTS
@@ -98,24 +98,16 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
 
-def resolve_preprocessing(
-    model: str, weights: str, resize_size: int | None = None, decode_scale: DecodeScale | None = None
-) -> Preprocessing:
+def resolve_preprocessing(model: str, weights: str) -> Preprocessing:
     """Returns the preprocessing that a model needs with these weights.
 
     The preprocessing is taken from the header of a weights file, from torchvision's named weights, or otherwise from
-    the model's default weights. `load_weights` lists the possible values of `weights`. `resize_size` overrides the
-    length of the image's shorter side in pixels, and `decode_scale` overrides how JPEG files are decoded.
+    the model's default weights. `load_weights` lists the possible values of `weights`.
 
     Raises:
         ConfigError: the weights file cannot be read.
     """
-    preprocessing = _read_preprocessing(weights) or _find_preprocessing(model, weights)
-    return replace(
-        preprocessing,
-        resize_size=resize_size or preprocessing.resize_size,
-        decode_scale=decode_scale or preprocessing.decode_scale,
-    )
+    return _read_preprocessing(weights) or _find_preprocessing(model, weights)
 
 
 def find_class_names(model: str, count: int) -> list[str]:

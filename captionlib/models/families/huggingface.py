@@ -1,6 +1,6 @@
 """Opens models in the format of Hugging Face Transformers, without running code that comes with a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ __all__ = [
     "open_model_folder",
     "prepare_pixels",
     "require_pixels",
+    "require_weights",
 ]
 
 WHOLE_IMAGE = SizeLimit(2**31 - 1)
@@ -111,6 +112,12 @@ def load_weights(location: str, load: Callable[..., Any], folder: Path) -> tuple
         location, load, folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
     )
     return model.eval(), sorted(report["missing_keys"])
+
+
+def require_weights(location: str, missing: Collection[str]) -> None:
+    """Raises CheckpointError if the files of a model lack tensors that the model needs; `missing` are their names."""
+    if missing:
+        raise CheckpointError(f"hf:{location}: the weights lack {len(missing)} tensors, among them {min(missing)}")
 
 
 def require_pixels(address: str, expected: Mapping[str, Any], description: Mapping[str, Any]) -> None:

@@ -21,9 +21,11 @@ from captionlib.models.families.huggingface import (
     find_preprocessing,
     fingerprint_files,
     load_part,
+    load_weights,
     open_model_folder,
     prepare_pixels,
     require_pixels,
+    require_weights,
 )
 from captionlib.models.families.huggingface_scoring import score_sentences
 from captionlib.models.families.model import Arrays, describe_pixel_input
@@ -49,9 +51,9 @@ class HuggingFaceCaptioner:
     def __init__(self, location: str) -> None:
         folder = open_model_folder(location)
         self._location = location
-        self._model = load_part(
-            location, AutoModelForImageTextToText.from_pretrained, folder, use_safetensors=True, dtype=torch.float32
-        ).eval()
+        self._model, missing = load_weights(location, AutoModelForImageTextToText.from_pretrained, folder)
+        # Captioners do not use the vector that an encoder pools. TrOCR and ViT-GPT2 files often lack these weights.
+        require_weights(location, [name for name in missing if "pooler" not in name])
         self._type = str(self._model.config.model_type)
         image_processor = load_part(location, AutoImageProcessor.from_pretrained, folder)
         self._tokenizer = load_part(location, AutoTokenizer.from_pretrained, folder)

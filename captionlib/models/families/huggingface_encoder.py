@@ -17,6 +17,7 @@ from captionlib.models.families.huggingface import (
     load_part,
     load_weights,
     open_model_folder,
+    require_weights,
 )
 from captionlib.models.families.tokens import Node, find_node, select_class_token, to_feature_map
 
@@ -60,11 +61,6 @@ def load(location: str, config: EncoderConfig, device: torch.device) -> Encoder:
             f"{address}: expected an image processor that resizes images to one size, crops and normalizes them, got "
             "one that does not; use a different model"
         )
-    preprocessing = replace(
-        preprocessing,
-        resize_size=config.resize_size or preprocessing.resize_size,
-        decode_scale=config.decode_scale or preprocessing.decode_scale,
-    )
     tower = _VisionTower(_load_tower(location, folder, node), node, address)
     # A folder is identified by the hash of its files, not by its location.
     is_local = Path(location).is_dir()
@@ -86,6 +82,5 @@ def _load_tower(location: str, folder: Path, node: Node) -> Any:
             f"encoder.node: hf:{location} has no trained weights for pooled ({poolers[0]}); use class_token or "
             "feature_map"
         )
-    if others := sorted(set(tower_missing) - set(poolers)):
-        raise CheckpointError(f"hf:{location}: the weights lack {len(others)} tensors, among them {others[0]}")
+    require_weights(location, set(tower_missing) - set(poolers))
     return tower

@@ -22,6 +22,7 @@ from captionlib.models.families.huggingface import (
     open_model_folder,
     prepare_pixels,
     require_pixels,
+    require_weights,
 )
 from captionlib.models.families.model import Arrays, describe_pixel_input
 
@@ -44,8 +45,7 @@ class HuggingFaceRanker:
                 f"hf:{location}: expected a dual encoder of images and text, such as CLIP or SigLIP, got "
                 f"{type(self._model).__name__}"
             )
-        if missing:
-            raise CheckpointError(f"hf:{location}: the weights lack {len(missing)} tensors, among them {missing[0]}")
+        require_weights(location, missing)
         self._processor: Any = load_part(location, AutoImageProcessor.from_pretrained, folder)
         self._preprocessing = find_preprocessing(self._processor)
         self._tokenizer: Any = load_part(location, AutoTokenizer.from_pretrained, folder)

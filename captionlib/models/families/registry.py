@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
-from captionlib.errors import ConfigError, suggest
+from captionlib.errors import CaptionlibError, CheckpointError, ConfigError, suggest
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.folders import resolve_address
 
@@ -42,10 +42,11 @@ def resolve_model_address(address: str | os.PathLike[str]) -> str:
 
 
 def find_family(group: Group, prefix: str) -> Callable[..., Any]:
-    """Returns the function that loads models of a family.
+    """Returns the function that loads models of a family. It raises only errors of captionlib.
 
     Raises:
         ConfigError: no installed package has such a family, or a package that the family needs is missing.
+        CheckpointError: the package that provides the family is damaged.
     """
     families: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"captionlib.{group}")}
     if prefix not in families:
@@ -54,14 +55,33 @@ def find_family(group: Group, prefix: str) -> Callable[..., Any]:
             f"({', '.join(sorted(families)) or 'none is installed'}){suggest(prefix, families)}; install the package "
             "that provides it"
         )
+    entry = families[prefix]
+    package = "captionlib" if entry.dist is None else entry.dist.name
     try:
-        load: Callable[..., Any] = families[prefix].load()
+        load: Callable[..., Any] = entry.load()
     except ImportError as error:
-        package = families[prefix].dist
-        extras = families[prefix].extras
-        name = "captionlib" if package is None else package.name
         raise ConfigError(
             f"{prefix}: models of this family need a package that is not installed ({error}); "
-            f"run pip install '{name}{f'[{extras[0]}]' if extras else ''}'"
+            f"run pip install '{package}{f'[{entry.extras[0]}]' if entry.extras else ''}'"
         ) from error
-    return load
+    except Exception as error:
+        raise _family_error(prefix, package, error) from error
+
+    def load_model(location: str, *arguments: Any) -> Any:
+        try:
+            return load(location, *arguments)
+        except (CaptionlibError, MemoryError):
+            raise
+        except Exception as error:
+            raise _family_error(f"{prefix}:{location}", package, error) from error
+
+    return load_model
+
+
+def _family_error(address: str, package: str, error: Exception) -> CheckpointError:
+    """Returns the error for a package whose code fails while it loads a model."""
+    reason = str(error).strip().partition("\n")[0]
+    return CheckpointError(
+        f"{address}: the package {package}, which provides this family of models, failed with "
+        f"{type(error).__name__}{f' ({reason})' if reason else ''}; check the model, or report this to the package"
+    )

@@ -49,7 +49,7 @@ def load(name: str, config: EncoderConfig, device: torch.device) -> Encoder:
             f"encoder.weights: {address} needs the path of a .safetensors file, or random:SEED, got {config.weights}"
         )
     model = _build_model(name)
-    preprocessing = _find_preprocessing(model, address, config)
+    preprocessing = _find_preprocessing(model, address)
     weights, config = load_network_weights(model, config)
     model.load_state_dict(weights)
     return build_encoder(_TimmNetwork(model, node, address), config, preprocessing, device, hash_weights(weights))
@@ -69,7 +69,7 @@ def _build_model(name: str) -> nn.Module:
     return model.eval()
 
 
-def _find_preprocessing(model: nn.Module, address: str, config: EncoderConfig) -> Preprocessing:
+def _find_preprocessing(model: nn.Module, address: str) -> Preprocessing:
     settings = resolve_model_data_config(model)
     _, height, width = settings["input_size"]
     if height != width or settings["crop_mode"] not in ("center", "squash"):
@@ -78,11 +78,10 @@ def _find_preprocessing(model: nn.Module, address: str, config: EncoderConfig) -
             f"mode {settings['crop_mode']}; use a different model"
         )
     return Preprocessing(
-        resize_size=config.resize_size or math.floor(height / settings["crop_pct"]),
+        resize_size=math.floor(height / settings["crop_pct"]),
         crop_size=height,
         interpolation=settings["interpolation"],
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
-        decode_scale=config.decode_scale or "exact",
         stretch=settings["crop_mode"] == "squash",
     )

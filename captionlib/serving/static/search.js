@@ -62,6 +62,7 @@ async function loadNextPage() {
   const link = results.querySelector("a[rel=next]");
   const address = link.getAttribute("href");
   const html = await fetchFragment(address).catch(() => null);
+  await new Promise((resolve) => (window.requestIdleCallback ?? setTimeout)(resolve)); // between two frames
   if (html === null || !link.isConnected) return; // other results are shown by now
   const page = new DOMParser().parseFromString(html, "text/html");
   results.querySelector(".cards").append(...page.querySelectorAll(".cards li"));
@@ -75,10 +76,14 @@ async function loadNextPage() {
 if (form && results) {
   window.addEventListener("popstate", () => location.reload());
   if (!form.elements.q.value) form.elements.q.focus({ preventScroll: true });
-  document.addEventListener("input", (event) => {
+  const searchSoon = (event) => {
     if (event.target.form !== form) return;
     clearTimeout(timer);
     timer = setTimeout(search, event.target.type === "search" ? 150 : 0);
+  };
+  document.addEventListener("input", searchSoon);
+  document.addEventListener("change", (event) => { // not all programs that control a browser send `input` for a select
+    if (event.target.matches("select")) searchSoon(event);
   });
   form.addEventListener("submit", (event) => {
     event.preventDefault();

@@ -159,6 +159,17 @@ def test_language_model_attends_to_words_alone() -> None:
         torch.testing.assert_close(log_probs[torch.arange(2), words[:, step]], scores[step])
 
 
+@pytest.mark.parametrize("layers", [1, 6])
+def test_initial_keys_and_values_of_the_image_do_not_depend_on_the_number_of_layers(layers: int) -> None:
+    torch.manual_seed(0)
+    config = replace(CONFIG, layers=layers, hidden_size=96, embedding_size=96)
+    transformer = CaptionerNetwork(config, feature_size=4, vocabulary_size=7).transformer
+    assert transformer is not None
+    assert transformer.image_keys_values.weight.std().item() == pytest.approx(
+        96**-0.5, rel=0.02
+    )  # Glorot & Bengio 2010
+
+
 def test_initial_predictions_are_close_to_the_word_frequencies() -> None:
     torch.manual_seed(0)
     model = CaptionerNetwork(CaptionerConfig("transformer", layers=6), 512, 50).eval()

@@ -1,11 +1,9 @@
 """What every family of captioners has to do: one suite for those of captionlib and of Hugging Face Transformers."""
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -17,20 +15,23 @@ from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import marker_file
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, FingerprintError
+from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import save_captioner
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.rerank import RerankConfig
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
-from captionlib.models.families.captioner import Caption, CaptionModel, open_captioner
+from captionlib.models.families.captioner import Caption, CaptionModel, SentenceScorer, open_captioner
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
-from tests.models import tiny_captioners
 from tests.models.families import tiny_models
 from tests.models.families.conformance import (
     assert_pixels_equal_those_of_the_processor,
     assert_unsafe_files_are_refused,
+    change_model,
     draw_inputs,
+    draw_pixels,
+    remove_tensors,
 )
 from tests.pipelines.conftest import write_images, write_manifest
 
@@ -45,11 +46,17 @@ WRITERS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def write_own(folder: Path) -> Path:
-    model = tiny_captioners.build(tiny_captioners.CONFIGS[0], seed=1)
+# The captioners that captionlib trains: the architecture, and the pooling of the features.
+OWN: dict[str, tuple[CaptionerConfig, Literal["none", "mean"]]] = {
+    "lstm": (CaptionerConfig("lstm", layers=2, hidden_size=6, embedding_size=5), "mean"),
+    "transformer": (CaptionerConfig("transformer", layers=2, hidden_size=6, embedding_size=6, heads=2), "none"),
+}
+
+
+def write_own(folder: Path, architecture: CaptionerConfig, pooling: Literal["none", "mean"]) -> Path:
     vocabulary = Vocabulary.from_captions(["a dog on grass", "a red cat ring"], 1)
-    encoder = load_encoder(EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", pooling="mean"), "cpu")
-    model = type(model)(model.config, encoder.size, len(vocabulary))
+    encoder = load_encoder(EncoderConfig("squeezenet1_1", "features.7.cat", "random:0", pooling=pooling), "cpu")
+    model = CaptionerNetwork(architecture, encoder.shape[-1], len(vocabulary))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -62,12 +69,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The models. Tests must not change them."""
     folder = tmp_path_factory.mktemp("families")
     written = {name: write(folder / name) for name, write in WRITERS.items()}
-    return {**written, "own": write_own(folder / "own")}
+    return written | {name: write_own(folder / name, *arguments) for name, arguments in OWN.items()}
 
 
-@pytest.fixture(scope="module", params=[*WRITERS, "own"])
+@pytest.fixture(scope="module", params=[*WRITERS, *OWN])
 def address(request: pytest.FixtureRequest, folders: dict[str, Path]) -> str:
-    return str(folders["own"]) if request.param == "own" else f"hf:{folders[request.param]}"
+    return str(folders[request.param]) if request.param in OWN else f"hf:{folders[request.param]}"
 
 
 @pytest.fixture(scope="module")
@@ -163,17 +170,47 @@ def test_a_run_resumes_and_refuses_other_settings(address: str, tmp_path: Path) 
     assert [row["caption"] for row in alone] == [row["caption"] for row in rows[:2]]
 
 
-def test_changed_files_change_the_fingerprint(transformers_folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(transformers_folder, tmp_path / "copy")
-    fingerprint = open_captioner(f"hf:{copy}").fingerprint
-    assert fingerprint == open_captioner(f"hf:{transformers_folder}").fingerprint
-    settings = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 99}))
-    assert open_captioner(f"hf:{copy}").fingerprint != fingerprint
+def test_changed_files_change_the_fingerprint(address: str, captioner: CaptionModel, tmp_path: Path) -> None:
+    assert open_captioner(address).fingerprint == captioner.fingerprint
+    assert open_captioner(change_model(address, tmp_path / "copy")).fingerprint != captioner.fingerprint
 
 
-def test_files_that_can_run_code_are_refused(transformers_folder: Path, tmp_path: Path) -> None:
-    assert_unsafe_files_are_refused(transformers_folder, tmp_path, open_captioner)
+def test_files_that_can_run_code_are_refused(address: str, tmp_path: Path) -> None:
+    assert_unsafe_files_are_refused(address, tmp_path, open_captioner)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_probabilities_equal_those_of_a_pass_over_the_whole_sentence(folders: dict[str, Path], name: str) -> None:
+    """The same test of the other families is in test_captioner_commands.py."""
+    captioner = open_captioner(str(folders[name]))
+    assert isinstance(captioner, SentenceScorer)
+    images = draw_inputs(captioner.encoder)
+    decoding = DecodingConfig(strategy="sample", n_best=4, max_tokens=30)
+    captions = captioner.prepare(GenerationConfig(decoding))(images, KEYS)
+    complete = [[each for each in per_image if each.text and each.token_count < 30] for per_image in captions]
+    assert sum(map(len, complete)) >= 5
+    scores = captioner.score_sentences(images, [[each.text for each in per_image] for per_image in complete])
+    for per_image, expected in zip(complete, scores, strict=True):
+        assert [each.token_count for each in per_image] == [count for _, count in expected]
+        log_probs = [log_prob for log_prob, _ in expected]
+        np.testing.assert_allclose([each.log_prob for each in per_image], log_probs, atol=1e-4)
+
+
+def test_random_weights_do_not_pass_for_trained_ones(transformers_folder: Path, tmp_path: Path) -> None:
+    removed = {
+        "blip": "text_decoder.bert.encoder.layer.1.output.dense.weight",
+        "git": "git.encoder.layer.1.output.dense.weight",
+        "vit_gpt2": "decoder.transformer.h.1.mlp.c_fc.weight",
+    }[transformers_folder.name]
+    with pytest.raises(CheckpointError, match=rf"the weights lack 1 tensors, among them {removed}"):
+        open_captioner(remove_tensors(transformers_folder, tmp_path / "copy", removed))
+
+
+def test_captioners_do_not_need_a_pooled_vector(folders: dict[str, Path], tmp_path: Path) -> None:
+    address = remove_tensors(folders["vit_gpt2"], tmp_path / "copy", "pooler")
+    images = draw_pixels(tiny_models.SIDE)
+    expected = open_captioner(f"hf:{folders['vit_gpt2']}").prepare(GREEDY)(images, KEYS)
+    assert_same(open_captioner(address).prepare(GREEDY)(images, KEYS), expected)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +241,25 @@ def test_unknown_families_and_addresses_are_explained(tmp_path: Path) -> None:
         open_captioner("hff:model")
     with pytest.raises(ConfigError, match="expected an existing folder, or ORGANIZATION/NAME@REVISION"):
         open_captioner(f"hf:{tmp_path / 'missing'}")
+
+
+def test_a_family_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "fragile-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\nVersion: 1.0\n")
+    entries = {"raises": "fragile_family:load", "lacks": "fragile_family:none", "invalid": "fragile_syntax:load"}
+    lines = [f"{name} = {target}" for name, target in entries.items()]
+    (package / "entry_points.txt").write_text("\n".join(["[captionlib.captioners]", *lines]))
+    (tmp_path / "fragile_family.py").write_text("def load(location):\n    raise ValueError('odd weights\\nhere')\n")
+    (tmp_path / "fragile_syntax.py").write_text("def load(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, reason in (
+        ("raises", r"ValueError \(odd weights\)"),
+        ("lacks", "AttributeError"),
+        ("invalid", "SyntaxError"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"^{name}.*the package fragile, .* failed with {reason}"):
+            open_captioner(f"{name}:model")
 
 
 def generate_with_transformers(folder: Path, images: list[Image.Image], **options: Any) -> tuple[Any, Any, Any]:

@@ -38,6 +38,7 @@ from tests.models.families.conformance import (
     assert_pixels_equal_those_of_the_processor,
     assert_unsafe_files_are_refused,
     draw_pixels,
+    remove_tensors,
 )
 from tests.pipelines.conftest import write_images, write_manifest
 
@@ -114,6 +115,29 @@ def test_a_description_reconstructs_the_encoder(config: EncoderConfig) -> None:
     assert open_encoder(again, "cpu").description == description
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_weights_change_the_description(name: str) -> None:
+    description, other = (
+        dict(open_encoder(dataclasses.replace(OTHERS[name], weights=weights), "cpu").description)
+        for weights in ("random:0", "random:1")
+    )
+    assert {key for key, value in other.items() if value != description[key]} == {"weights", "weights_sha256"}
+
+
+@pytest.mark.parametrize("name", ["timm vit", "vit"])
+def test_a_run_resumes(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    write_manifest(tmp_path / "manifest", write_images(tmp_path / "images"))
+    config = OTHERS.get(name) or EncoderConfig(f"hf:{folders[name]}", "pooled")
+    arguments = (tmp_path / "manifest", tmp_path / "features", ExtractionConfig(config, batch_size=3))
+    run = RunConfig(max_failure_ratio=0.5, progress=False)
+    assert extract_features(*arguments, device="cpu", run=run).failures == 2
+    dataset = open_dataset(tmp_path / "features").require_complete()
+    content = Path(dataset.part_path(1)).read_bytes()
+    dataset.remove_marker(1)
+    extract_features(*arguments, device="cpu", run=run)
+    assert Path(dataset.part_path(1)).read_bytes() == content
+
+
 def test_a_folder_is_identified_by_the_hash_of_its_files(folder: Path, tmp_path: Path) -> None:
     def describe(location: Path) -> Any:
         return open_encoder(EncoderConfig(f"hf:{location}", "feature_map"), "cpu").description
@@ -160,21 +184,19 @@ def test_pixels_equal_those_of_the_processor(folder: Path) -> None:
 
 
 def test_files_that_can_run_code_are_refused(folder: Path, tmp_path: Path) -> None:
-    assert_unsafe_files_are_refused(folder, tmp_path, lambda address: open_encoder(EncoderConfig(address, "pooled")))
+    assert_unsafe_files_are_refused(
+        f"hf:{folder}", tmp_path, lambda address: open_encoder(EncoderConfig(address, "pooled"))
+    )
 
 
 def test_random_weights_do_not_pass_for_trained_ones(folders: dict[str, Path], tmp_path: Path) -> None:
-    copy = shutil.copytree(folders["vit"], tmp_path / "vit")
-    tensors = safetensors.torch.load_file(copy / "model.safetensors")
-    without_pooler = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
-    safetensors.torch.save_file(without_pooler, copy / "model.safetensors", {"format": "pt"})
+    address = remove_tensors(folders["vit"], tmp_path / "without pooler", "pooler")
     with pytest.raises(ConfigError, match=r"no trained weights for pooled .* use class_token or feature_map"):
-        open_encoder(EncoderConfig(f"hf:{copy}", "pooled"), "cpu")
-    assert open_encoder(EncoderConfig(f"hf:{copy}", "class_token"), "cpu").shape == [32]
-    del without_pooler["embeddings.cls_token"]
-    safetensors.torch.save_file(without_pooler, copy / "model.safetensors", {"format": "pt"})
+        open_encoder(EncoderConfig(address, "pooled"), "cpu")
+    assert open_encoder(EncoderConfig(address, "class_token"), "cpu").shape == [32]
+    address = remove_tensors(folders["vit"], tmp_path / "without token", "pooler", "embeddings.cls_token")
     with pytest.raises(CheckpointError, match=r"the weights lack 1 tensors, among them embeddings.cls_token"):
-        open_encoder(EncoderConfig(f"hf:{copy}", "class_token"), "cpu")
+        open_encoder(EncoderConfig(address, "class_token"), "cpu")
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
@@ -308,8 +330,9 @@ def load(location, config, device):
 """
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = EncoderConfig("colors:2", stored_dtype="float32")
+    config = EncoderConfig("colors:2", stored_dtype="float32", decode_scale="fast")
     encoder = open_encoder(config, "cpu")
+    assert encoder.preprocessing.decode_scale == "fast"
     image = draw_pixels(8, 1)[0]
     assert encoder.shape == [4, 3]
     expected = image.reshape(2, 4, 2, 4, 3).mean((1, 3)).reshape(1, 4, 3) / 255

@@ -1,14 +1,11 @@
 """What every family of rankers has to do: one suite for those of captionlib and of Hugging Face Transformers."""
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 from captionlib.data.images.decoding import Preprocessing
@@ -27,8 +24,10 @@ from tests.models.families import tiny_models
 from tests.models.families.conformance import (
     assert_pixels_equal_those_of_the_processor,
     assert_unsafe_files_are_refused,
+    change_model,
     draw_inputs,
     draw_pixels,
+    remove_tensors,
 )
 from tests.pipelines.conftest import write_images, write_manifest
 
@@ -143,26 +142,19 @@ def test_pixels_equal_those_of_the_processor(folder: Path) -> None:
     assert_pixels_equal_those_of_the_processor(folder, source)
 
 
-def test_files_that_can_run_code_are_refused(folder: Path, tmp_path: Path) -> None:
-    assert_unsafe_files_are_refused(folder, tmp_path, open_ranker)
+def test_files_that_can_run_code_are_refused(address: str, tmp_path: Path) -> None:
+    assert_unsafe_files_are_refused(address, tmp_path, open_ranker)
 
 
-def test_changed_files_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(folder, tmp_path / "copy")
-    fingerprint = open_ranker(f"hf:{copy}").fingerprint
-    assert fingerprint == open_ranker(f"hf:{folder}").fingerprint
-    settings = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 99}))
-    assert open_ranker(f"hf:{copy}").fingerprint != fingerprint
+def test_changed_files_change_the_fingerprint(address: str, ranker: RankingModel, tmp_path: Path) -> None:
+    assert open_ranker(address).fingerprint == ranker.fingerprint
+    assert open_ranker(change_model(address, tmp_path / "copy")).fingerprint != ranker.fingerprint
 
 
 def test_random_weights_do_not_pass_for_trained_ones(folders: dict[str, Path], tmp_path: Path) -> None:
-    copy = shutil.copytree(folders["clip"], tmp_path / "copy")
-    tensors = safetensors.torch.load_file(copy / "model.safetensors")
-    del tensors["text_projection.weight"]
-    safetensors.torch.save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    address = remove_tensors(folders["clip"], tmp_path / "copy", "text_projection.weight")
     with pytest.raises(CheckpointError, match=r"the weights lack 1 tensors, among them text_projection.weight"):
-        open_ranker(f"hf:{copy}")
+        open_ranker(address)
 
 
 def test_models_of_images_alone_are_refused(tmp_path: Path) -> None:

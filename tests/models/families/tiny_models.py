@@ -64,13 +64,17 @@ def train_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> Any:
-    """Gives a model large weights, so that its distributions are peaked and differ between images."""
+    """Gives a model large weights, so that its distributions are peaked and differ between images.
+
+    Every weight that Transformers initializes at random is sampled again, such as the vector of CLIP's class token.
+    Otherwise, it would depend on the tests that ran before.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.35, generator=generator)
-            elif "bias" in name:
+            elif "bias" in name or "embedding" in name:
                 parameter.normal_(0, 0.1, generator=generator)
     return model.eval()
 

@@ -1,0 +1,163 @@
+"""Generates an index of synthetic captions with thumbnails for the benchmarks of pages, once; keeps it in `.bench/`.
+
+The rows share a few hundred image files, of which the thumbnails are made ahead. The captions have the word frequencies
+of `benchmarks.search_data`.
+"""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from benchmarks.search_data import WORDS
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import captions_schema
+from captionlib.data.shards.writer import write_shard
+from captionlib.search.build import plan_build
+from captionlib.search.config import IndexConfig
+from captionlib.serving.config import ServingConfig
+from captionlib.serving.thumbnails import create_thumbnails
+
+__all__ = ["PageData", "find_free_port", "prepare_page_data", "serve"]
+
+IMAGES = 256
+SHARDS = 4
+YEAR_SECONDS = 31_536_000
+FIRST_MODIFIED = 1_420_000_000  # in 2014
+
+
+@dataclass(frozen=True)
+class PageData:
+    """The folders of the data."""
+
+    folder: Path
+
+    @property
+    def index(self) -> Path:
+        return self.folder / "index"
+
+    @property
+    def thumbnails(self) -> Path:
+        return self.folder / "thumbnails"
+
+
+def prepare_page_data(rows: int) -> PageData:
+    """Returns the data; a separate process generates it if it does not exist."""
+    data = PageData((Path(".bench") / f"pages-{rows}").absolute())
+    if not (data.index / "index.json").exists():
+        shutil.rmtree(data.folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", __spec__.name, str(rows)], check=True)
+    return data
+
+
+@contextmanager
+def serve(data: PageData, port: int, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
+    """Runs a new server process until the block ends. The block begins when it accepts connections."""
+    command = [sys.executable, "-m", "jobs.cli", "serve", str(data.index), "--port", str(port)]
+    command += ["--thumbnails", str(data.thumbnails), *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+        try:
+            _wait_for_server(port)
+            yield server
+        finally:
+            server.terminate()
+
+
+def find_free_port() -> int:
+    """Returns a port on which no program listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _wait_for_server(port: int) -> None:
+    for _ in range(1800):
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/health"):
+                return
+        except URLError:
+            time.sleep(0.1)
+    sys.exit("the server did not start")
+
+
+def _write(data: PageData, rows: int) -> None:
+    sizes = _write_images(data.folder / "images")
+    uris = [str(data.folder / "images" / f"{number}.jpg") for number in range(IMAGES)]
+    create_thumbnails(data.thumbnails, uris, ServingConfig())
+    per_shard = rows // SHARDS
+    config = {"source": "synthetic"}
+    captions = create_dataset(data.folder / "captions", "captions", captions_schema(), config=config, shards=SHARDS)
+    for shard in range(SHARDS):
+        generator = np.random.default_rng([1, shard])
+        images = np.arange(per_shard) % IMAGES
+        # The files of a shard were modified in the course of two years.
+        modified = FIRST_MODIFIED + YEAR_SECONDS * 2 * (shard + generator.random(per_shard))
+        texts = _sample_captions(generator, per_shard)
+        log_probs = -generator.gamma(4, 3, size=per_shard).astype(np.float32)
+        columns = {
+            "image_id": [f"{shard:02d}-{number:06d}" for number in range(per_shard)],
+            "uri": [uris[image] for image in images],
+            "version": [f"{40_000:x}-{int(seconds * 10**9):x}" for seconds in modified],
+            "split": np.where(generator.random(per_shard) < 0.05, "val", "train").tolist(),
+            "width": [sizes[image][0] for image in images],
+            "height": [sizes[image][1] for image in images],
+            "content_hash": [None] * per_shard,
+            "caption": texts,
+            "log_prob": log_probs,
+            "tokens": [text.count(" ") + 2 for text in texts],
+            "candidates": [
+                [{"caption": text, "log_prob": log_prob}] for text, log_prob in zip(texts, log_probs, strict=True)
+            ],
+        }
+        with write_shard(captions, shard, per_shard) as writer:
+            writer.write(pa.RecordBatch.from_pydict(columns, captions_schema()))
+    captions.finish()
+
+
+def _write_images(folder: Path) -> list[tuple[int, int]]:
+    """Writes JPEG files of smooth color gradients. Returns their widths and heights."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(2)
+    sizes = []
+    for number in range(IMAGES):
+        width, height = (int(side) for side in generator.integers(300, 600, size=2))
+        coarse = Image.fromarray(generator.integers(0, 256, (14, 14, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BILINEAR).save(folder / f"{number}.jpg", quality=85)
+        sizes.append((width, height))
+    return sizes
+
+
+def _sample_captions(generator: np.random.Generator, count: int) -> list[str]:
+    """Samples captions of 7 to 13 words by Zipf's law."""
+    lengths = generator.integers(7, 14, size=count)
+    ranks = (len(WORDS) ** generator.random(int(lengths.sum()))).astype(int) - 1
+    words = np.array(WORDS)[ranks].tolist()
+    ends = np.cumsum(lengths).tolist()
+    return [" ".join(words[end - length : end]) for end, length in zip(ends, lengths.tolist(), strict=True)]
+
+
+def main() -> None:
+    """Writes the data with the number of rows in the first argument."""
+    rows = int(sys.argv[1])
+    data = PageData((Path(".bench") / f"pages-{rows}").absolute())
+    _write(data, rows)
+    build = plan_build(data.folder / "captions", None, data.index, IndexConfig())
+    for position in build.added:
+        build.add_shard(position)
+    build.finish()
+
+
+if __name__ == "__main__":
+    main()

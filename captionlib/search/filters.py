@@ -1,0 +1,149 @@
+"""Restricts searches to matching images, and counts the matches by split, source, month and duplicates (facets)."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from captionlib.data.splits import add_split_aliases
+from captionlib.search.row_groups import RowGroup
+
+__all__ = ["FacetCounts", "Facets", "Filter", "name_sources"]
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Restricts a search to matching images.
+
+    Attributes:
+        where: SQL condition over the columns of a row. It can be slow, so do not accept it from untrusted users.
+        split: dataset split of the images, such as `val`.
+        min_log_prob: minimum log-probability of a caption.
+        source: name of the captions dataset; see `Index.sources`.
+        date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`.
+        kept_only: whether to leave out the duplicates of kept images.
+    """
+
+    where: str | None = None
+    split: str | None = None
+    min_log_prob: float | None = None
+    source: str | None = None
+    date: str | None = None
+    kept_only: bool = False
+
+    def to_sql(self) -> tuple[str, list[Any]]:
+        """Returns the filter, except for `source`, as one SQL condition and its parameters."""
+        splits = None if self.split is None else sorted(add_split_aliases([self.split]))
+        parameters = {
+            "list_contains(?, split)": splits,
+            "log_prob >= ?": self.min_log_prob,
+            "starts_with(strftime(modified, '%Y-%m'), ?)": self.date,
+        }
+        set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
+        where = [f"(\n{self.where}\n)"] if self.where is not None else []
+        kept_only = ["duplicate_of IS NULL"] if self.kept_only else []
+        return " AND ".join([*where, *kept_only, *set_parameters]) or "true", list(set_parameters.values())
+
+
+@dataclass(frozen=True)
+class FacetCounts:
+    """Numbers of images by the values of each facet.
+
+    Each facet counts the images that match all conditions of a filter except for its own, so the numbers show what
+    another value of that facet would find.
+
+    Attributes:
+        total: number of images that match all conditions.
+        splits: number of images by split.
+        sources: number of images by the name of the captions dataset.
+        months: number of images by month, such as `2026-03`, or by year. Images without a known date are not counted.
+        kept: number of images without the duplicates of kept images.
+        duplicates: number of images that are duplicates of kept images.
+    """
+
+    total: int
+    splits: dict[str, int]
+    sources: dict[str, int]
+    months: dict[str, int]
+    kept: int
+    duplicates: int
+
+
+class Facets:
+    """The facets of one version of an index.
+
+    Attributes:
+        sources: the names of the captions datasets.
+    """
+
+    def __init__(self, groups: Sequence[RowGroup], sources: Sequence[str]) -> None:
+        self.sources = sources
+        self._groups = groups
+        self._rows = np.array([group.rows for group in groups], np.int64)
+
+    def __len__(self) -> int:
+        """The number of groups."""
+        return len(self._groups)
+
+    def select(self, where: Filter) -> list[int] | None:
+        """Returns the numbers of the groups that match a filter, regardless of `where.where` and `where.min_log_prob`.
+
+        Returns None if all groups match.
+        """
+        tests = self._make_tests(where)
+        selected = [number for number, group in enumerate(self._groups) if all(test(group) for test in tests.values())]
+        return None if len(selected) == len(self._groups) else selected
+
+    def count(self, where: Filter, rows: npt.NDArray[np.int64] | None = None) -> FacetCounts:
+        """Counts images by facet. `rows` has the number of images in each group, `[groups]`; None for all images."""
+        tests = self._make_tests(where)
+        total, kept, duplicates = 0, 0, 0
+        splits, sources, months = Counter[str](), Counter[str](), Counter[str]()
+        for group, count in zip(self._groups, (self._rows if rows is None else rows).tolist(), strict=True):
+            failed = [facet for facet, test in tests.items() if not test(group)]
+            total += 0 if failed else count
+            splits[group.split] += count if failed in ([], ["split"]) else 0
+            sources[self.sources[group.dataset]] += count if failed in ([], ["source"]) else 0
+            months[group.month] += count if failed in ([], ["date"]) else 0
+            matches_others = failed in ([], ["duplicates"])
+            kept += count if matches_others and not group.is_duplicate else 0
+            duplicates += count if matches_others and group.is_duplicate else 0
+        months.pop("", None)
+        by_split, by_source, by_month = (dict(sorted(counter.items())) for counter in (splits, sources, months))
+        return FacetCounts(total, by_split, by_source, by_month, kept, duplicates)
+
+    def _make_tests(self, where: Filter) -> dict[str, Callable[[RowGroup], bool]]:
+        """Returns the conditions of a filter by the name of the facet."""
+        tests: dict[str, Callable[[RowGroup], bool]] = {}
+        if where.split is not None:
+            splits = add_split_aliases([where.split])
+            tests["split"] = lambda group: group.split in splits
+        if where.source is not None:
+            tests["source"] = lambda group: self.sources[group.dataset] == where.source
+        if where.date is not None:
+            date = where.date
+            tests["date"] = lambda group: group.month.startswith(date)
+        if where.kept_only:
+            tests["duplicates"] = lambda group: not group.is_duplicate
+        return tests
+
+
+def name_sources(folders: Sequence[str]) -> list[str]:
+    """Returns the shortest part of each folder's path that distinguishes it from the others.
+
+    Example:
+        >>> name_sources(["/data/holidays/phone/captions", "/data/holidays/camera/captions"])
+        ['phone', 'camera']
+    """
+    parts = [folder.rstrip("/").split("/") for folder in folders]
+    while len(parts) > 1 and all(len(each) > 1 for each in parts) and len({each[-1] for each in parts}) == 1:
+        parts = [each[:-1] for each in parts]
+    longest = max(map(len, parts), default=0)
+    for length in range(1, longest + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(folders)

@@ -1,0 +1,127 @@
+"""Streams a selection of images with their captions as a WebDataset tar, in the format of `captionlib export`."""
+
+import asyncio
+import io
+import json
+import tarfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from captionlib.data.exports import EXPORT_COLUMNS, add_sample, find_problem
+from captionlib.errors import BusyError, ImageError
+from captionlib.serving.config import ServingConfig
+
+__all__ = ["Exports"]
+
+_BATCH = 8  # images of an export that are fetched at once
+_MAX_TRIES = 6
+_FAILURES = "__failures__"  # WebDataset ignores members with such names
+
+
+class Exports:
+    """Streams exports, a few at once."""
+
+    def __init__(self, config: ServingConfig) -> None:
+        self._max_bytes = config.max_export_bytes
+        self._free = config.max_concurrent_exports
+
+    def start(
+        self, rows: Sequence[Mapping[str, Any]], fetch: Callable[[str], Awaitable[bytes]]
+    ) -> AsyncIterator[bytes]:
+        """Returns the parts of a tar. Images that cannot be fetched are listed in its last member, `__failures__`.
+
+        Args:
+            rows: rows of the index. The addresses of the images are not exported.
+            fetch: returns the bytes of the image at an address.
+
+        Raises:
+            BusyError: too many exports are running.
+        """
+        if self._free <= 0:
+            raise BusyError("other selections are being saved; try again in a minute")
+        return self._stream(rows, fetch)
+
+    async def _stream(
+        self, rows: Sequence[Mapping[str, Any]], fetch: Callable[[str], Awaitable[bytes]]
+    ) -> AsyncIterator[bytes]:
+        with self._running():
+            written = _Buffer()
+            failures: list[dict[str, str]] = []
+            with tarfile.open(fileobj=written, mode="w|") as tar:
+                async for number, row, content in self._fetch_images(rows, fetch, failures):
+                    shown = {name: row[name] for name in EXPORT_COLUMNS if name in row and name != "uri"}
+                    add_sample(tar, f"selection-{number:06}", shown, content)
+                    for part in written.take():
+                        yield part
+                _add_failures(tar, failures)
+            for part in written.take():
+                yield part
+
+    async def _fetch_images(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        fetch: Callable[[str], Awaitable[bytes]],
+        failures: list[dict[str, str]],
+    ) -> AsyncIterator[tuple[int, Mapping[str, Any], bytes]]:
+        """Yields the position, row and bytes of each image. Adds images that cannot be exported to `failures`."""
+        size = 0
+        for start in range(0, len(rows), _BATCH):
+            batch = rows[start : start + _BATCH]
+            contents = await asyncio.gather(*(_fetch(row["uri"], fetch) for row in batch))
+            for number, (row, content) in enumerate(zip(batch, contents, strict=True), start):
+                problem = content if isinstance(content, str) else find_problem(content)
+                if problem is None and size + len(content) > self._max_bytes:
+                    problem = "TooLarge"
+                if problem is not None:
+                    failures.append({"image_id": row["image_id"], "reason": problem})
+                elif isinstance(content, bytes):
+                    size += len(content)
+                    yield number, row, content
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        self._free -= 1
+        try:
+            yield
+        finally:
+            self._free += 1
+
+
+class _Buffer(io.RawIOBase):
+    """Collects what a tar writes."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._parts.append(bytes(data))
+        return len(data)
+
+    def take(self) -> list[bytes]:
+        """Returns and forgets what was written."""
+        parts, self._parts = self._parts, []
+        return parts
+
+
+async def _fetch(uri: str, fetch: Callable[[str], Awaitable[bytes]]) -> bytes | str:
+    """Returns the bytes of an image, or the reason why they cannot be fetched."""
+    for tries in range(_MAX_TRIES):
+        try:
+            return await fetch(uri)
+        except BusyError:
+            await asyncio.sleep(tries)
+        except ImageError as error:
+            return error.reason
+    return "Busy"
+
+
+def _add_failures(tar: tarfile.TarFile, failures: Sequence[Mapping[str, str]]) -> None:
+    if failures:
+        content = "".join(f"{json.dumps(failure)}\n" for failure in failures).encode()
+        member = tarfile.TarInfo(_FAILURES)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))

@@ -1,0 +1,61 @@
+"""Describes where a caption comes from: its models and settings, and the attention maps of its words."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from captionlib.data.images.decoding import Preprocessing
+from captionlib.errors import DatasetError
+from captionlib.evaluation.crop_and_attention import build_crop_and_attention
+from captionlib.serving.responses import Attention
+
+__all__ = ["describe_provenance", "make_attention"]
+
+_SHOWN_CHARACTERS = 12  # of a fingerprint
+
+
+def describe_provenance(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns names and values that describe the configuration of a captions dataset. Paths are left out."""
+    encoder, decoding = config.get("encoder", {}), config.get("decoding", {})
+    model = str(encoder.get("model", "")).rstrip("/").rpartition("/")[2]  # the path of a model is private
+    node = encoder.get("node")
+    strategy = decoding.get("strategy")
+    width = f", width {decoding['beam_width']}" if strategy == "beam" and "beam_width" in decoding else ""
+    rerank = decoding.get("rerank", {}).get("method", "none")
+    described = {
+        "Captioner": str(config.get("captioner", ""))[:_SHOWN_CHARACTERS],
+        "Encoder": f"{model}, {node}" if model and node else model,
+        "Decoding": f"{strategy}{width}" if strategy else "",
+        "Reranking": "" if rerank == "none" else str(rerank),
+        "Ranker": str(config.get("ranker", ""))[:_SHOWN_CHARACTERS],
+    }
+    return {name: value for name, value in described.items() if value}
+
+
+def make_attention(
+    weights: Sequence[Sequence[float]] | None, config: Mapping[str, Any], row: Mapping[str, Any]
+) -> Attention | None:
+    """Returns the attention maps of a caption; None if they cannot be shown.
+
+    They can be shown if there are `weights`, `[tokens, positions]`, and if the crop of the image is known. The crop
+    depends on the preprocessing in `config`, the configuration of the captions, and on the size of the image in `row`.
+    """
+    if not weights or not row["width"] or not row["height"]:
+        return None
+    try:
+        shown = build_crop_and_attention([{"image_id": "", "attention": weights}], config.get("encoder", {}))
+    except DatasetError:  # the maps are not square
+        return None
+    if shown.preprocessing is None:
+        return None
+    crop = _find_crop(shown.preprocessing, row["width"], row["height"])
+    maps = shown.attention_maps[""]
+    return Attention(maps=[base64.b64encode(each.tobytes()).decode() for each in maps], crop=crop)
+
+
+def _find_crop(preprocessing: Preprocessing, width: int, height: int) -> tuple[float, float, float, float]:
+    """Returns left, top, width and height of the crop as fractions of the image."""
+    side = preprocessing.crop_size / preprocessing.resize_size
+    shorter = min(width, height)
+    fractions = (side, side) if preprocessing.stretch else (side * shorter / width, side * shorter / height)
+    return (1 - fractions[0]) / 2, (1 - fractions[1]) / 2, fractions[0], fractions[1]
