@@ -166,8 +166,7 @@ class Encoder:
         self.preprocessing = preprocessing
         self.device = device
         crop = preprocessing.crop_size
-        with torch.inference_mode():  # a batch without images costs nothing
-            self.shape = list(self.network(torch.zeros(0, crop, crop, 3, dtype=torch.uint8, device=device)).shape[1:])
+        self.shape: list[int] = list(self.encode(np.zeros((1, crop, crop, 3), np.uint8)).shape[1:])
         self.description: dict[str, Any] = {
             "model": config.model,
             "node": config.node,
