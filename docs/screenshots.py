@@ -59,7 +59,7 @@ def _take_pages(browser: WebDriver, demo: Path) -> None:
 
 def _take_comparison(browser: WebDriver, demo: Path) -> None:
     """Compares captions of beam search with sampled captions."""
-    sampling = "--set", "decoding.strategy=sample", "--set", "decoding.n_best=1"
+    sampling = "--set", "decoding.strategy=sample", "--set", "decoding.temperature=0.9", "--set", "decoding.n_best=1"
     sampled = demo / "captions-sampled"
     _run("generate-captions", demo / "features", "-c", demo / "captioner", "-o", sampled, *sampling, "--no-progress")
     options = "-m", demo / "manifest", "--split", "test", "--compare", sampled, "-o", demo / "comparison"

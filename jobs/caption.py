@@ -80,7 +80,7 @@ def command(
 
 def _write_report(folder: str, rows: Sequence[Mapping[str, Any]], checkpoint: str, captioner: "CaptionModel") -> str:
     """Writes the HTML report and returns the path of its page."""
-    from captionlib.evaluation.crop_and_attention import build_crop_and_attention
+    from captionlib.evaluation.image_display import build_image_display
     from captionlib.evaluation.predictions import Prediction
     from captionlib.evaluation.report import write_report
 
@@ -89,7 +89,7 @@ def _write_report(folder: str, rows: Sequence[Mapping[str, Any]], checkpoint: st
         "Captions",
         [Prediction.from_row(row) for row in rows],
         note=f"{len(rows):,} images, captioned by {checkpoint}.",
-        crop_and_attention=build_crop_and_attention(rows, captioner.encoder),
+        display=build_image_display(rows, captioner.encoder),
     )
 
 

@@ -53,7 +53,8 @@ def _show_dataset(address: str) -> bool:
             raise
         click.echo(f"{address}: not started")
         return False
-    progress = "complete" if report.complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
+    complete = report.complete and report.shards_done == report.shards  # a file may have been deleted since
+    progress = "complete" if complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
     cost = f", {timedelta(seconds=round(report.seconds))} of computing time" if report.kind != "manifest" else ""
     click.echo(f"{address}: {report.rows:,} images, {progress}{cost}")
     if report.stale:
@@ -61,7 +62,7 @@ def _show_dataset(address: str) -> bool:
     for reason, failure in report.failures.items():
         example = f", for example {failure.examples[0].uri}" if failure.examples else ""
         click.echo(f"  failed: {reason} {failure.count:,}{example}")
-    return report.complete and not report.stale
+    return complete and not report.stale
 
 
 def _show_duplicates(collection: Collection, threshold: float, embedded: bool) -> bool:
@@ -103,7 +104,7 @@ def _show_index(collection: Collection, finished: bool) -> bool:
 
 
 def _is_current(collection: Collection) -> bool:
-    """Returns whether the index contains all finished shards of its datasets."""
+    """Returns whether the index contains all shards of its datasets, which are finished."""
     from captionlib.errors import FingerprintError
     from captionlib.search.build import plan_build  # imports Faiss, which is slow
 

@@ -147,6 +147,14 @@ def test_settings_are_checked_before_the_sources_are_read(collection: Path, sett
     assert not (collection / "images").exists()
 
 
+def test_status_after_a_file_was_deleted(collection: Path) -> None:
+    update(collection)
+    (collection / "images" / "captions" / "part-00000.parquet").unlink()
+    status = run("status", collection).output
+    assert "captions: 0 images, 0 of 1 shards finished" in status
+    assert "To finish:" in status
+
+
 def test_status_before_the_first_update(collection: Path) -> None:
     result = run("status", collection)
     assert "manifest: not started" in result.output
