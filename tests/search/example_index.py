@@ -65,8 +65,10 @@ def write_captions_dataset(
     existing: ShardedDataset | None = None,
 ) -> ShardedDataset:
     """Writes some of the `total` shards of a captions dataset, which may exist."""
-    config, lineage = (existing.config, existing.lineage) if existing else ({"input": "images"}, None)
-    dataset = create_dataset(address, "captions", captions_schema(), config=config, shards=total, lineage=lineage)
+    config, manifest_id = (existing.config, existing.manifest_id) if existing else ({"input": "images"}, None)
+    dataset = create_dataset(
+        address, "captions", captions_schema(), config=config, shards=total, manifest_id=manifest_id
+    )
     for shard, captions in shards.items():
         failures = (failed or {}).get(shard, [])
         with write_shard(dataset, shard, len(captions) + len(failures)) as writer:
