@@ -1,22 +1,18 @@
 """Measures the CPU time of `captionlib COMMAND --help`, relative to importing click and PyYAML."""
 
-import resource
 import statistics
 import subprocess
 import sys
 
-from benchmarks.bars import report
+from benchmarks.bars import measure_cpu, report
 from jobs.cli import COMMANDS
 
 ROUNDS = 3
 
 
-def measure_cpu(*arguments: str) -> float:
+def measure_python(*arguments: str) -> float:
     """Returns the CPU seconds of a Python process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return measure_cpu(lambda: subprocess.run([sys.executable, *arguments], stdout=subprocess.DEVNULL, check=True))
 
 
 def main() -> None:
@@ -24,7 +20,7 @@ def main() -> None:
     ratios = {}
     for name in (name for commands in COMMANDS.values() for name in commands):
         rounds = [
-            (measure_cpu("-m", "captionlib", name, "--help"), measure_cpu("-c", "import click, yaml"))
+            (measure_python("-m", "captionlib", name, "--help"), measure_python("-c", "import click, yaml"))
             for _ in range(ROUNDS)
         ]
         ours, base = (statistics.median(values) for values in zip(*rounds, strict=True))

@@ -6,12 +6,11 @@ The dense loop extends all hypotheses of all images at every step, as most imple
 
 import statistics
 import sys
-import time
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.bars import report
+from benchmarks.bars import measure_cpu, report
 from benchmarks.decoding_speed import BATCH, FEATURE_SIZE, build_captioner
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.models.captioners.captioner import CaptionerNetwork
@@ -74,13 +73,10 @@ def measure_ratio(words: int) -> float:
     print(f"# {words} words: {same} of {BATCH} captions are the same")
     ratios = []
     for _ in range(ROUNDS):
-        began = time.process_time()
-        dense.decode(features)
-        middle = time.process_time()
-        decoder.decode(features)
-        end = time.process_time()
-        print(f"# dense loop {BATCH / (middle - began):.0f} captions/s, captionlib {BATCH / (end - middle):.0f}")
-        ratios.append((middle - began) / (end - middle))
+        loop = measure_cpu(lambda: dense.decode(features))
+        stage = measure_cpu(lambda: decoder.decode(features))
+        print(f"# dense loop {BATCH / loop:.0f} captions/s, captionlib {BATCH / stage:.0f}")
+        ratios.append(loop / stage)
     return statistics.median(ratios)
 
 

@@ -7,13 +7,11 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from benchmarks.bars import report
+from benchmarks.bars import measure_cpu, report
 from captionlib.data.ingestion.prepare import PrepareConfig, prepare
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.sources.formats import read_source
@@ -48,12 +46,6 @@ def list_and_read(folder: Path) -> None:
         dataset.read(shard)
 
 
-def measure(step: Callable[[], None]) -> float:
-    started = time.process_time()
-    step()
-    return time.process_time() - started
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000, help="number of images (default 1,000,000)")
@@ -64,9 +56,9 @@ def main() -> None:
         prepare(folder / "same.csv", folder / "manifest", CONFIG)
         same, moved = [], []
         for _ in range(3):
-            baseline = measure(lambda: list_and_read(folder))
-            same.append(measure(lambda: update(folder, "same.csv")) / baseline)
-            moved.append(measure(lambda: update(folder, "moved.csv")) / baseline)
+            baseline = measure_cpu(lambda: list_and_read(folder))
+            same.append(measure_cpu(lambda: update(folder, "same.csv")) / baseline)
+            moved.append(measure_cpu(lambda: update(folder, "moved.csv")) / baseline)
             print(f"# baseline {baseline:.1f} s of CPU time, ratios {same[-1]:.2f} and {moved[-1]:.2f}", flush=True)
     met = [
         report("manifest-update-ratio", median(same), BAR, at_least=False),

@@ -2,11 +2,11 @@
 
 import statistics
 import sys
-import time
+from functools import partial
 
 import torch
 
-from benchmarks.bars import report
+from benchmarks.bars import measure_cpu, report
 from benchmarks.decoding_speed import BATCH, FEATURE_SIZE, build_captioner
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
@@ -21,12 +21,7 @@ def main() -> None:
     decoders = [Decoder(model, DecodingConfig(strategy="sample", top_p=top_p)) for top_p in (1.0, 0.9)]
     ratios = []
     for number in range(ROUNDS + 1):
-        seconds = []
-        for decoder in decoders:
-            began = time.process_time()
-            decoder.decode(features)
-            seconds.append(time.process_time() - began)
-        plain, nucleus = seconds
+        plain, nucleus = (measure_cpu(partial(decoder.decode, features)) for decoder in decoders)
         if number:  # the first round warms up
             print(f"# all words {BATCH / plain:.0f} captions/s, nucleus {BATCH / nucleus:.0f}")
             ratios.append(plain / nucleus)

@@ -4,7 +4,6 @@ The first loop calls `generate` on the same images, already decoded and normaliz
 `pipeline("image-text-to-text")`, which replaced `pipeline("image-to-text")` in Transformers 5.
 """
 
-import resource
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from transformers import (
     pipeline,
 )
 
-from benchmarks.bars import report
+from benchmarks.bars import measure_cpu, report
 from benchmarks.synthetic_images import decode_images, write_images, write_manifest
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.shards.dataset import open_dataset
@@ -62,16 +61,12 @@ def write_model(folder: Path) -> None:
 
 def measure(label: str, count: int, run: Callable[[], Any]) -> tuple[float, Any]:
     """Returns images/s, and the result. Prints the CPU time, which depends less on the load of the machine."""
-    before, began = _get_cpu_seconds(), time.perf_counter()
-    result = run()
-    seconds, cpu_seconds = time.perf_counter() - began, _get_cpu_seconds() - before
+    results: list[Any] = []
+    began = time.perf_counter()
+    cpu_seconds = measure_cpu(lambda: results.append(run()))
+    seconds = time.perf_counter() - began
     print(f"# {label}: {count / seconds:.2f} images/s, {1000 * cpu_seconds / count:.1f} ms of CPU time per image")
-    return count / seconds, result
-
-
-def _get_cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return count / seconds, results[0]
 
 
 @torch.inference_mode()

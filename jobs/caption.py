@@ -3,13 +3,16 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from jobs.options import captioner_option, config_options, device_option, weights_option
+
+if TYPE_CHECKING:
+    from captionlib.models.families.captioner import CaptionModel
 
 __all__ = ["command"]
 
@@ -55,9 +58,6 @@ def command(
     require_checkpoint_files(checkpoint, weights)
     from captionlib.config import load_config
     from captionlib.data.sources.folder import find_images
-    from captionlib.evaluation.crop_and_attention import build_crop_and_attention
-    from captionlib.evaluation.predictions import Prediction
-    from captionlib.evaluation.report import write_report
     from captionlib.models.families.captioner import open_captioner
     from captionlib.models.inference.captioning import GenerationConfig, caption_images
 
@@ -73,15 +73,24 @@ def command(
     for uri, error in failures:
         click.echo(f"{uri}: {error}", err=True)
     if report is not None and rows:
-        page = write_report(
-            report,
-            "Captions",
-            [Prediction.from_row(row) for row in rows],
-            note=f"{len(rows):,} images, captioned by {checkpoint}.",
-            crop_and_attention=build_crop_and_attention(rows, captioner.encoder),
-        )
+        page = _write_report(report, rows, checkpoint, captioner)
         click.echo(f"{page}: {len(rows):,} images", err=as_json)  # with --json, standard output contains only JSON
     sys.exit(1 if failures else 0)
+
+
+def _write_report(folder: str, rows: Sequence[Mapping[str, Any]], checkpoint: str, captioner: "CaptionModel") -> str:
+    """Writes the HTML report and returns the path of its page."""
+    from captionlib.evaluation.image_display import build_image_display
+    from captionlib.evaluation.predictions import Prediction
+    from captionlib.evaluation.report import write_report
+
+    return write_report(
+        folder,
+        "Captions",
+        [Prediction.from_row(row) for row in rows],
+        note=f"{len(rows):,} images, captioned by {checkpoint}.",
+        display=build_image_display(rows, captioner.encoder),
+    )
 
 
 def _format_row(row: Mapping[str, Any]) -> str:

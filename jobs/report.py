@@ -60,8 +60,8 @@ def command(
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.data.shards.inspection import collect_failures
     from captionlib.evaluation.comparison import compare_predictions
-    from captionlib.evaluation.crop_and_attention import CropAndAttention, read_crop_and_attention
     from captionlib.evaluation.evaluate import evaluate_predictions
+    from captionlib.evaluation.image_display import ImageDisplay, read_image_display
     from captionlib.evaluation.predictions import is_dataset, load_predictions
     from captionlib.evaluation.report import write_report
     from captionlib.models.families.captioner import open_captioner
@@ -77,9 +77,9 @@ def command(
     predictions = _resolve_images(predictions, images)[:limit]
     cider = comparison.cider if comparison else evaluation.scores.per_image["CIDEr"] if evaluation else None
     history = [] if checkpoint is None else open_captioner(checkpoint).history
-    crop_and_attention = read_crop_and_attention(captions, [prediction.image_id for prediction in predictions])
+    display = read_image_display(captions, [prediction.image_id for prediction in predictions])
     if comparison is not None:  # no attention maps, because each image has two captions
-        crop_and_attention = CropAndAttention(crop_and_attention.preprocessing)
+        display = ImageDisplay(display.preprocessing)
     page = write_report(
         output,
         title or _make_title(captions, compare, splits),
@@ -88,7 +88,7 @@ def command(
         scores=[] if evaluation is None else _format_scores(evaluation),
         cider=cider,
         history=history,
-        crop_and_attention=crop_and_attention,
+        display=display,
         failures=collect_failures(open_dataset(captions)) if is_dataset(captions) else {},
         comparison=comparison,
         progress=progress,

@@ -23,7 +23,7 @@ from captionlib.data.shards.inspection import FailureReport
 from captionlib.errors import DatasetError, ImageError
 from captionlib.evaluation.charts import build_charts
 from captionlib.evaluation.comparison import Comparison
-from captionlib.evaluation.crop_and_attention import CropAndAttention
+from captionlib.evaluation.image_display import ImageDisplay
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
 from captionlib.progress import progress_bar
@@ -52,7 +52,7 @@ def write_report(
     cider: Mapping[str, float] | None = None,
     attributes: Mapping[str, Mapping[str, bool]] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
-    crop_and_attention: CropAndAttention = CropAndAttention(),
+    display: ImageDisplay = ImageDisplay(),
     failures: Mapping[str, FailureReport] | None = None,
     comparison: Comparison | None = None,
     progress: bool = False,
@@ -69,7 +69,7 @@ def write_report(
         attributes: for each image id, the attributes that the caption mentions, such as `color`, and whether each of
             them is correct.
         history: metrics of each training epoch, shown as curves.
-        crop_and_attention: the part of each image to show, and the attention maps.
+        display: the part of each image to show, and the attention maps.
         failures: images without a caption, by reason.
         comparison: captions of a baseline for the same images, to show beside the captions.
         progress: show a progress bar.
@@ -81,11 +81,11 @@ def write_report(
     _clear(output)
     items = []
     with progress_bar("report", len(predictions), "images", progress) as bar:
-        crop = _crop_for_thumbnails(crop_and_attention.preprocessing)
+        crop = _crop_for_thumbnails(display.preprocessing)
         thumbnails = bar.track(_write_thumbnails(output, predictions, crop))
         for prediction, thumbnail in zip(predictions, thumbnails, strict=True):
             image_id = prediction.image_id
-            maps = crop_and_attention.attention_maps.get(image_id, ())
+            maps = display.attention_maps.get(image_id, ())
             items.append(
                 {
                     **_to_item(prediction),

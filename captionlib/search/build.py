@@ -481,7 +481,7 @@ def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
 def _find_duplicates(
     build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
 ) -> list[InputShard]:
-    """Adds the hash of its duplicates to each shard. Subtracts those that are left out from the row count.
+    """Adds to each shard the hash of its duplicates, and subtracts the images that are left out from its row count.
 
     If the duplicates have not changed, the ids of the shards that the existing index contains are not read again.
     """

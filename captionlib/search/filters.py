@@ -89,9 +89,9 @@ class Facets:
         return len(self._groups)
 
     def select(self, where: Filter) -> list[int] | None:
-        """Returns the numbers of the groups that match a filter, regardless of `where.where` and `where.min_log_prob`.
+        """Returns the numbers of the groups that match a filter, or None if all groups match.
 
-        Returns None if all groups match.
+        `where.where` and `where.min_log_prob` are ignored.
         """
         tests = self._make_tests(where)
         selected = [number for number, group in enumerate(self._groups) if all(test(group) for test in tests.values())]

@@ -110,7 +110,7 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
 
 
 def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.NDArray[np.bool_]:
-    """Returns, for each row of a captions shard, whether its image is not left out, `[rows]`."""
+    """Returns, for each row of a captions shard, whether its image is indexed, `[rows]`."""
     if not left_out:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
@@ -204,7 +204,10 @@ class ManifestShards:
 
 
 def _match_shards(stages: Sequence[ShardedDataset]) -> dict[int, str]:
-    """Returns the checksums of the shards of the last dataset that led to the current shards of the first dataset."""
+    """Returns the checksums of the shards of the manifest, for the captions shards that were made from them.
+
+    `stages` begin with the captions and end with the manifest; each dataset was made from the next one.
+    """
     markers = [stage.read_markers() for stage in stages]
     matches = {}
     for shard in markers[0]:

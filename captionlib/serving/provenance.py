@@ -6,7 +6,7 @@ from typing import Any
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import DatasetError
-from captionlib.evaluation.crop_and_attention import build_crop_and_attention
+from captionlib.evaluation.image_display import build_image_display
 from captionlib.serving.responses import Attention
 
 __all__ = ["describe_provenance", "make_attention"]
@@ -43,7 +43,7 @@ def make_attention(
     if not weights or not row["width"] or not row["height"]:
         return None
     try:
-        shown = build_crop_and_attention([{"image_id": "", "attention": weights}], config.get("encoder", {}))
+        shown = build_image_display([{"image_id": "", "attention": weights}], config.get("encoder", {}))
     except DatasetError:  # the maps are not square
         return None
     if shown.preprocessing is None:

@@ -12,7 +12,7 @@ from PIL import Image
 from captionlib.data.images.decoding import Preprocessing, decode_image
 from captionlib.errors import DatasetError
 from captionlib.evaluation.charts import build_charts
-from captionlib.evaluation.crop_and_attention import CropAndAttention
+from captionlib.evaluation.image_display import ImageDisplay
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
 
@@ -129,7 +129,7 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
 def test_data_holds_an_attention_map_per_token(tmp_path: Path, image_file: Path) -> None:
     maps = np.array([[[0, 255], [7, 64]], [[255, 1], [2, 3]]], np.uint8)
     predictions = [Prediction("x", "dog", str(image_file)), Prediction("y", "cat", str(image_file))]
-    write_report(tmp_path / "report", "", predictions, crop_and_attention=CropAndAttention(attention_maps={"x": maps}))
+    write_report(tmp_path / "report", "", predictions, display=ImageDisplay(attention_maps={"x": maps}))
     with_maps, without_maps = read_items(tmp_path / "report")
     assert [list(base64.b64decode(text)) for text in with_maps["attention"]] == [[0, 255, 7, 64], [255, 1, 2, 3]]
     assert without_maps["attention"] == []
@@ -148,7 +148,7 @@ def test_thumbnails_show_the_crop_of_the_encoder(tmp_path: Path, resize_size: in
         tmp_path / "report",
         "",
         [Prediction("x", "", str(tmp_path / "ramp.png"))],
-        crop_and_attention=CropAndAttention(encoder),
+        display=ImageDisplay(encoder),
     )
     (item,) = read_items(tmp_path / "report")
     expected = Image.fromarray(decode_image((tmp_path / "ramp.png").read_bytes(), encoder).pixels).resize((224, 224))

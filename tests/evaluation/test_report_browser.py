@@ -12,7 +12,7 @@ from selenium.webdriver.remote.webdriver import WebDriver
 
 from captionlib.data.shards.inspection import FailureExample, FailureReport
 from captionlib.evaluation.comparison import ComparedScore, Comparison
-from captionlib.evaluation.crop_and_attention import CropAndAttention
+from captionlib.evaluation.image_display import ImageDisplay
 from captionlib.evaluation.predictions import Prediction
 from captionlib.evaluation.report import write_report
 from tests.browser import find_violations, needs_browser, open_browser
@@ -47,7 +47,7 @@ def page(tmp_path: Path, browser: WebDriver) -> Path:
             tmp_path / "report",
             "Captions",
             predictions,
-            crop_and_attention=CropAndAttention(attention_maps={"x": MAPS}),
+            display=ImageDisplay(attention_maps={"x": MAPS}),
         )
     )
     browser.get(path.as_uri())

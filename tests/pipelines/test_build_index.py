@@ -118,7 +118,7 @@ def test_files_of_a_version_are_removed_two_builds_later(root: str) -> None:
     assert sum(name.startswith("text-") for name in names) == 2
     description = read_description(Folder(f"{root}/index"))
     assert description is not None
-    assert set(names) == {"index.json", "rows", "candidates", description.text, *description.previous}
+    assert set(names) == {"index.json", "rows", "details", description.text, *description.previous}
 
 
 @pytest.mark.parametrize("step", ["train", "add_shard", "finish"])
@@ -270,7 +270,7 @@ def test_remote_index_is_copied_once_and_replaces_its_old_copy(tmp_path: Path, m
     description = read_description(Folder(f"{address}/index"))
     assert description is not None
     copies = {str(path.relative_to(root)) for path in root.rglob("*") if "text-" not in path.parent.name}
-    assert copies == {*description.files, "rows", "candidates"}
+    assert copies == {*description.files, "rows", "details"}
     for name in description.files:
         Folder(f"{address}/index").remove(name)
     assert open_index(f"{address}/index", cache=tmp_path).search_text("dog", 40).num_rows > 0

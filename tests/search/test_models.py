@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from captionlib.errors import CheckpointError
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
@@ -38,3 +39,10 @@ def test_uploaded_images_are_captioned_as_configured_by_one_decoder(
     assert [row["caption"] for row in captions[0]] == [candidate["caption"] for candidate in row["candidates"]]
     assert len(captions[0]) == 2
     assert captions[0] == captions[1]
+
+
+def test_encoder_that_differs_from_that_of_the_model_is_refused(tmp_path: Path) -> None:
+    encoder = load_encoder(EncoderConfig("squeezenet1_1", "features.7.cat", "random:0"), "cpu").description
+    write_captioner(tmp_path / "captioner", {**encoder, "weights_sha256": "0" * 64}, attention_size=0)
+    with pytest.raises(CheckpointError, match="weights_sha256"):
+        ImageQueryModels(captioner=str(tmp_path / "captioner"), device="cpu")

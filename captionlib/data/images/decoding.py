@@ -72,9 +72,11 @@ _RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST} | {
 
 _FAST_SCALE = 2  # with `fast`, the decoded image is at least this many times as large as the resized image
 
-_NUMPY_SHRINKS_BY = 3  # Pillow shrinks less than this faster
+_NUMPY_SHRINKS_BY = 3  # NumPy is faster from here
 
-_Pixels: TypeAlias = Image.Image | npt.NDArray[np.uint8]  # arrays are `[height, width, 4]`, RGB and padding
+_Pixels: TypeAlias = (
+    Image.Image | npt.NDArray[np.uint8]
+)  # arrays: `[height, width, 3]` to shrink with NumPy, or RGBX for Pillow
 
 # Files with 32-bit gray values do not define white. The lowest of these levels that no value exceeds counts as white.
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
@@ -229,13 +231,9 @@ def _preprocess(
     pixels = _load(content, image, preprocessing)
     transposition, is_swapped, *is_reversed = _read_orientation(image)
     width, height = image.size[::-1] if is_swapped else image.size
-    if isinstance(preprocessing, SizeLimit):
-        method, resized = Image.Resampling.BILINEAR, preprocessing.output_size(width, height)
-        output_size = resized
-    else:
-        method, resized = _RESAMPLING[preprocessing.interpolation], _resized_size((width, height), preprocessing)
-        output_size = (preprocessing.crop_size, preprocessing.crop_size)
-        _check_pixels(resized, limit, f"an image of {width} x {height} pixels has, after resizing,")
+    method, resized = _find_method(preprocessing), _resized_size((width, height), preprocessing)
+    output_size = preprocessing.output_size(width, height)
+    _check_pixels(resized, limit, f"an image of {width} x {height} pixels has, after resizing,")
     if method == Image.Resampling.NEAREST:  # resizing a part of the image may select different pixels
         pixels = _resize(pixels, resized[::-1] if is_swapped else resized, method, ((0, 1), (0, 1)))
 
@@ -267,13 +265,14 @@ def _preprocess(
 
 
 def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | SizeLimit) -> _Pixels:
-    """Decodes the pixels of an image: the mode is RGB or L."""
+    """Decodes the pixels of an image, in RGB or gray."""
     if image.mode == "RGB" and isinstance(image, JpegImagePlugin.JpegImageFile):
-        min_size = None
-        if isinstance(preprocessing, Preprocessing) and preprocessing.decode_scale == "fast":
-            width, height = _resized_size(image.size, preprocessing)
-            min_size = (_FAST_SCALE * width, _FAST_SCALE * height)
-        pixels = decode_rgb_jpeg(content, image.size, min_size)
+        width, height = _resized_size(image.size, preprocessing)
+        is_fast = isinstance(preprocessing, Preprocessing) and preprocessing.decode_scale == "fast"
+        min_size = (_FAST_SCALE * width, _FAST_SCALE * height) if is_fast else None
+        is_bilinear = _find_method(preprocessing) == Image.Resampling.BILINEAR
+        use_numpy = is_bilinear and min(image.width / width, image.height / height) >= _NUMPY_SHRINKS_BY
+        pixels = decode_rgb_jpeg(content, image.size, min_size, padded=not use_numpy)
         if pixels is not None:
             return pixels
     return _to_rgb(content, image)
@@ -287,15 +286,22 @@ def _resize(
     (left, right), (top, bottom) = part
     box = (left * width, top * height, right * width, bottom * height)
     if not isinstance(pixels, Image.Image):
-        shrinks_by = min((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
-        if method == Image.Resampling.BILINEAR and shrinks_by >= _NUMPY_SHRINKS_BY:
+        if pixels.shape[2] == 3:
             return Image.fromarray(shrink_image(pixels, size, box))
         pixels = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
     return pixels.resize(size, method, box)
 
 
-def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+def _find_method(preprocessing: Preprocessing | SizeLimit) -> Image.Resampling:
+    if isinstance(preprocessing, SizeLimit):
+        return Image.Resampling.BILINEAR
+    return _RESAMPLING[preprocessing.interpolation]
+
+
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing | SizeLimit) -> tuple[int, int]:
     """Returns the size of an image after resizing, with the same rounding as torchvision."""
+    if isinstance(preprocessing, SizeLimit):
+        return preprocessing.output_size(*size)
     if preprocessing.stretch:
         return preprocessing.resize_size, preprocessing.resize_size
     short, long = sorted(size)

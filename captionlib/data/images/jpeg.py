@@ -77,7 +77,7 @@ def check_jpeg(content: bytes, max_scans: int) -> None:
 
 
 def decode_rgb_jpeg(
-    content: bytes, size: tuple[int, int], min_size: tuple[int, int] | None
+    content: bytes, size: tuple[int, int], min_size: tuple[int, int] | None, padded: bool
 ) -> npt.NDArray[np.uint8] | None:
     """Decodes a color JPEG with TurboJPEG, which takes a third less time than Pillow. The pixels are the same.
 
@@ -86,19 +86,21 @@ def decode_rgb_jpeg(
         size: width and height of the image.
         min_size: if not None, the image is decoded at the smallest scale (1/2, 1/4 or 1/8) with at least this width and
             height.
+        padded: add a fourth channel, as in Pillow's images.
 
     Returns:
-        `[height, width, 4]`, whose fourth channel is padding, or None if the file is damaged or needs Pillow. The next
-        call in the same thread may overwrite the pixels.
+        `[height, width, 3]` or, if `padded`, `[height, width, 4]`; None if the file is damaged or needs Pillow. The
+        next call in the same thread may overwrite the pixels.
     """
     width, height = min_size or (0, 0)
-    needed = 4 * size[0] * size[1]
+    colorspace = "RGBX" if padded else "RGB"
+    needed = len(colorspace) * size[0] * size[1]
     if needed <= _BUFFER_BYTES and not hasattr(_buffers, "pixels"):
         _buffers.pixels = np.empty(_BUFFER_BYTES, np.uint8)  # takes up memory only when it is first used
     buffer = _buffers.pixels if needed <= _BUFFER_BYTES else None
     try:
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            content, "RGBX", min_width=width, min_height=height, min_factor=2 if min_size else 1, buffer=buffer
+            content, colorspace, min_width=width, min_height=height, min_factor=2 if min_size else 1, buffer=buffer
         )
     except ValueError:
         return None

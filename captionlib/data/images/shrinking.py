@@ -15,15 +15,15 @@ _CHUNK = 8  # result rows whose pixels are converted to float32 together, so tha
 def shrink_image(
     pixels: npt.NDArray[np.uint8], size: tuple[int, int], box: tuple[float, float, float, float]
 ) -> npt.NDArray[np.uint8]:
-    """Shrinks the part of an image inside a box. Other channels than the first three are ignored.
+    """Shrinks the part of an image inside a box.
 
     Args:
-        pixels: `[height, width, channels]`, contiguous, with at least three channels.
+        pixels: `[height, width, channels]`, contiguous.
         size: width and height of the result, at most those of the box.
         box: left, upper, right and lower edge, in pixels.
 
     Returns:
-        `[height, width, 3] uint8`.
+        `[height, width, channels] uint8`.
     """
     image_height, image_width, channels = pixels.shape
     (width, height), (left, upper, right, lower) = size, box
@@ -31,10 +31,10 @@ def shrink_image(
     first, last = max(int(left - reach), 0), min(int(right + reach) + 1, image_width)
     rows = pixels.reshape(image_height, -1)[:, channels * first : channels * last]
     shrunk = _shrink_rows(rows, height, upper, lower).reshape(height, -1, channels)
-    columns = shrunk[..., :3].transpose(1, 2, 0).reshape(-1, 3 * height)
+    columns = shrunk.transpose(1, 2, 0).reshape(-1, channels * height)
     shrunk = _shrink_rows(columns, width, left - first, right - first)
     shrunk += 0.5  # astype truncates
-    return np.ascontiguousarray(shrunk.astype(np.uint8).reshape(width, 3, height).transpose(2, 0, 1))
+    return np.ascontiguousarray(shrunk.astype(np.uint8).reshape(width, channels, height).transpose(2, 0, 1))
 
 
 def _shrink_rows(rows: npt.NDArray[np.generic], count: int, start: float, end: float) -> npt.NDArray[np.float32]:

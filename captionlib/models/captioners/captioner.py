@@ -29,6 +29,7 @@ from captionlib.models.captioners.packed_sequences import PackedSequences, pack_
 from captionlib.models.captioners.recurrence import RecurrenceOutput, run_recurrence
 from captionlib.models.captioners.transformer import Transformer
 from captionlib.models.encoders.top_layers import EncoderTop
+from captionlib.models.normal_weights import sample_normal_weights
 from captionlib.models.standardization import Standardization
 
 __all__ = ["CaptionerConfig", "CaptionerNetwork", "ImageState", "TokenLogProbs"]
@@ -190,7 +191,8 @@ class CaptionerNetwork(nn.Module):
         component_count = config.principal_components
         self.register_buffer("components", torch.zeros(component_count, feature_size) if component_count else None)
         # The order of the parameters determines which random numbers initialize them.
-        self.word_vectors = nn.Embedding(vocabulary_size, embedding_size)
+        weights = sample_normal_weights(vocabulary_size, embedding_size)
+        self.word_vectors = nn.Embedding.from_pretrained(weights, freeze=False)  # type: ignore[no-untyped-call]
         self.transformer = None
         if config.cell == "transformer":
             self.transformer = Transformer(feature_size, hidden_size, layers, config.heads, config.dropout)
@@ -206,7 +208,7 @@ class CaptionerNetwork(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         if self.transformer is not None:
             for layer in (self.word_vectors, self.output):
-                nn.init.normal_(layer.weight, std=hidden_size**-0.5)
+                layer.weight = nn.Parameter(sample_normal_weights(vocabulary_size, hidden_size, hidden_size**-0.5))
         elif config.weight_init == "neuraltalk":
             self._initialize_weights()
         self.encoder_top = encoder_top  # after the initialization, which would overwrite its pretrained weights

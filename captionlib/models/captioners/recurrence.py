@@ -4,7 +4,7 @@ Each layer computes h_t = max(0, Wxh x_t + Whh h_{t-1} + b), or the LSTM equatio
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +65,11 @@ def run_recurrence(
             return run_fused(rnn, inputs, batch_sizes, state)
     else:
         groups = group_by_image(image_of_sentence, len(annotations))
-    (w_ih, _, b_ih, b_hh), *upper = layers = rnn.all_weights
-    recurrent = [w_hh.t() for _, w_hh, _, _ in layers]
+    (w_ih, first_w_hh, b_ih, b_hh), *upper = layers = rnn.all_weights
+    recurrent = [first_w_hh.detach().t(), *(w_hh.t() for _, w_hh, _, _ in upper)]
     feed_forward = [_create_feed_forward(dropout, w_ih, b_ih + b_hh) for w_ih, _, b_ih, b_hh in upper]
     h, c = list(state[: len(layers)]), list(state[len(layers) :])
+    previous: list[Tensor] = []
     hiddens, contexts, weights = [], [], []
     if attention is not None:
         context, _ = attention(h[-1], annotations, groups)
@@ -76,8 +77,10 @@ def run_recurrence(
     if image_gates is not None:
         rows = len(image_gates)
         all_gates = torch.cat([all_gates[:rows] + image_gates, all_gates[rows:]])
+    all_gates = _RecurrentWeights.apply(all_gates, first_w_hh, previous)
     for input_gates in torch.split(all_gates, batch_sizes):
         rows = len(input_gates)  # sentences that reach this time step
+        previous.append(h[0][:rows].detach())
         gates = input_gates if attention is None else input_gates + attention.to_gates(context[:rows])
         recurrent_gates = [h_l[:rows] @ w_hh for h_l, w_hh in zip(h, recurrent, strict=True)]
         h, c = step_layers(gates, recurrent_gates, [c_l[:rows] for c_l in c], feed_forward)
@@ -90,6 +93,27 @@ def run_recurrence(
     if attention is None:
         return RecurrenceOutput(hidden, state, None)
     return RecurrenceOutput(hidden + attention.to_output(torch.cat(contexts)), state, torch.cat(weights))
+
+
+class _RecurrentWeights(torch.autograd.Function):
+    """Computes the gradient of the recurrent weights of the first layer with one matrix product for all time steps.
+
+    Autograd would compute it at each step, and add up gradients as large as the weights. The gates pass unchanged.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, weight: Tensor, previous: list[Tensor]) -> Tensor:
+        """Takes the gates before Whh h_{t-1} is added, and a list to which the caller adds h_{t-1} of each step."""
+        ctx.previous, ctx.dtype = previous, weight.dtype
+        return gates.view_as(gates)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (gradient,) = gradients
+        if not ctx.needs_input_grad[1]:
+            return gradient, None, None
+        previous = torch.cat(ctx.previous).to(gradient.dtype)
+        return gradient, (gradient.t() @ previous).to(ctx.dtype), None
 
 
 def run_fused(rnn: nn.RNNBase, inputs: Tensor, batch_sizes: list[int], state: Tensor) -> RecurrenceOutput:

@@ -233,7 +233,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     with choose_build_device(config.weights, config.missing_weights):
         network = truncate_network(config.model, config.node)
     weights, config = load_network_weights(network, config)
-    network.to_empty(device="cpu").load_state_dict(weights)
+    network.load_state_dict(weights, assign=True)
     preprocessing = resolve_preprocessing(config.model, config.weights)
     return build_encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
 

@@ -1,4 +1,7 @@
-"""Encoder networks as PyTorch modules: torchvision models truncated at nodes of their computation graphs."""
+"""Encoder networks as PyTorch modules: torchvision models truncated at nodes of their computation graphs.
+
+The functions that need torchvision import it, because importing it takes longer than importing PyTorch.
+"""
 
 import difflib
 from collections.abc import Mapping
@@ -6,14 +9,13 @@ from contextlib import nullcontext
 from typing import Literal
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 from typing_extensions import Self
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError, DatasetError
+from captionlib.models.encoders.vgg import VGG_URLS, truncate_vgg
 
 __all__ = [
     "EncoderNetwork",
@@ -151,6 +153,8 @@ def build_network(name: str) -> nn.Module:
     Raises:
         ConfigError: torchvision has no model with this name.
     """
+    import torchvision
+
     names = torchvision.models.list_models(module=torchvision.models)
     if ":" in name:
         raise ConfigError(
@@ -170,7 +174,8 @@ def truncate_network(name: str, node: str) -> nn.Module:
     Raises:
         ConfigError: the model or the node does not exist.
     """
-    return _extract_nodes(name, {node: "features"})
+    vgg = truncate_vgg(name, _VGG_ALIASES.get(node, node)) if name in VGG_URLS else None
+    return _extract_nodes(name, {node: "features"}) if vgg is None else vgg
 
 
 def slice_network(name: str, start: str, node: str) -> nn.Module:
@@ -209,6 +214,8 @@ def list_parameters_before(name: str, node: str) -> set[str]:
     Raises:
         ConfigError: the model or the node does not exist.
     """
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
     with torch.device("meta"):  # only the names matter
         model = build_network(name)
     _, nodes = get_graph_node_names(model)
@@ -221,6 +228,8 @@ def list_parameters_before(name: str, node: str) -> set[str]:
 
 def _extract_nodes(name: str, outputs: Mapping[str, str]) -> GraphModule:
     """Builds a torchvision model that returns the outputs of nodes, each under the name that `outputs` gives it."""
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
     model = build_network(name)
     _, nodes = get_graph_node_names(model)
     return_nodes = {}

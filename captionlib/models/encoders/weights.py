@@ -3,16 +3,16 @@
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
 import safetensors
 import safetensors.torch
 import torch
-import torchvision
 from fsspec.implementations.cached import SimpleCacheFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.shards.markers import from_json
 from captionlib.errors import CaptionlibError, ConfigError
+from captionlib.models.encoders.vgg import VGG_PREPROCESSING, VGG_URLS, VGG_WEIGHTS
 from captionlib.storage.file_systems import open_file_system
 
 __all__ = [
@@ -46,7 +47,7 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
         network: the model, or part of it.
 
     Returns:
-        Tensors by name; floating-point ones as float32.
+        Tensors by name; floating-point ones as float32. They are copies, so they do not change with the file.
 
     Raises:
         ConfigError: the weights do not exist, or the file cannot be read.
@@ -56,7 +57,7 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
     needed = network.state_dict()
     tensors = _read_file(weights, set(needed)) if is_weights_file(weights) else _download(model, weights)
     return {
-        name: tensor.float() if tensor.is_floating_point() else tensor
+        name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
         for name, tensor in tensors.items()
         if name in needed
     }
@@ -106,22 +107,13 @@ def resolve_preprocessing(model: str, weights: str) -> Preprocessing:
     Raises:
         ConfigError: the weights file cannot be read.
     """
-    preprocessing = _read_preprocessing(weights)
-    if preprocessing is not None:
-        return preprocessing
-    entries = torchvision.models.get_model_weights(model)
-    preset = (entries[weights] if weights in entries.__members__ else entries.DEFAULT).transforms()
-    return Preprocessing(
-        resize_size=preset.resize_size[0],
-        crop_size=preset.crop_size[0],
-        interpolation=preset.interpolation.value,
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-    )
+    return _read_preprocessing(weights) or _find_preprocessing(model, weights)
 
 
 def find_class_names(model: str, count: int) -> list[str]:
     """Returns the class names of the default weights if there are `count`; otherwise `class 0`, `class 1`, ..."""
+    import torchvision
+
     names: list[str] = torchvision.models.get_model_weights(model).DEFAULT.meta.get("categories", [])
     return names if len(names) == count else [f"class {number}" for number in range(count)]
 
@@ -152,21 +144,46 @@ def _read_preprocessing(weights: str) -> Preprocessing | None:
         return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def _download(model: str, weights: str) -> Mapping[str, Tensor]:
+def _find_preprocessing(model: str, weights: str) -> Preprocessing:
+    """Returns the preprocessing of torchvision's weights with this name, or that of the model's default weights."""
+    if model in VGG_URLS and (weights == VGG_WEIGHTS or is_weights_file(weights) or weights.startswith("random:")):
+        return VGG_PREPROCESSING
+    import torchvision
+
     entries = torchvision.models.get_model_weights(model)
-    if weights not in entries.__members__:
-        raise ConfigError(
-            f"weights {weights!r}: expected {' or '.join(entries.__members__)} (torchvision's weights for {model}), "
-            "a .safetensors or .pth file, or random:SEED"
-        )
+    preset = (entries[weights] if weights in entries.__members__ else entries.DEFAULT).transforms()
+    return Preprocessing(
+        resize_size=preset.resize_size[0],
+        crop_size=preset.crop_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+def _download(model: str, weights: str) -> Mapping[str, Tensor]:
+    """Downloads torchvision's weights with this name, or reads them from the cache of PyTorch Hub."""
+    load: Callable[..., Mapping[str, Tensor]]
+    if model in VGG_URLS and weights == VGG_WEIGHTS:
+        url = VGG_URLS[model]
+        load = partial(torch.hub.load_state_dict_from_url, url)
+    else:
+        import torchvision
+
+        entries = torchvision.models.get_model_weights(model)
+        if weights not in entries.__members__:
+            raise ConfigError(
+                f"weights {weights!r}: expected {' or '.join(entries.__members__)} (torchvision's weights for {model}),"
+                " a .safetensors or .pth file, or random:SEED"
+            )
+        url, load = entries[weights].url, entries[weights].get_state_dict
     try:
-        tensors: Mapping[str, Tensor] = entries[weights].get_state_dict(progress=True, check_hash=True)
+        return load(progress=True, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         raise ConfigError(
-            f"weights {weights} of {model} cannot be downloaded from {entries[weights].url} ({error}); download the "
-            "file elsewhere and set weights to its path, or use random:SEED"
+            f"weights {weights} of {model} cannot be downloaded from {url} ({error}); download the file elsewhere and "
+            "set weights to its path, or use random:SEED"
         ) from error
-    return tensors
 
 
 def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:

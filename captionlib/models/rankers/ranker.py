@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from captionlib.config import configclass
 from captionlib.data.text.vocabulary import END, PAD, UNKNOWN
+from captionlib.models.normal_weights import sample_normal_weights
 from captionlib.models.standardization import Standardization
 
 __all__ = ["RankerConfig", "RankerNetwork"]
@@ -80,7 +81,8 @@ class RankerNetwork(nn.Module):
         self.vocabulary_size = vocabulary_size
         self.standardization = Standardization(feature_size)
         self.image_projection = nn.Linear(feature_size, config.joint_embedding_size)
-        self.word_vectors = nn.Embedding(vocabulary_size, config.embedding_size)
+        weights = sample_normal_weights(vocabulary_size, config.embedding_size)
+        self.word_vectors = nn.Embedding.from_pretrained(weights, freeze=False)  # type: ignore[no-untyped-call]
         self.recurrence = _build_recurrence(config)
         state_size = config.embedding_size if self.recurrence is None else config.hidden_size
         self.sentence_projection = nn.Linear(state_size, config.joint_embedding_size)

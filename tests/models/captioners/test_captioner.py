@@ -112,14 +112,17 @@ def test_log_probs_depend_on_image(config: CaptionerConfig) -> None:
 
 
 @pytest.mark.parametrize("config", SHAPES, ids=str)
-def test_fused_call_equals_loop(config: CaptionerConfig) -> None:
+def test_fused_call_and_its_gradients_equal_loop(config: CaptionerConfig) -> None:
     model = build(config)
-    inputs = torch.randn(6, config.embedding_size)
-    state = torch.randn(model.state_count, 3, config.hidden_size)
+    inputs = torch.randn(6, config.embedding_size, requires_grad=True)
+    state = torch.randn(model.state_count, 3, config.hidden_size, requires_grad=True)
     loop = run_recurrence(model.recurrence, model.dropout, inputs, [3, 2, 1], state)
     fused = run_fused(model.recurrence, inputs, [3, 2, 1], state)
     torch.testing.assert_close(loop.hidden, fused.hidden)
     torch.testing.assert_close(loop.state, fused.state)
+    variables = [inputs, state, *model.recurrence.parameters()]
+    gradients = [torch.autograd.grad(each.hidden.sin().sum() + each.state.sum(), variables) for each in (loop, fused)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", SHAPES[:2] + SHAPES[8:10], ids=str)

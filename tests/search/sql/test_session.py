@@ -96,6 +96,7 @@ def test_every_form_of_select_is_accepted(local: str, sql: str) -> None:
         ("SELEC 1", "syntax error"),
         ("", "expected one SELECT statement, got 0 statements"),
         ("SELECT 1; SELECT 2", "got 2 statements"),
+        ("DROP VIEW captions", "expected a SELECT statement, got DROP; the dataset is read-only"),
         ("SELECT nothing FROM captions", '"nothing" not found'),
         ("FROM images", "The dataset has the views captions and failures"),
         ("SELECT CAST(caption AS INTEGER) FROM captions", "Could not convert string"),

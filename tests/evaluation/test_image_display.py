@@ -9,7 +9,7 @@ from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
-from captionlib.evaluation.crop_and_attention import CropAndAttention, build_crop_and_attention, read_crop_and_attention
+from captionlib.evaluation.image_display import ImageDisplay, build_image_display, read_image_display
 from tests.evaluation.test_caption_scores import CAPTIONS, write_captions
 
 ENCODER = {
@@ -56,40 +56,40 @@ def write_weights(folder: Path, weights: dict[str, list[list[float]]], encoder: 
     return folder
 
 
-def to_lists(view: CropAndAttention) -> dict[str, Any]:
+def to_lists(view: ImageDisplay) -> dict[str, Any]:
     assert all(maps.dtype == np.uint8 for maps in view.attention_maps.values())
     return {image_id: maps.tolist() for image_id, maps in view.attention_maps.items()}
 
 
 def test_maps_are_scaled_to_the_peak_of_each_token(tmp_path: Path) -> None:
-    view = read_crop_and_attention(write_weights(tmp_path / "captions", WEIGHTS), ["a", "c"])
+    view = read_image_display(write_weights(tmp_path / "captions", WEIGHTS), ["a", "c"])
     assert to_lists(view) == EXPECTED
     assert view.preprocessing is not None
     assert view.preprocessing.resize_size == 256
 
 
 def test_rows_in_memory_give_the_same_maps() -> None:
-    assert to_lists(build_crop_and_attention([make_row(name, WEIGHTS[name]) for name in EXPECTED], ENCODER)) == EXPECTED
+    assert to_lists(build_image_display([make_row(name, WEIGHTS[name]) for name in EXPECTED], ENCODER)) == EXPECTED
 
 
 def test_reading_stops_after_the_last_requested_image(tmp_path: Path) -> None:
     folder = write_weights(tmp_path / "captions", WEIGHTS)
     (folder / "part-00002.parquet").unlink()
-    assert list(read_crop_and_attention(folder, ["a"]).attention_maps) == ["a"]
+    assert list(read_image_display(folder, ["a"]).attention_maps) == ["a"]
 
 
 def test_captions_without_attention_give_an_empty_view(tmp_path: Path) -> None:
-    assert read_crop_and_attention("results.json", ["a"]) == CropAndAttention()
+    assert read_image_display("results.json", ["a"]) == ImageDisplay()
     write_captions(tmp_path / "captions", CAPTIONS)
-    assert read_crop_and_attention(tmp_path / "captions", list(CAPTIONS)) == CropAndAttention()
+    assert read_image_display(tmp_path / "captions", list(CAPTIONS)) == ImageDisplay()
 
 
 def test_imported_features_have_no_preprocessing(tmp_path: Path) -> None:
     folder = write_weights(tmp_path / "captions", WEIGHTS, {"weights": "imported"})
-    assert read_crop_and_attention(folder, ["b"]).preprocessing is None
+    assert read_image_display(folder, ["b"]).preprocessing is None
 
 
 def test_maps_that_are_not_square_are_rejected(tmp_path: Path) -> None:
     folder = write_weights(tmp_path / "captions", {"a": [[0.25, 0.25, 0.5]]})
     with pytest.raises(DatasetError, match="expected square maps, got 3 positions"):
-        read_crop_and_attention(folder, ["a"])
+        read_image_display(folder, ["a"])

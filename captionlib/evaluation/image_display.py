@@ -1,4 +1,4 @@
-"""Reads how the encoder of a captioner cropped images, and the attention map of each caption token."""
+"""Reads how a page displays images: cropped as the encoder received them, with the attention map of each token."""
 
 import math
 import os
@@ -17,14 +17,14 @@ from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import DatasetError
 from captionlib.evaluation.predictions import is_dataset
 
-__all__ = ["CropAndAttention", "build_crop_and_attention", "read_crop_and_attention"]
+__all__ = ["ImageDisplay", "build_image_display", "read_image_display"]
 
 AttentionMaps = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class CropAndAttention:
-    """How the encoder cropped a set of images, and the captioner's attention maps for these images.
+class ImageDisplay:
+    """How to display a set of images: the encoder's crop, and the captioner's attention maps.
 
     Attributes:
         preprocessing: the encoder's preprocessing, which includes the crop; None if unknown.
@@ -36,30 +36,30 @@ class CropAndAttention:
     attention_maps: Mapping[str, AttentionMaps] = field(default_factory=dict)
 
 
-def read_crop_and_attention(source: str | os.PathLike[str], image_ids: Collection[str]) -> CropAndAttention:
+def read_image_display(source: str | os.PathLike[str], image_ids: Collection[str]) -> ImageDisplay:
     """Reads the crop and the attention maps of these images from a captions dataset. JSON files contain neither."""
     if not is_dataset(source):
-        return CropAndAttention()
+        return ImageDisplay()
     dataset = open_dataset(source, "captions").require_complete()
     preprocessing = _parse_preprocessing(dataset.config.get("encoder", {}))
     if "attention" not in dataset.schema.names:
-        return CropAndAttention(preprocessing)
+        return ImageDisplay(preprocessing)
     wanted = pa.array(image_ids, pa.string())
     maps: dict[str, AttentionMaps] = {}
     for shard in range(dataset.shards):
         for rows in dataset.read_batches(shard, ["image_id", "attention"]):
             if len(maps) == len(wanted):
-                return CropAndAttention(preprocessing, maps)
+                return ImageDisplay(preprocessing, maps)
             matches = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
             image_maps = map(_to_maps, _split_by_image(matches["attention"]))
             maps.update(zip(matches["image_id"].to_pylist(), image_maps, strict=True))
-    return CropAndAttention(preprocessing, maps)
+    return ImageDisplay(preprocessing, maps)
 
 
-def build_crop_and_attention(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> CropAndAttention:
+def build_image_display(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> ImageDisplay:
     """Converts rows of a captions dataset, in which `attention` is optional, and the description of the encoder."""
     maps = {row["image_id"]: _to_maps(np.array(row["attention"], np.float32)) for row in rows if "attention" in row}
-    return CropAndAttention(_parse_preprocessing(encoder), maps)
+    return ImageDisplay(_parse_preprocessing(encoder), maps)
 
 
 def _parse_preprocessing(encoder: Mapping[str, Any]) -> Preprocessing | None:
