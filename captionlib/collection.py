@@ -13,7 +13,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "CollectionConfig",
     "SourceConfig",
     "create_collection",
+    "expand_collections",
     "is_collection",
     "open_collection",
 ]
@@ -197,6 +198,15 @@ def _drop_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> di
 
 def is_collection(folder: str | os.PathLike[str]) -> bool:
     return Folder(folder).exists(COLLECTION_FILE)
+
+
+def expand_collections(addresses: Iterable[str]) -> list[str]:
+    """Replaces each address of a collection by the captions of all its sources."""
+    return [
+        captions
+        for address in addresses
+        for captions in (open_collection(address).list_captions() if is_collection(address) else [address])
+    ]
 
 
 def open_collection(folder: str | os.PathLike[str]) -> Collection:

@@ -72,7 +72,9 @@ def command(
     """
     if to not in _JSON and manifest is not None:
         raise click.UsageError(f"--manifest is for --to {' and '.join(_JSON)}; {to} exports the captions of CAPTIONS.")
-    captions = tuple(dataset for address in captions for dataset in _list_datasets(address))
+    from captionlib.collection import expand_collections
+
+    captions = tuple(expand_collections(captions))
     selection = _select(captions, splits, where, duplicates)
     if to in _JSON:
         from captionlib.evaluation.json_exports import export_json
@@ -87,13 +89,6 @@ def command(
     if summary.failures:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in summary.failures.items())
         click.echo(f"{sum(summary.failures.values()):,} images were not exported ({reasons})", err=True)
-
-
-def _list_datasets(address: str) -> list[str]:
-    """Returns the captions of all sources if the address is a collection, and otherwise the address."""
-    from captionlib.collection import is_collection, open_collection
-
-    return open_collection(address).list_captions() if is_collection(address) else [address]
 
 
 def _select(

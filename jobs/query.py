@@ -144,7 +144,7 @@ def command(
       captionlib query captions --sql "SELECT error, count(*) FROM failures GROUP BY 1"
       captionlib query s3://bucket/captions --sql "FROM captions" --format parquet --output all.parquet
     """
-    from captionlib.collection import is_collection
+    from captionlib.collection import expand_collections, is_collection
     from captionlib.search.index_folder import DESCRIPTION
     from captionlib.search.output import write_output
     from captionlib.search.sql.isolation import run_query
@@ -158,6 +158,8 @@ def command(
         values["set"] = overrides
     if len(folders) == 1 and is_collection(folders[0]):
         folders = _resolve_collection(folders[0], values)
+    else:
+        folders = tuple(expand_collections(folders))
     folder, limits = folders[0], SqlLimits(memory, threads)
     if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
         advice = "a dataset; query the captions that the index was built from"
@@ -185,7 +187,7 @@ def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
 
     collection = open_collection(folder)
     if values.keys() & set(_DATASET_QUERIES) - set(_INDEX_QUERIES):
-        return tuple(map(collection.captions, collection.config.sources))
+        return tuple(collection.list_captions())
     if "captioner" not in values and values.keys() & {"sentence", "hybrid", "image"} and collection.config.ranker:
         values.setdefault("ranker", collection.config.ranker)
     return (collection.index,)

@@ -392,7 +392,7 @@ class Index:
     def suggest_query(self, query: str) -> str | None:
         """Returns a query in which the words that no caption contains are replaced by similar words of captions.
 
-        Returns None if there are no such words.
+        Returns None if no word is replaced.
         """
 
         def find_captions(rows: RowNumbers) -> list[str]:

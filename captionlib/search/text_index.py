@@ -202,7 +202,7 @@ class TextIndex:
     def suggest_query(self, query: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
         """Returns a query in which the words that no caption contains are replaced by similar words of captions.
 
-        `find_captions` returns the captions of rows. Returns None if there are no such words.
+        `find_captions` returns the captions of rows. Returns None if no word is replaced.
         """
         replacements: dict[str, str] = {}
         for clause in self._parse_clauses(query):

@@ -171,12 +171,14 @@ def test_query_and_serve_accept_a_collection(collection: Path) -> None:
     assert by_sentence.output.count("\n") == 3
 
 
-def test_export_accepts_a_collection_and_inspect_names_status(collection: Path, tmp_path: Path) -> None:
+def test_export_and_query_accept_a_collection_and_inspect_names_status(collection: Path, tmp_path: Path) -> None:
     update(collection)
     exported = run("export", collection, "--to", "txt", "-o", tmp_path / "out", "--no-progress")
     assert exported.exit_code == 0, exported.output
     texts = sorted(path.read_text() for path in (tmp_path / "out").rglob("*.txt"))
     assert texts == sorted(read_captions(collection).values())
+    count = ("--sql", "SELECT count(*) AS n FROM captions", "--format", "jsonl")
+    assert run("query", collection, collection / "images" / "captions", *count).output.strip() == '{"n": 16}'
     with pytest.raises(DatasetError, match="is a collection; see `captionlib status"):
         run("inspect", collection)
 

@@ -27,8 +27,8 @@ def shrink_image(
     """
     image_height, image_width, channels = pixels.shape
     (width, height), (left, upper, right, lower) = size, box
-    reach = (right - left) / width  # of the filter, in pixels on each side
-    first, last = max(int(left - reach), 0), min(int(right + reach) + 1, image_width)
+    support = (right - left) / width  # of the filter, in pixels on each side
+    first, last = max(int(left - support), 0), min(int(right + support) + 1, image_width)
     rows = pixels.reshape(image_height, -1)[:, channels * first : channels * last]
     shrunk = _shrink_rows(rows, height, upper, lower).reshape(height, -1, channels)
     columns = shrunk.transpose(1, 2, 0).reshape(-1, channels * height)
@@ -39,15 +39,15 @@ def shrink_image(
 
 def _shrink_rows(rows: npt.NDArray[np.generic], count: int, start: float, end: float) -> npt.NDArray[np.float32]:
     """Returns `[count, values]`, weighted means of the rows `[rows, values]` between `start` and `end`."""
-    reach = (end - start) / count
-    centers = start + reach * (np.arange(count) + 0.5)
-    taps = min(int(2 * reach) + 2, len(rows))
-    first = np.clip((centers - reach).astype(int), 0, len(rows) - taps)  # the first of the rows with a weight
+    support = (end - start) / count
+    centers = start + support * (np.arange(count) + 0.5)
+    taps = min(int(2 * support) + 2, len(rows))
+    first = np.clip((centers - support).astype(int), 0, len(rows) - taps)  # the first of the rows with a weight
     distances = np.abs(first[:, None] + np.arange(taps) + 0.5 - centers[:, None])
-    weights = np.maximum(1 - distances / reach, 0)  # a triangle
+    weights = np.maximum(1 - distances / support, 0)  # a triangle
     weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     result = np.empty((count, rows.shape[1]), np.float32)
-    buffer = np.empty((int(_CHUNK * reach) + taps, rows.shape[1]), np.float32)
+    buffer = np.empty((int(_CHUNK * support) + taps, rows.shape[1]), np.float32)
     for begin in range(0, count, _CHUNK):
         chunk = range(begin, min(begin + _CHUNK, count))
         top, bottom = first[chunk[0]], first[chunk[-1]] + taps

@@ -3,6 +3,7 @@
 
 const form = document.getElementById("search");
 const results = document.getElementById("results");
+const ITEMS_PER_FRAME = 12;
 let timer = 0;
 let controller = null;
 let submitted = false; // whether the current results keep their entry in the browser's history
@@ -62,10 +63,14 @@ async function loadNextPage() {
   const link = results.querySelector("a[rel=next]");
   const address = link.getAttribute("href");
   const html = await fetchFragment(address).catch(() => null);
-  await new Promise((resolve) => (window.requestIdleCallback ?? setTimeout)(resolve)); // between two frames
-  if (html === null || !link.isConnected) return; // other results are shown by now
+  if (html === null) return;
   const page = new DOMParser().parseFromString(html, "text/html");
-  results.querySelector(".cards").append(...page.querySelectorAll(".cards li"));
+  const items = [...page.querySelectorAll(".cards li")];
+  while (items.length) { // a few at a time, between frames
+    await new Promise((resolve) => (window.requestIdleCallback ?? setTimeout)(resolve));
+    if (!link.isConnected) return; // other results are shown by now
+    results.querySelector(".cards").append(...items.splice(0, ITEMS_PER_FRAME));
+  }
   const next = page.querySelector("a[rel=next]");
   if (next) link.href = next.getAttribute("href");
   else link.remove();
