@@ -43,7 +43,7 @@ class Scores:
     overall: Mapping[str, float]
     per_image: Mapping[str, Mapping[str, float]]
     intervals: Mapping[str, tuple[float, float]]
-    resampled: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    resampled: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict, compare=False)
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:

@@ -177,8 +177,8 @@ def test_an_index_filters_and_sorts_by_the_scores(tmp_path: Path) -> None:
     above = index.search_text("dog", where="image_text_score > 0").to_pylist()
     assert {row["image_id"] for row in above} == {"s0", "s2"}
     assert index.get_image("p0")["image_text_score"] is None
-    assert index.get_candidates("s2")[0]["image_text_score"] == 0.75
-    assert index.get_candidates("p0")[0]["image_text_score"] is None
+    assert index.get_details("s2")["candidates"][0]["image_text_score"] == 0.75
+    assert index.get_details("p0")["candidates"][0]["image_text_score"] is None
     options = ["--text", "cats", "--sort", "image_text_score", "--where", "image_text_score < 0.5", "--limit", "1"]
     outcome = CliRunner().invoke(captionlib, ["query", str(tmp_path / "index"), *options, "--format", "jsonl"])
     assert outcome.exit_code == 0, outcome.output

@@ -513,6 +513,6 @@ def test_index_without_images_has_pages(tmp_path: Path) -> None:
     with TestClient(create_app(service, tmp_path / "thumbnails")) as client:
         assert "The index has no images yet" in client.get("/").text
         assert "No results for “dog”" in client.get("/?q=dog&split=val").text
-        assert "The index contains only text" in client.get("/?like=x").text
+        assert "No image x in the index" in client.get("/?like=x").text
         assert "<td>broken</td>" in client.get("/failures").text
         assert client.get("/image?id=x").status_code == 404

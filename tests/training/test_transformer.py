@@ -20,7 +20,7 @@ def train(features: ShardedDataset, output: Path, config: CaptionerTrainingConfi
 
 
 def test_recipe_learns_in_all_stages(features: ShardedDataset, tmp_path: Path) -> None:
-    overrides = ["training.epochs=12", "training.learning_rate=0.01", "training.warmup_steps=10"]
+    overrides = ["training.epochs=18", "training.learning_rate=0.01", "training.warmup_steps=10"]
     config = load_config(CaptionerTrainingConfig, find_recipe("transformer", "train-captioner"), [*SMALL, *overrides])
     first = replace(config, objective="bag_of_words", training=replace(config.training, epochs=3))
     words = train(features, tmp_path / "bag-of-words", first)

@@ -171,7 +171,7 @@ def test_a_template_embeds_sentences_in_a_text(folder: Path) -> None:
     assert (templated.sentence_template, plain.sentence_template) == ("a {} on a table", None)
     assert templated.fingerprint == plain.fingerprint  # the embeddings of images are the same
     for option in ("template=a photo", "templat={}", ""):
-        with pytest.raises(ConfigError, match=r"expected \?template= and a text with \{\}"):
+        with pytest.raises(ConfigError, match=r"expected \?template= and a text with one \{\}"):
             open_ranker(f"hf:{folder}?{option}")
 
 
