@@ -438,7 +438,7 @@ def open_dataset(
         got = "other files" if folder.list() else "a missing or empty folder"
         raise DatasetError(
             f"{folder.uri} is not a captionlib dataset: expected a folder with {DESCRIPTION_FILE}, got {got}; "
-            "use the output of the previous stage"
+            "use the output of the previous stage, such as that of `captionlib prepare` for a folder of images"
         )
     if kind is not None and description["kind"] != kind:
         raise DatasetError(
