@@ -4,8 +4,7 @@ import asyncio
 import io
 import json
 import tarfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from captionlib.data.exports import EXPORT_COLUMNS, add_sample, find_problem
@@ -24,7 +23,7 @@ class Exports:
 
     def __init__(self, config: ServingConfig) -> None:
         self._max_bytes = config.max_export_bytes
-        self._free = config.max_concurrent_exports
+        self._slots = asyncio.Semaphore(config.max_concurrent_exports)
 
     def start(
         self, rows: Sequence[Mapping[str, Any]], fetch: Callable[[str], Awaitable[bytes]]
@@ -38,14 +37,14 @@ class Exports:
         Raises:
             BusyError: too many exports are running.
         """
-        if self._free <= 0:
+        if self._slots.locked():
             raise BusyError("other selections are being saved; try again in a minute")
         return self._stream(rows, fetch)
 
     async def _stream(
         self, rows: Sequence[Mapping[str, Any]], fetch: Callable[[str], Awaitable[bytes]]
     ) -> AsyncIterator[bytes]:
-        with self._running():
+        async with self._slots:  # requests that arrive at the same moment wait here
             written = _Buffer()
             failures: list[dict[str, str]] = []
             with tarfile.open(fileobj=written, mode="w|") as tar:
@@ -78,14 +77,6 @@ class Exports:
                 elif isinstance(content, bytes):
                     size += len(content)
                     yield number, row, content
-
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        self._free -= 1
-        try:
-            yield
-        finally:
-            self._free += 1
 
 
 class _Buffer(io.RawIOBase):

@@ -2,7 +2,7 @@ import asyncio
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -73,6 +73,30 @@ def test_exports_at_once_are_limited() -> None:
         assert [part async for part in exports.start([], fetch)]
 
     asyncio.run(run())
+
+
+def test_exports_that_start_at_the_same_moment_wait_for_each_other() -> None:
+    running: list[int] = []
+    most = 0
+
+    async def fetch(_: str) -> bytes:
+        nonlocal most
+        running.append(1)
+        most = max(most, len(running))
+        await asyncio.sleep(0)
+        running.pop()
+        return GIF
+
+    async def collect(parts: AsyncIterator[bytes]) -> bytes:
+        return b"".join([part async for part in parts])
+
+    async def run() -> None:
+        exports = Exports(ServingConfig(max_concurrent_exports=1))
+        started = [exports.start([{**ROW, "image_id": "0"}], fetch) for _ in range(3)]
+        assert all(await asyncio.gather(*map(collect, started)))
+
+    asyncio.run(run())
+    assert most == 1
 
 
 @pytest.fixture(scope="module")
