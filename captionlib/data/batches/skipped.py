@@ -32,7 +32,7 @@ class SkippedImages:
         self._rows: dict[str, Row] = {}
         if output.exists(self._file):
             with output.open(self._file) as file:
-                self._rows = {row["image_id"]: row for row in pq.read_table(file).to_pylist()}
+                self._rows = {row["image_id"]: row for row in pq.ParquetFile(file).read(use_threads=False).to_pylist()}
 
     def __len__(self) -> int:
         return len(self._rows)

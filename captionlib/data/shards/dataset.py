@@ -332,7 +332,8 @@ class ShardedDataset:
             content = self.folder.read(name)
             if "" not in checksums and compute_checksum(io.BytesIO(content)) not in checksums:
                 raise self._damaged(name, "its checksum differs from the marker")
-            table = pq.read_table(io.BytesIO(content))
+            # A process that ends just after Arrow has started threads may be aborted.
+            table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
         except FileNotFoundError:
             raise self._damaged(name, "missing") from None
         except (pa.ArrowException, OSError) as error:
