@@ -64,6 +64,11 @@ ImageId = Annotated[
     str, Query(alias="id", description="Id of the image, as in a search result.", examples=["1000268201_693b08cb0e"])
 ]
 
+SourceName = Annotated[
+    str | None,
+    Query(max_length=300, description="Return only images of this captions dataset.", examples=["captions"]),
+]
+
 router = APIRouter()
 
 
@@ -128,10 +133,7 @@ def search_images(
     split: Annotated[
         str | None, Query(max_length=100, description="Return only images in this split.", examples=["val"])
     ] = None,
-    source: Annotated[
-        str | None,
-        Query(max_length=300, description="Return only images of this captions dataset.", examples=["captions"]),
-    ] = None,
+    source: SourceName = None,
     date: Annotated[
         str | None,
         Query(
@@ -180,10 +182,7 @@ def list_failures(
     reason: Annotated[
         str | None, Query(max_length=100, description="Return only images with this reason.", examples=["Truncated"])
     ] = None,
-    source: Annotated[
-        str | None,
-        Query(max_length=300, description="Return only images of this captions dataset.", examples=["captions"]),
-    ] = None,
+    source: SourceName = None,
     cursor: Annotated[
         str | None,
         Query(max_length=100, description="The next_cursor of the previous page.", examples=["100-5d1b4e01"]),

@@ -168,7 +168,7 @@ class SearchService:
         )
         offset = _read_cursor(cursor, search)
         page = limit + 1, offset, where  # one more row shows whether there is a next page
-        counts = self.index.count_facets(where)
+        counts = None
         try:
             if search.is_empty:
                 table = self.index.sample(0)
@@ -184,6 +184,8 @@ class SearchService:
         except QueryError as error:
             response.message = str(error).split(": ", 1)[-1]
             return response
+        if counts is None:
+            counts = self.index.count_facets(where)
         response.facets = FacetsResponse(
             splits=counts.splits,
             sources=counts.sources,
