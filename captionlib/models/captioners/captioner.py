@@ -28,6 +28,7 @@ from captionlib.models.captioners.attention import Attention
 from captionlib.models.captioners.packed_sequences import PackedSequences, pack_sequences
 from captionlib.models.captioners.recurrence import RecurrenceOutput, run_recurrence
 from captionlib.models.captioners.transformer import Transformer
+from captionlib.models.dropout import Dropout
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.normal_weights import sample_normal_weights
 from captionlib.models.standardization import Standardization
@@ -205,7 +206,7 @@ class CaptionerNetwork(nn.Module):
         if config.attention_size:
             self.attention = Attention(feature_size, config.attention_size, hidden_size, gates_size, config.dropout)
         self.output = nn.Linear(hidden_size, vocabulary_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         if self.transformer is not None:
             for layer in (self.word_vectors, self.output):
                 layer.weight = nn.Parameter(sample_normal_weights(vocabulary_size, hidden_size, hidden_size**-0.5))
