@@ -194,7 +194,7 @@ class Index:
 
     def _read_state(self) -> str:
         try:
-            return self._folder.fetch_state(DESCRIPTION)
+            return self._folder.fetch_version(DESCRIPTION)
         except (FileNotFoundError, NotADirectoryError):
             return ""
 

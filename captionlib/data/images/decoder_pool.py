@@ -240,7 +240,7 @@ class _Decoder:
         self._responses.close()
 
     def _start_timeout(self, seconds: float) -> None:
-        """Starts a timeout of ten equal intervals. Time during which this process is suspended uses up only one."""
+        """Starts a timeout of ten equal intervals. A suspension of this process uses up only one of them."""
         self._interval_milliseconds, self._intervals = 100 * seconds, 10
 
     def _wait_for(self, pipe: select.poll) -> None:

@@ -257,6 +257,7 @@ async def _request(session: aiohttp.ClientSession, url: str, options: dict[str, 
 
 
 async def _read_object(fs: Any, path: str, span: _Span) -> bytes:
+    """Reads a span of an object in an object store."""
     try:
         return cast(bytes, await fs._cat_file(path, start=span.start, end=span.start + span.size))
     except Exception as error:
@@ -339,7 +340,7 @@ _STATUS_REASONS = {
     **dict.fromkeys((404, 410), ("NotFound", "check the address")),
     **dict.fromkeys((401, 403, 407, 451), ("Forbidden", "check the credentials and the terms of the server")),
     408: ("Timeout", "retry"),
-    416: ("BadRange", "the file is shorter than the address says; prepare the source again"),
+    416: ("BadRange", "the file is shorter than the address says; run `captionlib prepare` again"),
     429: ("TooManyRequests", "retry later with --retry-failures, or reduce loading.threads"),
     400: ("BadRequest", "check the address"),
     500: ("ServerError", "retry later with --retry-failures"),

@@ -1,4 +1,7 @@
-"""Compares a source with an existing manifest (sharded table of images), and updates the shards that changed."""
+"""Compares a source (an input dataset) with its manifest (the sharded table of its images), and updates the manifest.
+
+Only the shards with new, changed or gone rows are written.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +33,7 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class Changes:
-    """How many rows of a source differ from the manifest.
+    """The numbers of rows that differ between a source and a manifest, and that do not.
 
     Attributes:
         new: rows with an id that is not in the manifest.
@@ -187,7 +190,7 @@ def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterat
 
 
 def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for shard in dataset.done_shards():
+    for shard in dataset.list_written_shards():
         yield from (
             rows.select(schema.names).cast(schema) for rows in dataset.read_batches(shard, schema.names, _BATCH_ROWS)
         )

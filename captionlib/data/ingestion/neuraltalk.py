@@ -22,7 +22,7 @@ from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import describe, is_unicode
 from captionlib.data.sources.versions import version_from_uri
 from captionlib.errors import DatasetError, DuplicateIdError
@@ -130,7 +130,7 @@ def _compute_checksum(address: str) -> str:
 
 
 def _check_orientation(
-    numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: npt.NDArray[Any], size: int | None, address: str
+    numbered_rows: Sequence[tuple[object, ImageRecord]], matrix: npt.NDArray[Any], size: int | None, address: str
 ) -> None:
     """Checks that the matrix has a column, not a row, for each image.
 
@@ -156,7 +156,7 @@ def _check_orientation(
 
 
 def _find_columns(
-    numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: npt.NDArray[Any], address: str
+    numbered_rows: Sequence[tuple[object, ImageRecord]], matrix: npt.NDArray[Any], address: str
 ) -> npt.NDArray[np.int64]:
     """Returns the matrix column of each image, after checking that the two files match."""
     size, count = matrix.shape
@@ -206,7 +206,7 @@ def _read_vectors(
     return vectors
 
 
-def _to_batch(rows: Sequence[ManifestRow], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
-    # A ManifestRow has no sizes or hashes, so these columns are null. The last column contains the vectors.
+def _to_batch(rows: Sequence[ImageRecord], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
+    # A ImageRecord has no sizes or hashes, so these columns are null. The last column contains the vectors.
     columns = [pa.array([getattr(row, each.name, None) for row in rows], each.type) for each in schema][:-1]
     return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)

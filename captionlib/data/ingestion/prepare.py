@@ -21,7 +21,7 @@ from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format, read_source
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
@@ -49,10 +49,10 @@ class PrepareConfig:
             existing manifest keeps its shard size, and the size for a new one grows with the number of images.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: keep images of an existing manifest that are not in the source, which then only needs to list new ones.
+        append: keep images of an existing manifest that are not in the source. The source may then list only new ones.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
         verify_content: path or URL of features, captions or embeddings made from the manifest. If set, an update reads
-            each image whose file seems unchanged, and compares a hash of its content with `content_hash` there.
+            each image whose file seems unchanged, and compares a hash of its content with their `content_hash`.
     """
 
     source_format: str = "auto"
@@ -160,7 +160,7 @@ def _prepare(
 ) -> PrepareSummary:
     """Writes or updates a manifest.
 
-    Locking creates the folder, so a new folder is locked after the sources were checked: invalid ones create no folder.
+    Locking creates the folder, so a new folder is locked only after the sources were checked.
     """
     is_new = not Folder(output).exists(DESCRIPTION_FILE)
     existing = _open_output(output, config, overwrite)
@@ -319,7 +319,7 @@ def _select_format(addresses: Sequence[str], config: PrepareConfig) -> str:
 
 def _read(
     addresses: Sequence[str], source_format: str, config: PrepareConfig, skips: SkipCounter
-) -> Iterator[ManifestRow]:
+) -> Iterator[ImageRecord]:
     rows = read_source(source_format, addresses, config.options, skips)
     if SOURCE_FORMATS[source_format].references_images and config.check_images:
         first = list(itertools.islice(rows, _IMAGES_TO_CHECK))
@@ -328,7 +328,7 @@ def _read(
     return rows
 
 
-def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
+def _check_images_exist(rows: Sequence[ImageRecord]) -> None:
     """Raises DatasetError if none of the images exists. The image folder is then probably wrong."""
     first_error: FetchError | None = None
     for row in rows:
@@ -346,7 +346,7 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
         )
 
 
-def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: SkipCounter) -> Iterator[ManifestRow]:
+def _select_splits(rows: Iterator[ImageRecord], splits: Collection[str], skips: SkipCounter) -> Iterator[ImageRecord]:
     selected = add_split_aliases(splits)  # val and dev are the same split
     for row in rows:
         if row.split in selected:
@@ -355,7 +355,7 @@ def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: 
             skips.count_ignored("in a different split")
 
 
-def _drop_removed(rows: Iterator[ManifestRow], removed: RemovedImages, skips: SkipCounter) -> Iterator[ManifestRow]:
+def _drop_removed(rows: Iterator[ImageRecord], removed: RemovedImages, skips: SkipCounter) -> Iterator[ImageRecord]:
     for row in rows:
         if row.image_id in removed:
             skips.count_ignored("removed with captionlib remove")

@@ -1,4 +1,4 @@
-"""Stages manifest rows (one per image) in a local Parquet file, to count, hash and check them first."""
+"""Writes the rows of a manifest (one per image) to a local Parquet file, to count, hash and check them first."""
 
 import hashlib
 import itertools
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
-from captionlib.data.sources.rows import ManifestRow
+from captionlib.data.sources.rows import ImageRecord
 from captionlib.errors import DatasetError, DuplicateIdError
 
 __all__ = ["StagedRows", "check_unique_ids", "open_database", "read_manifest", "read_shards", "stage_rows"]
@@ -24,7 +24,7 @@ _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
 _SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))  # the origin is a file and line
 
-# Ids are compared in passes of about this many, so that memory does not grow with the number of rows.
+# Each pass over the file compares about this many ids, so that memory does not grow with the number of rows.
 _IDS_PER_PASS = 250_000
 
 
@@ -50,7 +50,7 @@ class StagedRows:
 
 
 def stage_rows(
-    rows: Iterable[ManifestRow],
+    rows: Iterable[ImageRecord],
     path: Path,
     existing: ShardedDataset | None = None,
     count: Callable[[int], None] = lambda rows: None,
@@ -115,7 +115,7 @@ def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -
         _write(writer, rows, [""] * rows.num_rows)
 
 
-def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
+def _to_batch(rows: list[ImageRecord]) -> pa.RecordBatch:
     columns = [pa.array(list(map(attrgetter(field.name), rows)), field.type) for field in MANIFEST_SCHEMA]
     return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
 

@@ -1,10 +1,12 @@
-"""Merges small shards and splits large ones, without computing any row again.
+"""Merges small shards of datasets and splits large ones, without computing any row again.
 
-A manifest lists the images, and other datasets are made from it. First, the manifest is atomically divided into new
-shards. Then, in each dataset that was made from it, each row and failure moves to the shard that now contains its
-image. Each compaction has an id, which the compacted datasets store as `compaction_id`. A dataset whose `compaction_id`
-differs from that of its source still has the old shards. If compaction is interrupted, running the same command again
-moves the rows of these datasets.
+The manifest is the dataset that lists the images. All other datasets are made from it, shard by shard, and contain a
+row or a failure (the record of an unreadable image) for each image. First, the manifest is atomically divided into new
+shards. Then, in each other dataset, each row and failure moves to the shard that now contains its image.
+
+Each compaction has an id, which the compacted datasets store as `compaction_id`. A dataset still has the old shards if
+its id differs from that of its source, the dataset that it was made from. If compaction is interrupted, running the
+same command again moves the rows of these datasets.
 """
 
 import math
@@ -64,7 +66,7 @@ class Compaction:
         """Atomically replaces the shards of the dataset.
 
         Args:
-            report_moved: shows progress.
+            report_moved: called to show progress.
 
         Returns:
             The new dataset. It is equal to `dataset` if there was nothing to do.

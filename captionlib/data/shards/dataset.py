@@ -108,10 +108,10 @@ class ShardedDataset:
     encoder_weights: str = ""
     created: str = field(default="", compare=False)
 
-    def done_shards(self) -> set[int]:
-        """Returns the numbers of the shards that have a marker and a data file, from a listing of the folders.
+    def list_written_shards(self) -> set[int]:
+        """Returns the numbers of the shards that have a marker and a data file.
 
-        Some of them may be unfinished. `read_markers` also reads the markers, and returns only finished shards.
+        This lists the folders, but does not read the markers, so some of these shards may not be finished.
         """
         return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
 
@@ -149,8 +149,9 @@ class ShardedDataset:
 
     def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
         """Returns the markers of the finished shards among `shards`, by shard. If None, all shards are considered."""
-        done = self.done_shards()
-        return {marker.shard: marker for marker in self.iter_markers(done if shards is None else done & set(shards))}
+        written = self.list_written_shards()
+        selected = written if shards is None else written & set(shards)
+        return {marker.shard: marker for marker in self.iter_markers(selected)}
 
     def require_markers(self) -> dict[int, Marker]:
         """Returns the markers of the finished shards, by shard. Commands that must not overlook a shard call this.
@@ -208,7 +209,7 @@ class ShardedDataset:
 
     def compute_totals(self) -> Totals:
         """Sums the markers of all finished shards."""
-        return sum_markers(self.iter_markers(self.done_shards()))
+        return sum_markers(self.iter_markers(self.list_written_shards()))
 
     def read_totals(self) -> Totals | None:
         """Returns the totals in `_SUCCESS`, or None if the dataset is not complete."""

@@ -1,6 +1,6 @@
 """Runs a stage on a sample of its input, and estimates the time and output size for the rest of the input.
 
-A stage is a step that reads one dataset and writes another, such as feature extraction.
+A stage is a step that reads one dataset (a folder of Parquet shards) and writes another, such as feature extraction.
 """
 
 import os

@@ -95,14 +95,14 @@ class ShardJob:
     def _find_missing(self) -> list[int]:
         """Returns the shards that lack a marker or a data file, for the first list of `plan`.
 
-        Returns an empty list if finished shards may be pending too. Then `plan` yields a single list of all pending
-        shards, so that a cluster is started only once.
+        Returns an empty list if shards that have both files may need processing too. Then `plan` yields a single list
+        of all shards to process, so that a cluster is started only once.
         """
         checksum = self.source.compute_content_checksum()
         if self.verify or self.retry_failures or any(output.source_checksum != checksum for output in self.outputs):
             return []
-        done = [output.done_shards() for output in self.outputs]
-        return [shard for shard in range(self.source.shards) if any(shard not in shards for shards in done)]
+        written = [output.list_written_shards() for output in self.outputs]
+        return [shard for shard in range(self.source.shards) if any(shard not in shards for shards in written)]
 
     def run(self, shard: int, process: ProcessRows) -> Marker:
         """Processes a shard, unless it is finished.

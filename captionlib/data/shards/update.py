@@ -142,7 +142,7 @@ def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> No
     Args:
         folder: folder of the dataset.
         staging: path of the folder with the staged shards, relative to `folder`.
-        written: for each shard, its part name (such as `part-00000`) and the checksums of its new files.
+        written: checksums of the new files of each shard, by its part name, such as `part-00000`.
     """
     moved, missing = [], []
     for name, checksums in written.items():
@@ -165,9 +165,10 @@ def _missing_shard_error(folder: Folder, staging: str, name: str) -> DatasetErro
 
 
 def _move_shard(folder: Folder, staging: str, name: str, checksums: str) -> None:
-    """Moves the staged shard with this part name. Until it is moved, the marker describes both versions of it.
+    """Moves a staged shard into place, given its part name and the checksums of its new files.
 
-    `checksums` are those of its new files. Raises DatasetError if the shard is neither staged nor in place.
+    While its files are moved, its marker describes both the old and the new version. Raises DatasetError if the shard
+    is neither staged nor in place.
     """
     new = _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")
     current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")

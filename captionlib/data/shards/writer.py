@@ -79,6 +79,7 @@ class ShardWriter:
         self.failures.append(failure_row(row, error))
 
     def flush(self) -> None:
+        """Writes the buffered rows as a row group."""
         if self._buffered_rows:
             self._writer.write_table(pa.Table.from_batches(self._buffer, self._schema))
         self._buffer, self._buffered_rows, self._buffered_bytes = [], 0, 0

@@ -1,4 +1,4 @@
-"""Defines the tokenizer and the vocabulary, which converts sentences to token ids and back.
+"""The tokenizer, and the vocabulary that converts sentences to token ids and back.
 
 Tokens are normalized words, subwords of normalized words (subwords.py), or unchanged characters.
 """
