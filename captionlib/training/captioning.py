@@ -71,7 +71,7 @@ class CaptionerTrainingConfig:
             (encoder layers that are fine-tuned with the captioner).
         encoder_top_learning_rate: the base learning rate of the layers of `encoder_top`; 0 freezes them.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
-        word_vectors: a word2vec, GloVe or fastText file of pre-trained vectors that initialize the word embeddings.
+        word_vectors: a word2vec, GloVe or fastText file with vectors that initialize the word embeddings.
         init_from: the checkpoint of a captioner to start from. Its weights, architecture, vocabulary and feature
             statistics are kept, and `level`, `min_count` and `vocabulary_size` have no effect.
         label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.

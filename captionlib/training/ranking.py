@@ -235,9 +235,7 @@ def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, devic
     )
     seed_everything(config.training.seed)
     model = RankerNetwork(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
-    if config.ranker.standardize_features:
-        model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
-
+    model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
     provenance = describe_features(dataset, config.train_splits, config.validation_splits)
 
     def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:

@@ -158,10 +158,10 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         """Returns the token ids of the greedy caption of each image."""
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        incremental = IncrementalCaptioner(self.model, dtype)
+        captioner = IncrementalCaptioner(self.model, dtype)
         with torch.autocast(kind, enabled=False):
-            start: Hypotheses = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
-            candidates = search_beam(incremental, self._greedy, self._constraints, start)
+            start: Hypotheses = captioner.begin(captioner.encode_images(torch.from_numpy(batch.features)))
+            candidates = search_beam(captioner, self._greedy, self._constraints, start)
         return [[*best.token_ids, END][: best.token_count] for (best,) in candidates]
 
     def _compute_rewards(self, batch: CaptionBatch, sampled: list[list[int]]) -> tuple[Rewards, Rewards]:

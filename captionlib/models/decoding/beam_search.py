@@ -38,14 +38,14 @@ class _Continuations(NamedTuple):
 
 
 def search_beam(
-    incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
+    captioner: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
 ) -> list[list[Candidate]]:
     """Searches for the most probable sentences of each image, starting from one hypothesis per image.
 
     Returns:
         At least `config.candidate_count` candidates per image, or all if there are fewer, in any order.
     """
-    search = _BeamSearch(incremental, config, constraints, start)
+    search = _BeamSearch(captioner, config, constraints, start)
     while search.is_running:
         search.extend()
     return search.candidates()
@@ -58,10 +58,10 @@ class _BeamSearch:
     """
 
     def __init__(
-        self, incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
+        self, captioner: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
     ) -> None:
-        device = incremental.device
-        self._incremental = incremental
+        device = captioner.device
+        self._captioner = captioner
         self._config = config
         self._constraints = constraints
         self._images = len(start.words)
@@ -88,7 +88,7 @@ class _BeamSearch:
         """Extends each hypothesis by one word, and keeps the most probable continuations."""
         self._length += 1
         beam = self._beam
-        log_probs, state = self._incremental.step(beam.state, beam.words[:, -1])
+        log_probs, state = self._captioner.step(beam.state, beam.words[:, -1])
         self._constraints.apply(log_probs, beam.words[:, 1:])
         is_diverse = self._config.beam_groups > 1
         chosen = self._choose_diverse(log_probs) if is_diverse else self._choose(log_probs)

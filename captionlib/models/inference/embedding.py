@@ -83,16 +83,16 @@ class ImageEmbedding:
         with open_input_loader(
             [self.input_transform], [ranker], config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
-            yield lambda batches, fail: (
+            yield lambda batches, report_failure: (
                 (build_embedding_rows(rows, ranker.encode_images(images)),)
-                for rows, (images,) in load_features(batches, fail)
+                for rows, (images,) in load_features(batches, report_failure)
             )
 
 
 def create_embeddings_dataset(
     folder: str | os.PathLike[str], sample: Sample, ranker: RankingModel, overwrite: bool
 ) -> ShardedDataset:
-    """Creates the dataset for a ranker's embeddings of the images of `sample`; see `create_dataset`."""
+    """Creates the dataset for a ranker's embeddings of the input, `sample`; see `create_dataset`."""
     return create_dataset(
         folder,
         "embeddings",
