@@ -36,7 +36,7 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
     from captionlib.data.shards.compaction import plan_compaction
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.progress import progress_bar
-    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.index_folder import INDEX_FILE
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
 
@@ -47,7 +47,7 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
                 collection = open_collection(folder)
                 stack.enter_context(lock_folder(collection.folder, "captionlib compact"))
                 addresses += [address for address in collection.list_datasets() if Folder(address).list()]
-            elif not Folder(folder).exists(DESCRIPTION):  # an index has no shards to compact
+            elif not Folder(folder).exists(INDEX_FILE):  # an index has no shards to compact
                 addresses.append(folder)
         for address in addresses:
             stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib compact"))

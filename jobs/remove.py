@@ -95,7 +95,7 @@ def _find_datasets(
     """Returns the addresses of datasets and indexes. Locks the datasets and collections until `stack` is closed."""
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.dataset import open_dataset
-    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.index_folder import INDEX_FILE
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
 
@@ -110,8 +110,8 @@ def _find_datasets(
             if not found:
                 raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
             datasets += found
-            indexes += [collection.index] if Folder(collection.index).exists(DESCRIPTION) else []
-        elif Folder(folder).exists(DESCRIPTION):
+            indexes += [collection.index] if Folder(collection.index).exists(INDEX_FILE) else []
+        elif Folder(folder).exists(INDEX_FILE):
             indexes.append(folder)
         else:
             datasets.append(folder)
