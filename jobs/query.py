@@ -182,7 +182,10 @@ def command(
 
 
 def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the index of a collection, or its captions for a query over a dataset. Adds the ranker to `values`."""
+    """Returns the index in a collection (folder of `captionlib init`), or its captions datasets for a dataset query.
+
+    Adds the ranker of the collection to `values` if the query needs it.
+    """
     from captionlib.collection import open_collection
 
     collection = open_collection(folder)

@@ -74,11 +74,11 @@ def command(
 ) -> None:
     """Serve an index, or the index of a collection, as a web application with a JSON API.
 
-    By default, only this machine can connect. There is no authentication: anyone who can connect can view every image
-    in the index, and save its original file. To restrict access, put a proxy with authentication in front of the
-    server. The server shows only images in the index, and does not accept SQL. It downloads images only from public
-    hosts, unless --allow-private-hosts is set. /docs describes the API, /health reports the state, and /metrics is for
-    Prometheus.
+    A collection is a folder that `captionlib init` created. By default, only this machine can connect. There is no
+    authentication: anyone who can connect can view every image in the index, and save its original file. To restrict
+    access, put a proxy with authentication in front of the server. The server shows only images in the index, and does
+    not accept SQL. It downloads images only from public hosts, unless --allow-private-hosts is set. /docs describes the
+    API, /health reports the state, and /metrics is for Prometheus.
 
     \b
     Examples:

@@ -70,7 +70,7 @@ class Comparison:
     notes: Sequence[str]
 
     @property
-    def wins(self) -> tuple[int, int, int]:
+    def wins_ties_losses(self) -> tuple[int, int, int]:
         """The numbers of images whose caption has a higher, an equal and a lower CIDEr than that of the baseline."""
         differences = [value - self.baseline_cider[image_id] for image_id, value in self.cider.items()]
         better, worse = (sum(sign * each >= _TIE for each in differences) for sign in (1, -1))
