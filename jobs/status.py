@@ -114,5 +114,5 @@ def _is_current(collection: Collection) -> bool:
     captions, embeddings = collection.list_captions(), collection.list_embeddings() or None
     try:
         return plan_build(captions, embeddings, collection.index, config.index, duplicates=duplicates).is_done()
-    except FingerprintError:  # collection.yaml names another captioner or ranker now
+    except FingerprintError:  # collection.yaml names other models now
         return False

@@ -100,7 +100,10 @@ def _prepare(
 def _caption(
     collection: Collection, source: SourceConfig, generation: GenerationConfig, device: str, run: RunConfig
 ) -> None:
-    """Writes captions and embeddings, in one pass if the captioner and the ranker have the same encoder."""
+    """Writes the captions and, if there is a ranker (image-text retrieval model), the embeddings of a source.
+
+    If the captioner and the ranker have the same encoder, both are written in one pass.
+    """
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS
     from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
     from pipelines.embed_images import embed_images

@@ -105,7 +105,7 @@ def compare_predictions(
         ]
         raise DatasetError(
             f"expected captions of the same images, got no image in both {names[0]} and {names[1]}, such as "
-            f"{' and '.join(examples)}; compare captions that were generated from the same manifest"
+            f"{' and '.join(examples)}; compare captions that were generated for the same images"
         )
     shared = [replace(each, references=each.references or others[each.image_id].references) for each in shared]
     others = {each.image_id: replace(others[each.image_id], references=each.references) for each in shared}

@@ -23,7 +23,7 @@ class Filter:
 
     Attributes:
         where: SQL condition over the columns of a row. It can be slow, so do not accept it from untrusted users.
-        split: dataset split of the images, such as `val`.
+        split: dataset split of the images, such as `test`; `val` and `dev` are the same split.
         min_log_prob: minimum log-probability of a caption.
         source: name of the captions dataset; see `name_sources`.
         date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`.

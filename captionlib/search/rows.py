@@ -56,8 +56,9 @@ ROW_SCHEMA = pa.schema(
 )
 """The columns of a row.
 
-`modified` is the time, in UTC, at which the file of the image was last modified; null if it is unknown. For duplicates,
-`duplicate_of` is the id of the image that represents their group; for other images, it is null.
+`version` is a string that changes when the file of the image does. `modified` is the time, in UTC, at which the file of
+the image was last modified; null if it is unknown. For duplicates, `duplicate_of` is the id of the image that
+represents their group; for other images, it is null.
 """
 
 _REFERENCES = pa.field("references", pa.list_(pa.string()))

@@ -101,9 +101,10 @@ class Search:
 class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
 
-    This class is thread-safe. In the context, the service switches to a new version of the index within seconds after
-    its publication. If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences`,
-    or with the captions of similar images if there are no sentences.
+    The models are a captioner, a ranker (dual encoder for image-text retrieval), or both. This class is thread-safe. In
+    the context, the service switches to a new version of the index within seconds after its publication. If `models` is
+    None, searching by image is disabled. Uploaded images are compared with `sentences`, or with the captions of similar
+    images if there are no sentences.
     """
 
     def __init__(
