@@ -119,8 +119,9 @@ def command(
 
     A dataset is queried with SQL. Its rows are in a view named after its kind: captions, features, manifest, embeddings
     or duplicates. A second view, named failures, contains the images that could not be processed. Both include only
-    finished shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else. A
-    query is stopped after --timeout, or when it uses 512 MiB more than --memory. The same limits apply to --where.
+    finished shards (files). SQL from untrusted users is safe: a query cannot change the dataset or access anything
+    else. A query is stopped after --timeout, or when it uses 512 MiB more than --memory. The same limits apply to
+    --where.
 
     \b
     Examples:

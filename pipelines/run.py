@@ -43,7 +43,7 @@ from captionlib.errors import CaptionlibError, ConfigError, RunnerError
 from pipelines.beam_options import expand_option_files
 from pipelines.process_shards import ProcessShards
 
-__all__ = ["RunConfig", "run_job", "run_pipeline"]
+__all__ = ["RunConfig", "choose_runner", "run_job", "run_pipeline"]
 
 _BEAM_COPY = "_tagged_with_step"  # attribute that Beam adds to its copies of errors
 _RAISED_ERROR = re.compile(r"captionlib\.errors\.(\w+): (.*?)(?: \[while running [^\n]*)?$", re.MULTILINE)

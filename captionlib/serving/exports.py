@@ -63,7 +63,7 @@ class Exports:
         fetch: Callable[[str], Awaitable[bytes]],
         failures: list[dict[str, str]],
     ) -> AsyncIterator[tuple[int, Mapping[str, Any], bytes]]:
-        """Yields the position, row and bytes of each image. Adds images that cannot be exported to `failures`."""
+        """Yields the position, row and bytes of each image that can be exported, and adds the others to `failures`."""
         size = 0
         for start in range(0, len(rows), _BATCH):
             batch = rows[start : start + _BATCH]
