@@ -100,7 +100,7 @@ class CollectionConfig:
             raise ConfigError(f"sources: expected one or more sources with different names, got {', '.join(names)}")
         if self.duplicates is not None and self.ranker is None:
             raise ConfigError(
-                "duplicates: near-duplicates are found by embeddings; set ranker, or leave duplicates out"
+                "duplicates: finding near-duplicates requires embeddings; set ranker, or remove duplicates"
             )
 
 

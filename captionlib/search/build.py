@@ -81,7 +81,8 @@ class IndexBuild:
         captions: captions datasets, with one row per captioned image.
         embeddings: one embeddings dataset per captions dataset, in the same order. If empty, the index is text-only.
         config: configuration of the index.
-        duplicates: the duplicates that are left out or marked; None if no duplicates are known.
+        duplicates: dataset of groups of similar images, each with one kept image. The other images are left out or
+            marked; None if no duplicates are known.
         manifests: for each captions dataset, the manifest that it was generated from, a table of images and their
             reference captions; None if it is not available.
         shards: all shards of the index, in the order of their rows.
@@ -380,12 +381,13 @@ def plan_build(
     `overwrite` is True, the index is built from scratch, whatever the folder contains.
 
     `duplicates` is a dataset that contains groups of similar images. Only one image of each group, the kept image, is
-    indexed. If `config.keep_duplicates` is set, the others are indexed too, and marked as its duplicates. If that
-    dataset changes, the affected shards are indexed again.
+    indexed. If `config.keep_duplicates` is set, the others are indexed too, and marked as its duplicates. If
+    `duplicates` changes, the affected shards are indexed again.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
-        DatasetError: a dataset is missing or has no finished shard, datasets do not match, or `output` has other files.
+        DatasetError: a dataset is missing or has no finished shard, captions and embeddings cover different images, or
+            `output` contains other files.
         FingerprintError: the index has different datasets or a different configuration, and `overwrite` is False.
     """
     captions_datasets = tuple(open_dataset(address, "captions") for address in list_addresses(captions))
@@ -484,7 +486,7 @@ def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
 def _apply_duplicates(
     build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
 ) -> list[InputShard]:
-    """Adds to each shard the hash of its duplicates, and subtracts the images that are left out from its row count.
+    """Adds to each shard the hash of its duplicates, and subtracts the left-out images from its number of rows.
 
     If the duplicates have not changed since the last build, shards of the existing index are not read again.
     """

@@ -143,7 +143,7 @@ def find_duplicates(
 def read_duplicate_summary(
     embeddings: Addresses, duplicates: str | os.PathLike[str], threshold: float
 ) -> DuplicateSummary | None:
-    """Returns the counts that `find_duplicates` wrote. Returns None if it has not run with the current arguments.
+    """Returns the counts that `find_duplicates` wrote. Returns None if they are missing or out of date.
 
     Raises:
         DatasetError: `embeddings` are not complete embeddings datasets.
@@ -238,7 +238,7 @@ def _index_vectors(shards: Sequence[Shard], rows: int, dimension: int) -> Any:
 
 
 def _read_vectors(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.float32]:
-    """Returns the vectors of a shard, `[rows, dimension]`, rescaled to unit length because float16 rounds them."""
+    """Returns the vectors of a shard, `[rows, dimension]`, rescaled to unit length because float16 is imprecise."""
     vectors = vectors_to_numpy(embeddings.read(shard, ["embedding"])["embedding"]).astype(np.float32)
     unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit

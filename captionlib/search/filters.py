@@ -38,7 +38,7 @@ class Filter:
     kept_only: bool = False
 
     def to_sql(self) -> tuple[str, list[Any]]:
-        """Returns the filter, except for `source`, which is not a column, as one SQL condition and its parameters."""
+        """Returns one SQL condition and its parameters. `source` is omitted, because it is not a column."""
         splits = None if self.split is None else sorted(add_split_aliases([self.split]))
         parameters = {
             "list_contains(?, split)": splits,
@@ -75,7 +75,7 @@ class FacetCounts:
 
 
 class Facets:
-    """The facets of one version of an index.
+    """The facets of one version of an index. Rows in the same group have the same value of every facet.
 
     Attributes:
         sources: the names of the captions datasets.

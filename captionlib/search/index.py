@@ -170,7 +170,7 @@ class Index:
             return self._refresh()
 
     def try_refresh(self) -> None:
-        """Refreshes the index, unless another thread is doing so. If it fails, logs a warning and keeps the version."""
+        """Opens the newest version, unless another thread is doing so. If it fails, logs a warning and keeps the old one."""
         if not self._refresh_lock.acquire(blocking=False):
             return
         try:

@@ -153,7 +153,7 @@ class IndexDescription:
         duplicates: the duplicates that are left out or marked; None if no duplicates are known.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, in the order of their rows.
-        groups: the groups of rows. The text index contains the number of each row's group.
+        groups: groups of rows, by which search results are counted. The text index contains the group of each row.
         captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.

@@ -245,7 +245,7 @@ def match_embeddings_to_captions(
 
 
 def read_embeddings(parquet: pq.ParquetFile, dimension: int) -> npt.NDArray[np.float32]:
-    """Reads the vectors of a shard, `[rows, dimension]`. Rescales them to unit length, because float16 rounds them."""
+    """Reads the vectors of a shard, `[rows, dimension]`. Rescales them to unit length, because float16 is imprecise."""
     return np.concatenate([np.empty((0, dimension), np.float32), *_read_vector_batches(parquet)])
 
 

@@ -31,7 +31,7 @@ _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
 def read_sentences(path: str) -> list[str]:
-    """Reads the sentences to compare images with from a text file, one per line.
+    """Reads sentences, one per line, from a text file. Images are compared with them.
 
     Raises:
         ConfigError: the file cannot be read.

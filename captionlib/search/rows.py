@@ -133,7 +133,7 @@ def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def find_repeated_id(paths: Iterable[Path]) -> RepeatedId | None:
-    """Returns an image id that several rows of the files have; None if ids are unique. Spills to disk if needed."""
+    """Returns an image id that occurs in several rows of the files, or None. Spills to disk if needed."""
     ids = pa.schema([ROW_SCHEMA.field("image_id")])
     batches = (batch.select(ids.names) for path in paths for batch in read_rows(path))
     with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(SqlLimits(), spill)) as connection:

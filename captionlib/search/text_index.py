@@ -160,7 +160,7 @@ class TextIndex:
                 return hits[is_match][:limit]
 
     def count_groups(self, query: str, groups: int, min_log_prob: float | None = None) -> npt.NDArray[np.int64]:
-        """Returns the number of captions in each of `groups` groups that match a query, `[groups]`; see `search`."""
+        """Counts the captions that match a query, by group of rows, `[groups]`; see `search`."""
         parsed = self._restrict(self._parse(query), None, min_log_prob)
         counts = np.zeros(groups, np.int64)
         if groups:

@@ -132,8 +132,8 @@ def _write_index(index: Any, path: Path) -> None:
 
 
 def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
-    """Changes row numbers, and removes the vectors of all other rows. `moves` must be sorted."""
-    # The zeros are for an empty `moves`.
+    """Renumbers the rows in `moves`, which must be sorted, and removes the vectors of all other rows."""
+    # The zeros keep the arrays from being empty if `moves` is.
     starts, ends, new_starts = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
     last_row = max(int(ids.max(initial=0)) for ids, _ in _iter_lists(index))
     is_kept = np.zeros(max(int(ends.max()), last_row + 1), np.bool_)

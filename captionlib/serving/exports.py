@@ -80,7 +80,7 @@ class Exports:
 
 
 class _Buffer(io.RawIOBase):
-    """Collects what a tar writes."""
+    """A file that holds what was written until `take` is called."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -93,7 +93,7 @@ class _Buffer(io.RawIOBase):
         return len(data)
 
     def take(self) -> list[bytes]:
-        """Returns and forgets what was written."""
+        """Returns what was written since the last call."""
         parts, self._parts = self._parts, []
         return parts
 

@@ -36,7 +36,7 @@ from captionlib.serving.service import (
 __all__ = ["Pages", "router"]
 
 _PAGE_RESULTS = 48
-_EXAMPLES = 12  # images that a page without results shows
+_EXAMPLES = 12  # example images on a page without results
 _TALLEST, _WIDEST = 0.5, 2.5  # limits of the aspect ratio of a search result; see page.css
 _DEFAULTS = {"mode": "text", "sort": "relevance", "duplicates": "all"}
 _MAX_MONTHS = 24  # more months are shown as years

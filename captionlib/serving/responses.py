@@ -73,7 +73,7 @@ class SearchResponse(BaseModel):
     total: int | None = Field(description="Number of matching captions; null if the mode ranks all images.")
     next_cursor: str | None = Field(description="The parameter `cursor` for the next page; null on the last page.")
     message: str | None = Field(description="Reason why the query cannot be executed; null otherwise.")
-    suggestion: str | None = Field(description="A query with similar words that finds images, if this one finds none.")
+    suggestion: str | None = Field(description="A query with corrected words, if this query finds no image.")
     facets: FacetsResponse | None = Field(description="Numbers of images; null if the query cannot be executed.")
     results: list[SearchResult]
 
@@ -123,8 +123,8 @@ class FailuresResponse(BaseModel):
     """A page of the images without a caption."""
 
     total: int = Field(description="Number of images with the requested reason and source.")
-    reasons: dict[str, int] = Field(description="Number of all images without a caption by reason.")
-    sources: dict[str, int] = Field(description="Number of all images without a caption by source.")
+    reasons: dict[str, int] = Field(description="Numbers of all images without a caption, by reason.")
+    sources: dict[str, int] = Field(description="Numbers of all images without a caption, by source.")
     next_cursor: str | None = Field(description="The parameter `cursor` for the next page; null on the last page.")
     images: list[FailedImage]
 

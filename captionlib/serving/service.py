@@ -94,7 +94,7 @@ class Search:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to search for, although there may be a filter."""
+        """Whether there is neither a query nor an image to compare with. There may be a filter."""
         return not self.query.strip() and self.like is None
 
 
@@ -332,7 +332,7 @@ class SearchService:
 def make_cursor(offset: int, search: object) -> str:
     """Returns the cursor that continues a search, or another list, at an offset.
 
-    The cursor contains a checksum of `search`, so a different search rejects it.
+    The cursor contains a checksum of `search`, so it is rejected for a different search.
     """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 

@@ -137,7 +137,7 @@ def open_sql(
         folders: the datasets.
         kind: expected kind; None for any.
         limits: resources that the queries may use.
-        duplicates: dataset that contains groups of similar images. Each group has a row only for its kept image.
+        duplicates: dataset that contains groups of similar images. Only one image of each group then has a row.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
@@ -178,8 +178,8 @@ def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limit
     """Runs one SELECT over a dataset, or over several of the same kind, and returns all its rows.
 
     The query runs in this process, without a time limit, and some of DuckDB's functions exceed the memory limit. For
-    untrusted SQL, use the command `captionlib query`. It runs SQL in a child process, and kills that if it exceeds a
-    limit.
+    untrusted SQL, use the command `captionlib query`. It runs SQL in a child process, and kills the process if it
+    exceeds a limit.
 
     Example:
         >>> captionlib.query_sql("captions", "SELECT count(*) AS images FROM captions").to_pylist()
@@ -243,7 +243,7 @@ def _list_files(dataset: ShardedDataset, prefix: str) -> tuple[dict[str, Dataset
 def _register_duplicates(
     connection: duckdb.DuckDBPyConnection, address: str | os.PathLike[str]
 ) -> duckdb.DuckDBPyRelation:
-    """Returns a relation with the ids of the images that are duplicates of a kept image."""
+    """Returns a relation with the ids of the images that are duplicates of another image."""
     ids = read_duplicate_ids(open_dataset(address, "duplicates").require_complete())
     connection.register("left_out", pa.table({"image_id": pa.array(sorted(ids), pa.string())}))
     return connection.table("left_out")
