@@ -26,7 +26,7 @@ __all__ = ["command"]
     help="Embeddings of the same images, for semantic search. Repeatable: one for each of CAPTIONS, in the same order.",
 )
 @click.option(
-    "--duplicates", metavar="FOLDER", help="Leave out or mark duplicates, as listed by `captionlib deduplicate`."
+    "--duplicates", metavar="FOLDER", help="Output of `captionlib deduplicate`, to leave out or mark duplicates."
 )
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")

@@ -185,8 +185,8 @@ def captionlib() -> None:
 def run_program() -> NoReturn:
     """Runs the command line and ends the process, for the script `captionlib` and `python -m captionlib`.
 
-    The process ends without the destructors of C++ libraries. Arrow's can abort a process in which threads have just
-    been started, although the command has succeeded.
+    The process ends without running the destructors of C++ libraries. Those of Arrow can abort the process, even after
+    the command has succeeded, if threads have just been started.
     """
     exit_code = 0
     # Functions that are registered later, by libraries, run before this one.

@@ -36,7 +36,7 @@ _SECTIONS = {
 
 
 class _SectionedCommand(click.Command):
-    """Groups its options in the help by what they query."""
+    """Shows its options in the sections `_SECTIONS` of the help."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
@@ -76,7 +76,12 @@ class _SectionedCommand(click.Command):
 @click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
 @click.option("--memory", default="2GB", show_default=True, help="Memory to use before spilling to disk.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
-@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Maximum number of rows. [default: 20, or all]")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Maximum number of rows. [default: 20 of an index, all of a dataset]",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),

@@ -156,8 +156,8 @@ def _run_server(listening: socket.socket, workers: int, message: str) -> None:
 
     from captionlib.serving.server import configure_server
 
-    # With several workers, this copy of the application does not serve. Errors are reported only once, and a remote
-    # index is copied only once.
+    # With several workers, this copy of the application does not serve. It is loaded first, so errors are reported only
+    # once, and a remote index is copied only once.
     app = create()
     click.echo(message)
     server = configure_server(app if workers == 1 else "jobs.serve:create", factory=workers > 1, workers=workers)

@@ -13,7 +13,7 @@ from captionlib.storage.folders import write_file
 
 __all__ = ["render_dataset_page", "write_dataset_page"]
 
-_MAX_CELLS = 600  # cells of the map of shards; a cell of a larger dataset stands for several shards
+_MAX_CELLS = 600  # of the grid that shows the states of shards; with more shards, a cell shows several
 
 
 def write_dataset_page(path: str | os.PathLike[str], report: DatasetReport) -> None:
@@ -66,7 +66,7 @@ def _compute_fraction(report: DatasetReport) -> float:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A cell of the map of shards: the state of one or several neighboring shards."""
+    """A cell of the grid that shows the states of shards, for one or several neighboring shards."""
 
     state: str
     title: str

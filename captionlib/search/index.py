@@ -170,7 +170,7 @@ class Index:
             return self._refresh()
 
     def try_refresh(self) -> None:
-        """Opens the newest version, unless another thread is doing so. If it fails, logs a warning and keeps the old one."""
+        """Works like `refresh`, but logs errors, and does nothing if another thread is refreshing the index."""
         if not self._refresh_lock.acquire(blocking=False):
             return
         try:
