@@ -61,12 +61,12 @@ def command(
     that no longer exist. `serve` and other programs that have the index open switch to the new version. An image id may
     occur only once in all CAPTIONS.
 
-    With --duplicates, only the kept image of each group of duplicates is indexed. If you run the command again without
-    --duplicates, it adds the other images. With --set keep_duplicates=true, duplicates are indexed and marked, and
-    visitors of `serve` can leave them out.
+    With --duplicates, only the largest image of each group of duplicates is indexed. If you run the command again
+    without --duplicates, it adds the other images. With --set keep_duplicates=true, duplicates are indexed and marked,
+    and visitors of `serve` can leave them out.
 
-    The index also contains the reference captions of the images, if the manifest of CAPTIONS can be read, and a list of
-    the images that could not be captioned.
+    The index also contains the reference captions of the images, if the manifest (list of images) of CAPTIONS can be
+    read, and a list of the images that could not be captioned.
 
     \b
     Examples:

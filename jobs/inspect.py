@@ -46,7 +46,7 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
     from captionlib.collection import COLLECTION_FILE
     from captionlib.config import to_dict
     from captionlib.data.shards.markers import DESCRIPTION_FILE
-    from captionlib.search.index_folder import DESCRIPTION as INDEX_FILE, read_description
+    from captionlib.search.index_folder import INDEX_FILE, read_description
     from captionlib.storage.folders import Folder
 
     if serve and (html or as_json or verify):

@@ -145,7 +145,7 @@ def command(
       captionlib query s3://bucket/captions --sql "FROM captions" --format parquet --output all.parquet
     """
     from captionlib.collection import expand_collections, is_collection
-    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.index_folder import INDEX_FILE
     from captionlib.search.output import write_output
     from captionlib.search.sql.isolation import run_query
     from captionlib.search.sql.session import SqlLimits
@@ -161,7 +161,7 @@ def command(
     else:
         folders = tuple(expand_collections(folders))
     folder, limits = folders[0], SqlLimits(memory, threads)
-    if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
+    if len(folders) == 1 and Folder(folder).exists(INDEX_FILE):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, (*_DATASET_QUERIES, "duplicates"), advice)
         open_rows: OpenRows = partial(_query_index, folder, query, values, 20 if limit is None else limit)
@@ -182,7 +182,10 @@ def command(
 
 
 def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the index of a collection, or its captions for a query over a dataset. Adds the ranker to `values`."""
+    """Returns the index in a collection (folder of `captionlib init`), or its captions datasets for a dataset query.
+
+    Adds the ranker of the collection to `values` if the query needs it.
+    """
     from captionlib.collection import open_collection
 
     collection = open_collection(folder)

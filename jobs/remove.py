@@ -41,10 +41,10 @@ def command(
 ) -> None:
     """Remove images from each FOLDER: a collection, a manifest (list of images), another dataset, or an index.
 
-    Afterwards, no FOLDER contains the ids. Later updates of the manifest skip the images, because its file
-    `_removed.json` lists hashes of their ids. The image files themselves are not deleted. Models that were trained on
-    the images do not change. To remove the images from a model, train it again, and run `build-datastore` again, which
-    stores training captions for decoding.
+    A collection is a folder that `captionlib init` created. Afterwards, no FOLDER contains the ids. Later updates of
+    the manifest skip the images, because its file `_removed.json` lists hashes of their ids. The image files themselves
+    are not deleted. Models that were trained on the images do not change. To remove the images from a model, train it
+    again, and run `build-datastore` again, which stores training captions for decoding.
 
     \b
     Examples:
@@ -95,7 +95,7 @@ def _find_datasets(
     """Returns the addresses of datasets and indexes. Locks the datasets and collections until `stack` is closed."""
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.dataset import open_dataset
-    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.index_folder import INDEX_FILE
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
 
@@ -110,8 +110,8 @@ def _find_datasets(
             if not found:
                 raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
             datasets += found
-            indexes += [collection.index] if Folder(collection.index).exists(DESCRIPTION) else []
-        elif Folder(folder).exists(DESCRIPTION):
+            indexes += [collection.index] if Folder(collection.index).exists(INDEX_FILE) else []
+        elif Folder(folder).exists(INDEX_FILE):
             indexes.append(folder)
         else:
             datasets.append(folder)

@@ -74,7 +74,7 @@ class _ProcessShard(beam.DoFn):
 
 def _finish(shard_count: int, job: ShardJob, max_failure_ratio: float | None) -> list[int]:
     """Marks the outputs as complete. Runs on a worker, so it works even if the submitting process has died."""
-    # Beam would retry if this raised an error. The submitting process raises the error instead.
+    # An error would make Beam retry this step. The submitting process raises it instead.
     with suppress(DatasetError):
         job.finish(max_failure_ratio)
     return [shard_count]

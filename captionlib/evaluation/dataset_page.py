@@ -1,4 +1,4 @@
-"""Renders a web page that describes a dataset. While a job writes the dataset, the page also shows its progress."""
+"""Renders a web page about a dataset (a folder of Parquet shards), with the progress of the job that writes it."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,8 +26,8 @@ def render_dataset_page(report: DatasetReport, *, live: bool = False) -> bytes:
 
     Args:
         report: the result of `inspect_dataset`.
-        live: if True, the page loads its style and a script that updates the page, from the server that shows it. If
-            False, the page is self-contained and has no script.
+        live: if True, the page contains links to a style sheet and to a script that updates the page. If False, the
+            page is self-contained and has no script.
     """
     return render_page(
         "dataset.html",

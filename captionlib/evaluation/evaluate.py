@@ -88,7 +88,7 @@ def evaluate_captions(
         train_splits: the splits that the captioner was trained on. A caption is novel if it is not among their
             references.
         checkpoint: folder or address of the captioner, to compute the perplexity of the references.
-        features: the dataset of the images' encoder features, for the perplexity; requires `checkpoint`. If None, the
+        features: a dataset of image features (encoder outputs), for the perplexity; requires `checkpoint`. If None, the
             images of the manifest are encoded.
         bootstrap: how confidence intervals are computed.
         require_all: raise an error if an image with references in these splits has no caption.

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 __all__ = ["RowGroup", "RowGrouper"]
 
 _GROUP = pa.field("group", pa.int64(), nullable=False)
-_MAX_GROUPS = 20_000  # a search engine counts at most 65,000 groups in one pass
+_MAX_GROUPS = 20_000  # later groups are by year; Tantivy counts at most 65,000 groups in one pass
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class RowGroup:
         dataset: position of the captions dataset among the datasets of the index.
         month: month in which the files of the images were last modified, such as `2026-03`; empty if it is unknown. In
             an index with very many groups, it can be a year.
-        is_duplicate: whether the images are duplicates of a kept image.
+        is_duplicate: whether the images are marked as duplicates of other images.
         rows: number of rows.
     """
 

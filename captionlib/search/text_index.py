@@ -51,7 +51,7 @@ class _Clause(NamedTuple):
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     """Writes a text index to a new folder.
 
-    `rows` have the columns of `ROW_SCHEMA`, and the numbers `row` of the row and `group` of its `RowGroup`.
+    `rows` have the columns of `ROW_SCHEMA`, the row number `row`, and `group`, the number of the row's `RowGroup`.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.
@@ -138,8 +138,8 @@ class TextIndex:
     ) -> Hits:
         """Returns the best captions for a query.
 
-        `matching` are the row numbers to search, ascending, and `groups` the numbers of the groups of rows to search;
-        None for all.
+        `matching` contains the row numbers to search, ascending. `groups` contains the numbers of the row groups to
+        search. If an argument is None, it does not restrict the search.
 
         Raises:
             QueryError: the query contains only stop words, or too many words and phrases.
@@ -196,13 +196,13 @@ class TextIndex:
         ]
 
     def to_sentence(self, query: str) -> str:
-        """Returns a query without its signs and excluded words."""
+        """Returns a query without `+`, `-`, quotation marks and excluded words."""
         return " ".join(phrase or word for sign, phrase, word in _find_clauses(query) if sign != "-")
 
     def suggest_query(self, query: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
-        """Returns a query in which the words that no caption contains are replaced by similar words of captions.
+        """Replaces words that no caption contains by similar words; returns None if no word was replaced.
 
-        `find_captions` returns the captions of rows. Returns None if no word is replaced.
+        `find_captions` returns the captions of rows.
         """
         replacements: dict[str, str] = {}
         for clause in self._parse_clauses(query):

@@ -37,7 +37,7 @@ _PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {
 }
 _FAILURE_SECONDS = 30.0
 _MAX_FAILURES = 10_000
-_PRUNE_EVERY = 200
+_PRUNE_EVERY = 200  # created thumbnails
 _BATCH = 200  # thumbnails that wait in the queue of the thread pool
 _HOST_DIVISOR = 4  # one host can use a quarter of the threads
 _WAITING_PER_THREAD = 4
