@@ -32,7 +32,7 @@ __all__ = [
 Config = TypeVar("Config")
 
 _EXTENDS = "extends"
-_MAX_EXTENDS = 8
+_MAX_EXTENDS_DEPTH = 8
 _MESSAGES = {"tuple_type": "Input should be a list"}  # YAML has no tuples
 
 
@@ -178,8 +178,8 @@ def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise ConfigError(f"configuration {path}: {_EXTENDS}: expected the path of a YAML file, got {base!r}")
-    if depth == _MAX_EXTENDS:
-        raise ConfigError(f"configuration {path}: expected at most {_MAX_EXTENDS} levels of {_EXTENDS}, got more")
+    if depth == _MAX_EXTENDS_DEPTH:
+        raise ConfigError(f"configuration {path}: expected at most {_MAX_EXTENDS_DEPTH} levels of {_EXTENDS}, got more")
     return _merge(_read_yaml(path.parent / base, depth + 1), values)
 
 

@@ -415,6 +415,7 @@ def plan_build(
 
 
 def _read_base(build: IndexBuild, overwrite: bool) -> IndexDescription | None:
+    """Returns the existing index, or None. Checks that the build may update or replace it."""
     folder = build.folder
     try:
         base = read_description(folder)
@@ -551,6 +552,7 @@ def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
 
 
 def _plan_shards(build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]) -> IndexBuild:
+    """Chooses the layout, and finds the shards to add to `base`."""
     rows = sum(shard.rows for shard in shards)
     layout = base.layout if base is not None else None
     outgrown = layout if layout is not None and layout.is_outgrown(build.config, rows) else None

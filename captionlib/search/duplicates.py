@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA
@@ -25,14 +24,14 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError
 from captionlib.progress import ProgressBar, progress_bar
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.inputs import check_same_ranker
+from captionlib.search.inputs import check_same_ranker, to_unit_vectors
 from captionlib.storage.folders import Addresses, Folder, list_addresses
 
 __all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates", "read_duplicate_summary"]
 
 DEFAULT_THRESHOLD = 0.94  # see `near-duplicates` in benchmarks/README.md
 
-_QUERY_ROWS = 256
+_QUERY_BATCH_ROWS = 256
 _TRAINING_VECTORS_PER_LIST = 50
 _TRAINING_SHARDS = 64
 _MIN_NPROBE = 8  # near-duplicates are in the same inverted list or in adjacent ones
@@ -238,10 +237,7 @@ def _index_vectors(shards: Sequence[Shard], rows: int, dimension: int) -> Any:
 
 
 def _read_vectors(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.float32]:
-    """Returns the vectors of a shard, `[rows, dimension]`, rescaled to unit length because float16 is imprecise."""
-    vectors = vectors_to_numpy(embeddings.read(shard, ["embedding"])["embedding"]).astype(np.float32)
-    unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return unit
+    return to_unit_vectors(embeddings.read(shard, ["embedding"])["embedding"])
 
 
 def _group_similar(
@@ -255,8 +251,8 @@ def _group_similar(
     image_of_row[positions] = np.arange(len(positions))
     is_unique = np.zeros(len(positions), np.bool_)
     is_unique[unique] = True
-    for start in range(0, len(unique), _QUERY_ROWS):
-        batch = unique[start : start + _QUERY_ROWS]
+    for start in range(0, len(unique), _QUERY_BATCH_ROWS):
+        batch = unique[start : start + _QUERY_BATCH_ROWS]
         batch = batch[groups.kept_image[batch] == batch]  # the rest are already in a group
         vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
         # The margin allows for rounding, which makes the product of a vector with itself slightly less than 1.
@@ -268,7 +264,7 @@ def _group_similar(
             members, scores = image_of_row[found[matches]], similarity[matches]
             joins = (members > image) & is_unique[members] & (groups.kept_image[members] == members)
             groups.kept_image[members[joins]], groups.similarity[members[joins]] = image, scores[joins]
-        bar.update(min(_QUERY_ROWS, len(unique) - start))
+        bar.update(min(_QUERY_BATCH_ROWS, len(unique) - start))
 
 
 def _build_table(ids: pa.StringArray, groups: _Groups) -> pa.Table:

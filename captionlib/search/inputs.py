@@ -34,6 +34,7 @@ __all__ = [
     "read_details",
     "read_embeddings",
     "sample_embeddings",
+    "to_unit_vectors",
 ]
 
 _VECTOR_BATCH_ROWS = 8192
@@ -245,7 +246,7 @@ def match_embeddings_to_captions(
 
 
 def read_embeddings(parquet: pq.ParquetFile, dimension: int) -> npt.NDArray[np.float32]:
-    """Reads the vectors of a shard, `[rows, dimension]`. Rescales them to unit length, because float16 is imprecise."""
+    """Reads the vectors of a shard, `[rows, dimension]`, scaled to unit length."""
     return np.concatenate([np.empty((0, dimension), np.float32), *_read_vector_batches(parquet)])
 
 
@@ -269,8 +270,14 @@ def sample_embeddings(
 
 def _read_vector_batches(parquet: pq.ParquetFile) -> Iterator[npt.NDArray[np.float32]]:
     for batch in parquet.iter_batches(_VECTOR_BATCH_ROWS, columns=["embedding"]):
-        vectors = vectors_to_numpy(batch["embedding"]).astype(np.float32)
-        yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        yield to_unit_vectors(batch["embedding"])
+
+
+def to_unit_vectors(column: pa.FixedSizeListArray | pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """Converts vectors to `[rows, dimension]` and rescales them to unit length, because float16 is imprecise."""
+    vectors = vectors_to_numpy(column).astype(np.float32)
+    unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def _read_image_ids(parquet: pq.ParquetFile) -> pa.Array:

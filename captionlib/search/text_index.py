@@ -28,12 +28,12 @@ Sort = Literal["relevance", "log_prob", "image_text_score"]
 
 _COLUMNS = ["row", "group", "image_id", "caption", "log_prob", "image_text_score"]
 _ANALYZER = "captions"
-_WRITER_BYTES = 128_000_000
+_WRITER_MEMORY_BYTES = 128_000_000
 _MAX_WORD_LENGTH = 40
 _MAX_CLAUSES = 64
 _MIN_CORRECTED_LENGTH = 4
 _MIN_SIMILARITY = 0.6  # `difflib.SequenceMatcher.ratio`
-_SUGGESTION_CAPTIONS = 20
+_CAPTIONS_PER_SUGGESTION = 20
 _QUOTES = str.maketrans("“”„«»", '"' * 5)  # phones and word processors replace plain quotation marks
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
@@ -72,7 +72,7 @@ def _write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch])
     index = tantivy.Index(_make_schema(), path=str(path))
     index.register_tokenizer(_ANALYZER, _make_analyzer(language))
     # One thread, so that the same captions in the same order give the same scores.
-    writer = index.writer(_WRITER_BYTES, 1)
+    writer = index.writer(_WRITER_MEMORY_BYTES, 1)
     for batch in rows:
         for row in batch.select(_COLUMNS).to_pylist():
             values = {name: value for name, value in row.items() if value is not None}
@@ -225,7 +225,7 @@ class TextIndex:
         for distance in (1, 2):
             similar = Query.fuzzy_term_query(self._schema, "caption", word, distance)
             counts = Counter[str]()
-            for caption in find_captions(self._search(similar, _SUGGESTION_CAPTIONS, "relevance").rows):
+            for caption in find_captions(self._search(similar, _CAPTIONS_PER_SUGGESTION, "relevance").rows):
                 tokens = self._analyzer.pre_tokenize(caption).tokens
                 spelled = {token.text: caption[token.char_offset_from : token.char_offset_to] for token in tokens}
                 counts.update(spelled[match] for match in get_close_matches(word, spelled, 1, _MIN_SIMILARITY))
