@@ -24,6 +24,7 @@ from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import Marker, decode_record, encode_record, part_name
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
 from captionlib.search.config import IndexConfig, VectorLayout
+from captionlib.search.facet_groups import FacetGrouper
 from captionlib.search.index_folder import (
     SUBFOLDERS,
     IndexDescription,
@@ -53,7 +54,6 @@ from captionlib.search.inputs import (
     read_embeddings,
     sample_embeddings,
 )
-from captionlib.search.row_groups import RowGrouper
 from captionlib.search.rows import (
     find_repeated_id,
     number_rows,
@@ -83,8 +83,8 @@ class IndexBuild:
         config: configuration of the index.
         duplicates: dataset of groups of similar images, each with one kept image. The other images are left out or
             marked; None if no duplicates are known.
-        manifests: for each captions dataset, the manifest that it was generated from, a table of images and their
-            reference captions; None if it is not available.
+        manifests: for each captions dataset, the manifest (table of images and reference captions) that it was
+            generated from; None if it is not available.
         shards: all shards of the index, in the order of their rows.
         base: version of the index whose files are reused. If None, the index is built from scratch.
         added: positions in `shards` of the shards that `base` does not contain.
@@ -247,7 +247,7 @@ class IndexBuild:
         shards = self._list_indexed_shards()
         text = vectors = trained = ""
         vectors_count = 0
-        grouper = RowGrouper()
+        grouper = FacetGrouper()
         with temporary_folder(self.folder) as local:
             files = [self._fetch(shard.rows_file, local) for shard in shards]
             self._check_unique_ids(files)

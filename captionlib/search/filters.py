@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captionlib.data.splits import add_split_aliases
-from captionlib.search.row_groups import RowGroup
+from captionlib.search.facet_groups import FacetGroup
 
 __all__ = ["FacetCounts", "Facets", "Filter", "name_sources"]
 
@@ -81,7 +81,7 @@ class Facets:
         sources: the names of the captions datasets.
     """
 
-    def __init__(self, groups: Sequence[RowGroup], sources: Sequence[str]) -> None:
+    def __init__(self, groups: Sequence[FacetGroup], sources: Sequence[str]) -> None:
         self.sources = sources
         self._groups = groups
         self._rows = np.array([group.rows for group in groups], np.int64)
@@ -117,9 +117,9 @@ class Facets:
         by_split, by_source, by_month = (dict(sorted(counter.items())) for counter in (splits, sources, months))
         return FacetCounts(total, by_split, by_source, by_month, kept, duplicates)
 
-    def _make_tests(self, where: Filter) -> dict[str, Callable[[RowGroup], bool]]:
+    def _make_tests(self, where: Filter) -> dict[str, Callable[[FacetGroup], bool]]:
         """Returns the conditions of a filter by the name of the facet."""
-        tests: dict[str, Callable[[RowGroup], bool]] = {}
+        tests: dict[str, Callable[[FacetGroup], bool]] = {}
         if where.split is not None:
             splits = add_split_aliases([where.split])
             tests["split"] = lambda group: group.split in splits

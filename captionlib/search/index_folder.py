@@ -33,7 +33,7 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.shards.markers import compute_checksum, from_json, to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.row_groups import RowGroup
+from captionlib.search.facet_groups import FacetGroup
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, convert_full_disk_errors
 from captionlib.storage.retries import convert_os_errors
 
@@ -153,7 +153,7 @@ class IndexDescription:
         duplicates: the duplicates that are left out or marked; None if no duplicates are known.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, in the order of their rows.
-        groups: groups of rows, by which search results are counted. The text index contains the group of each row.
+        groups: groups of rows, by which search results are counted. The text index contains each row's group number.
         captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.
@@ -169,7 +169,7 @@ class IndexDescription:
     embeddings: tuple[IndexedDataset, ...]
     layout: VectorLayout | None
     shards: tuple[IndexedShard, ...]
-    groups: tuple[RowGroup, ...]
+    groups: tuple[FacetGroup, ...]
     captions_count: int
     vectors_count: int
     text: str

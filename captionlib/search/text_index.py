@@ -51,7 +51,7 @@ class _Clause(NamedTuple):
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     """Writes a text index to a new folder.
 
-    `rows` have the columns of `ROW_SCHEMA`, the row number `row`, and `group`, the number of the row's `RowGroup`.
+    `rows` have the columns of `ROW_SCHEMA`, the row number `row`, and `group`, the number of the row's `FacetGroup`.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.
@@ -138,8 +138,8 @@ class TextIndex:
     ) -> Hits:
         """Returns the best captions for a query.
 
-        `matching` contains the row numbers to search, ascending. `groups` contains the numbers of the row groups to
-        search. If an argument is None, it does not restrict the search.
+        `matching` contains the row numbers to search, ascending. `groups` contains the numbers of the groups of
+        rows to search; see `FacetGroup`. If an argument is None, it does not restrict the search.
 
         Raises:
             QueryError: the query contains only stop words, or too many words and phrases.
