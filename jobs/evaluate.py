@@ -19,7 +19,9 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source", metavar="CAPTIONS|FEATURES")
-@click.option("--manifest", "-m", metavar="FOLDER", help="Manifest or features dataset with the references.")
+@click.option(
+    "--manifest", "-m", metavar="FOLDER", help="Manifest (list of images) or features dataset with the references."
+)
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Evaluate this split only. Repeatable.")
 @click.option("--output", "-o", metavar="FOLDER", help="Also write scores.json into this folder.")
 @click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of each image.")

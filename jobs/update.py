@@ -27,8 +27,9 @@ __all__ = ["command"]
 def command(collection: str, dry_run: bool, allow_removal: bool, device: str, run: RunConfig) -> None:
     """Caption and index the new and changed images of COLLECTION.
 
-    Images that are gone from the sources are removed, and all others stay as they are. To resume an interrupted update,
-    run the same command again. `captionlib serve` shows the result without a restart.
+    COLLECTION is a folder that `captionlib init` created, with sources such as folders or tables of images. Images that
+    are gone from the sources are removed, and all others stay as they are. To resume an interrupted update, run the
+    same command again. `captionlib serve` shows the result without a restart.
 
     \b
     Examples:
@@ -75,6 +76,7 @@ def _check_models(collection: Collection) -> GenerationConfig:
 def _prepare(
     collection: Collection, source: SourceConfig, allow_removal: bool, progress: bool, dry_run: bool = False
 ) -> None:
+    """Updates the manifest of a source, the table of its images, and prints how many images have changed."""
     from captionlib.data.ingestion.prepare import prepare
 
     manifest = collection.manifest(source)
@@ -98,7 +100,10 @@ def _prepare(
 def _caption(
     collection: Collection, source: SourceConfig, generation: GenerationConfig, device: str, run: RunConfig
 ) -> None:
-    """Writes captions and embeddings, in one pass if the captioner and the ranker have the same encoder."""
+    """Writes the captions and, if there is a ranker (image-text retrieval model), the embeddings of a source.
+
+    If the captioner and the ranker have the same encoder, both are written in one pass.
+    """
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS
     from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
     from pipelines.embed_images import embed_images

@@ -55,7 +55,7 @@ def embed_images(
     """
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
-    driver_device, worker_device = run.resolve_devices(device)
+    driver_device, worker_device = run.choose_devices(device)
     loaded_ranker, ranker_version = SHARED_RANKERS.load_version(ranker)
     ranker_input_transform = choose_input_transform(
         dataset, loaded_ranker, weights, driver_device, run.threads_per_worker

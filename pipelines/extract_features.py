@@ -53,7 +53,7 @@ def extract_features(
         config, encoder=config.encoder.resolve_paths(), loading=run.limit_decoder_processes(config.loading)
     )
     source = open_dataset(manifest, "manifest").require_complete()
-    driver_device, worker_device = run.resolve_devices(device)
+    driver_device, worker_device = run.choose_devices(device)
     encoder = load_shared_encoder(config.encoder, driver_device, run.threads_per_worker)
     stage = FeatureExtraction(config, encoder.description, worker_device, run.threads_per_worker)
     with open_sample(source, output, limit, run.workers) as sample:

@@ -78,7 +78,7 @@ def generate_captions(
         raise ConfigError(f"--output and --embeddings: expected different folders, got {os.fspath(output)} twice")
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
-    driver_device, worker_device = run.resolve_devices(device)
+    driver_device, worker_device = run.choose_devices(device)
     captioner, captioner_version = SHARED_CAPTIONERS.load_version(checkpoint)
     attention_positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
     description = captioner.describe_generation(config)

@@ -70,7 +70,7 @@ class Comparison:
     notes: Sequence[str]
 
     @property
-    def wins(self) -> tuple[int, int, int]:
+    def wins_ties_losses(self) -> tuple[int, int, int]:
         """The numbers of images whose caption has a higher, an equal and a lower CIDEr than that of the baseline."""
         differences = [value - self.baseline_cider[image_id] for image_id, value in self.cider.items()]
         better, worse = (sum(sign * each >= _TIE for each in differences) for sign in (1, -1))
@@ -105,7 +105,7 @@ def compare_predictions(
         ]
         raise DatasetError(
             f"expected captions of the same images, got no image in both {names[0]} and {names[1]}, such as "
-            f"{' and '.join(examples)}; compare captions that were generated from the same manifest"
+            f"{' and '.join(examples)}; compare captions that were generated for the same images"
         )
     shared = [replace(each, references=each.references or others[each.image_id].references) for each in shared]
     others = {each.image_id: replace(others[each.image_id], references=each.references) for each in shared}
