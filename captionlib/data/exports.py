@@ -7,8 +7,7 @@
       __export/export.json                      what is exported
       __export/part-00000.json                  counts of a finished shard
 
-A shard of a dataset becomes one tar or folder. A second run exports only the shards that are unfinished or have
-changed, so it resumes an interrupted run and follows an update of the datasets.
+A shard of a dataset becomes one tar or folder. A second run exports only shards that are unfinished or have changed.
 """
 
 import io
@@ -282,7 +281,7 @@ def add_sample(tar: tarfile.TarFile, key: str, row: Mapping[str, Any], content: 
 
 
 def _find_part(name: str) -> int | None:
-    """Returns the number of the part that a file or folder belongs to, or None if it does not belong to a part."""
+    """Returns the number of the part that a file or folder contains; None for other files."""
     match = _PART.fullmatch(name)
     return None if match is None else int(match[1])
 

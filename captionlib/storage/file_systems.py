@@ -1,9 +1,9 @@
 """Opens the file system of an address (a local path or a URL) and rejects unsafe addresses.
 
-fsspec chains file systems with `::` (`zip://a.jpg::https://host/a.zip`), and some file systems interpret the files that
-they read: a `reference://` file lists further addresses to open. Untrusted addresses could make fsspec open arbitrary
-files or run code. In captionlib, an address refers to a single file system that returns the stored bytes. No other
-module passes an address to `fsspec.open` or `fsspec.core.url_to_fs`.
+Untrusted addresses could make fsspec open arbitrary files or run code. fsspec chains file systems with `::`
+(`zip://a.jpg::https://host/a.zip`). Some file systems interpret the files that they read: a `reference://` file lists
+further addresses to open. In captionlib, an address refers to a single file system that returns the stored bytes. No
+other module passes an address to `fsspec.open` or `fsspec.core.url_to_fs`.
 """
 
 import os

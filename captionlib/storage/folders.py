@@ -426,8 +426,8 @@ def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
 def _create_partial_file(destination: Path) -> Iterator[Path]:
     """Yields the path of a file beside `destination`, and removes the file when the block ends.
 
-    The file is `NAME.partial`. A killed process may have left it; it is then overwritten, so such files do not
-    accumulate. While another process writes it, a unique name is used instead.
+    Its name is `NAME.partial`, so that a file left by a killed process is overwritten. While another process writes
+    this file, a unique name is used instead.
     """
     with ExitStack() as stack:
         for suffix in (".partial", f".{uuid.uuid4().hex}.partial"):

@@ -144,7 +144,7 @@ def initialize_word_vectors(model: CaptionerNetwork, vocabulary: Vocabulary, uri
     """Initializes word embeddings from a word2vec, GloVe or fastText file. The embeddings of other words stay random.
 
     Returns:
-        The file, the numbers of words that it contains and lacks, and the most frequent missing words, up to five.
+        `file`, the numbers of `found` and `missing` words, and `examples`: the five most frequent missing words.
 
     Raises:
         ConfigError: the file is unreadable, or its vectors do not have the size of the model's embeddings.

@@ -45,8 +45,8 @@ class SelfCriticalConfig:
 
     Attributes:
         samples: the number of captions to sample per image and step.
-        baseline: what the reward of a sample is compared with: `leave_one_out`, the mean reward of the image's other
-            samples (Luo 2020, arXiv 2003.09971), or `greedy`, the reward of the greedy caption (Rennie et al. 2017).
+        baseline: the reward that a sample's reward is compared with. `leave_one_out` is the mean reward of the image's
+            other samples (Luo 2020, arXiv 2003.09971). `greedy` is that of the greedy caption (Rennie et al. 2017).
         dropout: the dropout probability, which replaces the captioner's own. Samples and gradients use the same masks.
     """
 

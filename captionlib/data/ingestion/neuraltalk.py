@@ -134,8 +134,8 @@ def _check_orientation(
 ) -> None:
     """Checks that the matrix has a column, not a row, for each image.
 
-    If `dataset.json` lists only some of the images, neither dimension equals the number of images. In that case, the
-    matrix counts as transposed if only its number of columns is a usual size of a network layer.
+    If `dataset.json` lists only some of the images, neither dimension equals the number of images. Then the matrix
+    counts as transposed if its number of columns, but not its number of rows, is a usual size of a network layer.
     """
     rows, columns = matrix.shape
     images = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1

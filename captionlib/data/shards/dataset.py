@@ -9,8 +9,8 @@
       __sample/                       sample of the input, while a stage with --limit runs
       __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
 
-Hugging Face's `datasets` ignores folders that begin with `__`, and pandas, PyArrow and Spark ignore names that begin
-with `_`, so all of them read the folder as it is. The footer of each data file contains the configuration.
+Other libraries can read the folder as it is: Hugging Face's `datasets` ignores folders that begin with `__`, and
+pandas, PyArrow and Spark ignore names that begin with `_`. The footer of each data file contains the configuration.
 
 The files of a shard are written in the order data, failures, marker. If the writer dies in between, the shard has no
 marker, and the next run writes it again.
@@ -87,8 +87,8 @@ class ShardedDataset:
         schema: Arrow schema of the shards.
         manifest_id: id of the manifest that the images come from. It stays the same when the manifest is updated.
         source: path or URL of the dataset that this dataset was made from most recently; empty if there is none.
-        compaction_id: id of the compaction that divided the images into these shards; empty if there was none. A
-            dataset has the compaction id of its source; see `captionlib.data.shards.compaction`.
+        compaction_id: id of the compaction (see `captionlib.data.shards.compaction`) that divided the images into these
+            shards; empty if there was none. It equals that of the source.
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
         encoder_weights: path or URL of the weights file of the encoder that computed the features; empty if there is no
             such file. The fingerprint depends on a hash of the weights, not on this path.
@@ -357,8 +357,8 @@ class ShardedDataset:
 
         Raises:
             DatasetError: a shard is not finished, or the folder was removed meanwhile.
-            FailureRatioError: too many images could not be read: a fraction above `max_failure_ratio`, or all of them
-                if that is None.
+            FailureRatioError: too many images could not be read: more than the fraction `max_failure_ratio` or, if it
+                is None, all of them.
         """
         totals = self.compute_totals()
         if totals.shards < self.shards:
@@ -488,8 +488,8 @@ def create_dataset(
         ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or of a different manifest, and
             `overwrite` is not set.
-        DatasetError: the folder holds files that captionlib did not write, or a dataset that still has the shards that
-            `source` had before it was compacted.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset that was not compacted with
+            `source`.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
@@ -572,8 +572,8 @@ def _list_dataset_files(names: Iterable[str]) -> list[str]:
 def _prepare_folder(folder: Folder) -> dict[str, Any] | None:
     """Prepares a folder without a description for a new dataset, and returns None.
 
-    If another process has just created a dataset in the folder, its description is returned instead. If the folder
-    contains the remains of a dataset, because a user deleted it while a command was writing to it, they are removed.
+    If another process has just created a dataset in the folder, its description is returned instead. If a user deleted
+    a dataset while a command was writing to it, the remaining files are removed.
 
     Raises:
         DatasetError: the folder holds files that captionlib did not write.

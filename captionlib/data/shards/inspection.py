@@ -185,7 +185,7 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
 
 
 def collect_failures(dataset: ShardedDataset) -> dict[str, FailureReport]:
-    """Returns the images that could not be read, by reason, in a dataset and in those that it was made from.
+    """Returns the unreadable images by reason, in a dataset and in the datasets that it was made from.
 
     Datasets that cannot be read are left out.
     """

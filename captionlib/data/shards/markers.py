@@ -1,4 +1,4 @@
-"""Markers: JSON files, each of which records that a shard of a dataset is complete, and describes the shard."""
+"""Markers: JSON files that describe complete shards of a dataset. A shard without a marker is not complete."""
 
 import hashlib
 import json

@@ -59,7 +59,7 @@ def open_sample(
 ) -> Iterator[Sample]:
     """Yields the whole dataset if `limit` is None, and otherwise a sample of up to `limit` evenly spaced rows.
 
-    The sample is in a subfolder of the output, so that all workers can read it, and is removed when the `with` block
+    The sample is written to a subfolder of the output, which all workers can read, and removed when the `with` block
     ends. It has one shard per worker, or more if it is large.
 
     Raises:

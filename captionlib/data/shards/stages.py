@@ -60,9 +60,8 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The caller processes the first before it requests the second.
 
-        Reading the markers of many finished shards takes long, while a listing shows at once which files are missing.
-        Therefore, if the input has not changed since the outputs were created, the first list contains only the shards
-        that lack a marker or a data file.
+        Reading the markers of many finished shards takes long, but listing the files does not. If the input has not
+        changed since the outputs were created, the first list contains the shards that lack a marker or a data file.
         """
         missing = self._find_missing()
         if missing:
@@ -263,7 +262,7 @@ class _UnchangedRows:
 
 
 def match_images(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
-    """Returns, for each row, the index of the old row of the same image, or -1 if there is none or the image changed.
+    """Returns for each row the index of the old row of the same, unchanged image, or -1 if there is none.
 
     If a version is unknown, an image with the same path or URL counts as unchanged.
     """

@@ -5,9 +5,9 @@
       __shards/part-00000.json        marker: records that a shard is complete, with the checksums of its files
       _update.json                    journal: names the new shards; the update is committed once this file exists
 
-The new shards are staged, the journal commits them, and then they are moved into place. If a process dies before the
-commit, the staged shards are ignored, and the next update removes them. If it dies after the commit, `open_dataset`
-moves the remaining shards. Several processes may do so at once, because moving a shard again has no effect.
+First, the new shards are written to `__update`. Then the journal commits them. Then they are moved into place. If the
+process dies before the commit, the next update removes the new shards. If it dies after the commit, `open_dataset`
+moves the remaining shards. Several processes may do this at once, because moving a shard again has no effect.
 """
 
 import uuid
@@ -137,7 +137,7 @@ def _read_journal(folder: Folder) -> dict[str, Any] | None:
 def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> None:
     """Raises DatasetError if a shard of the update is neither staged nor in place.
 
-    If no other shard has been moved into place either, drops the update before it raises the error.
+    If no shard has been moved into place, the update is dropped before the error is raised.
 
     Args:
         folder: folder of the dataset.

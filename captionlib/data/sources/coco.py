@@ -21,12 +21,12 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
 
     The split is `options.default_split` or, if that is empty, the split in the file name: `train` for
     `captions_train2014.json`. Image paths are relative to the subfolder that the file name mentions, here `train2014/`.
-    This subfolder is searched for in `options.image_root` or, if that is None, in the folder of the JSON file and then
-    in the parent of that folder. If it is not found, image paths are relative to the first folder that was searched.
+    It is searched for in `options.image_root`. If that is None, it is searched for in the folder of the JSON file, and
+    then in the parent folder. If it is not found, image paths are relative to the first of these folders.
     See `captionlib.data.sources.rows.SourceReader` for the arguments.
 
     Raises:
-        DatasetError: a file is not in COCO's format, or none of its captions belongs to one of its images.
+        DatasetError: a file is not in COCO's format, or all of its captions belong to images that it does not list.
     """
     for location in find_files(addresses, frozenset({".json"})):
         document = parse_object(load_json(location), location.address)

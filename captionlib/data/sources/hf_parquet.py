@@ -33,8 +33,8 @@ _IMAGE_NAMES = frozenset({"image", "image_bytes", "img", "jpg", "jpeg", "png", "
 def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields one image per row of Parquet files. Each uri refers to a file, row and column; image bytes are not read.
 
-    The id is the value of the id column. Without one, it is the image's path if paths are unique in the file, and
-    otherwise the file name and the 0-based row number.
+    The id is the value of the id column. If there is none, the id is the image's path. If there are no paths, or paths
+    repeat in the file, the id consists of the file name and the 0-based row number.
 
     Args:
         addresses: paths, URLs or globs of the files.

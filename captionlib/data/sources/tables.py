@@ -84,7 +84,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 def _parse_records(
     records: Iterable[_Record], root: str, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[ImageRecord, bool]]:
-    """Yields each row, and whether its captions may be merged with those of its neighbors (not if they are a list)."""
+    """Yields each row, and whether it may be merged: it has captions, but not a list of captions."""
     for origin, columns, values in records:
         try:
             uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()

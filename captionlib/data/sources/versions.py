@@ -39,7 +39,7 @@ def find_modified_times(versions: pa.StringArray) -> pa.TimestampArray:
 def version_from_listing(details: Mapping[str, Any]) -> str:
     """Returns the version of a remote file from its entry in a listing of an fsspec file system.
 
-    The version is the entry's own hash or version number or, if it has neither, a hash of size and modification time.
+    The version is a hash or version number in the entry. If it has neither, size and modification time are hashed.
     """
     for key in _CONTENT_KEYS:
         if details.get(key):

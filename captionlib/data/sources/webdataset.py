@@ -46,8 +46,8 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
     """Yields the samples that contain an image, in file order. Each uri refers to the image's byte range in the tar.
 
     Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, `.text`, `.caption` or
-    `.captions` file or, without one, the captions in its `.json`. If `options.caption_columns` is set, the captions in
-    the `.json` take precedence. The id is the sample's key, or the value of `options.id_column` in the `.json`.
+    `.captions` file. If there is no such file, or if `options.caption_columns` is set, the `.json` contains the
+    captions. The id is the sample's key, or the value of `options.id_column` in the `.json`.
     A sample with invalid captions is kept without captions. See `SourceReader` for the arguments.
 
     Raises:
@@ -95,7 +95,7 @@ def _to_rows(
 
 
 def _select_extension(files: Mapping[str, object]) -> str:
-    """Returns the first extension that contains no dot (`jpg`, not `mask.png`), or the first of all if all do."""
+    """Returns the first extension without a dot (`jpg` rather than `mask.png`). If all have dots, returns the first."""
     return next((extension for extension in files if "." not in extension), next(iter(files)))
 
 
@@ -150,8 +150,8 @@ def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Ite
 def _split_dotted_keys(sample: _Sample, location: Location) -> list[_Sample]:
     """Splits a sample if the keys of its files contain a dot: `22.05.jpg` and `22.06.jpg` are two samples.
 
-    The part between the first and the last dot belongs to the key if all such parts are numbers, or if an image and a
-    text file have the same part. Otherwise it belongs to the extension: `22.rgb.jpg` and `22.mask.png` are one sample.
+    The part between the first and the last dot belongs to the key if it is a number in all names, or if an image and a
+    text file share it. Otherwise it belongs to the extension: `22.rgb.jpg` and `22.mask.png` are one sample.
     """
     samples: dict[str, _Sample] = {}  # by the part between the dots
     for name in (*sample.images, *sample.texts):

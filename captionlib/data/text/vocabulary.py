@@ -132,8 +132,8 @@ class Vocabulary:
         times are excluded, and so are all words that contain them.
 
         Raises:
-            ConfigError: there are no captions, no token is frequent enough, `size` is too small, or the package that
-                trains subwords is not installed.
+            ConfigError: no token is frequent enough, `size` is too small, or the package that trains subwords is not
+                installed.
         """
         counter, sentences = Counter[str](), 0
         for caption in captions:

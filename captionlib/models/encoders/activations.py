@@ -36,7 +36,7 @@ class ActivationConfig:
         model: a torchvision model name, such as `vgg16` or `resnet50`.
         weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
         nodes: nodes of the model's graph whose outputs are feature maps. If empty, all convolutional layers are used,
-            each including the batch normalization and the activation function that follow it.
+            with the batch normalization and the activation function that follow them.
         max_layers: maximum number of convolutional layers; if there are more, evenly spaced ones are selected.
         resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
     """

@@ -90,8 +90,8 @@ class EncoderConfig:
 
         Args:
             description: the encoder's description, from a features dataset or a checkpoint.
-            weights: path of the encoder's weights file or model folder; required if the weights came from a file or
-                folder, because a description contains only a hash of them.
+            weights: path of the encoder's weights file or model folder. Required if the weights came from a file or
+                folder, because the description contains only a hash of them.
 
         Raises:
             ConfigError: the weights came from a file or folder and `weights` is None, or the features were imported.

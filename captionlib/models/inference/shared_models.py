@@ -92,7 +92,7 @@ class CheckpointCache(Generic[Model]):
 
 
 def cached_per_process(load: Callable[Arguments, Result], size: int = 1) -> Callable[Arguments, Result]:
-    """Wraps a loader so that all threads of a process share its `size` latest results, which must not be modified."""
+    """Wraps a loader so that all threads of a process share its `size` latest results. These must not be modified."""
     lock = Lock()
     cached = lru_cache(maxsize=size)(load)
 
