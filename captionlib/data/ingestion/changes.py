@@ -25,7 +25,7 @@ from captionlib.data.shards.update import update_shards
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError
 
-__all__ = ["Changes", "Comparison", "compare", "update_manifest"]
+__all__ = ["Changes", "Comparison", "compare_with_manifest", "update_manifest"]
 
 _BATCH_ROWS = 4096
 _THREADS = 16
@@ -53,7 +53,7 @@ class Changes:
 
 
 class Comparison:
-    """The rows that differ between a source and a manifest, in a temporary database. Created by `compare`."""
+    """The rows that differ between a source and a manifest, in a temporary database. Created by `compare_with_manifest`."""
 
     def __init__(
         self, database: duckdb.DuckDBPyConnection, staged: StagedRows, dataset: ShardedDataset, append: bool
@@ -175,7 +175,7 @@ def _to_manifest_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 @contextmanager
-def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterator[Comparison]:
+def compare_with_manifest(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterator[Comparison]:
     """Yields the differences between the rows of a source and a manifest.
 
     A database compares the ids and the hashes of rows. It spills to disk if it needs more memory than its limit.

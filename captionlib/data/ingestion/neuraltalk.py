@@ -23,7 +23,7 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
-from captionlib.data.sources.values import describe, is_unicode
+from captionlib.data.sources.values import describe_value, is_unicode
 from captionlib.data.sources.versions import version_from_uri
 from captionlib.errors import DatasetError, DuplicateIdError
 from captionlib.progress import progress_bar
@@ -163,7 +163,7 @@ def _find_columns(
     seen: set[str] = set()
     for imgid, row in numbered_rows:  # row.origin is the file and entry that the row came from
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
-            raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe(imgid)}")
+            raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe_value(imgid)}")
         if imgid >= count:
             raise DatasetError(
                 f"{address}: expected a column for each image, got {count} columns of {size} values "

@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from captionlib.config import configclass
 from captionlib.data.images.addresses import image_exists
 from captionlib.data.images.fetching import ImageFetcher
-from captionlib.data.ingestion.changes import Changes, compare, update_manifest
+from captionlib.data.ingestion.changes import Changes, compare_with_manifest, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
 from captionlib.data.shards.compaction import choose_shard_size
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, list_other_files, open_dataset
@@ -291,7 +291,7 @@ def _update(
             drop_uncommitted_updates(dataset.folder)
         return changes, dataset.shards
     check_unique_ids(staged)
-    with compare(staged, dataset, append=config.append) as comparison:
+    with compare_with_manifest(staged, dataset, append=config.append) as comparison:
         if config.verify_content is not None:
             with ImageFetcher() as fetcher:
                 comparison.verify_content(_open_hashed_dataset(config.verify_content), fetcher)

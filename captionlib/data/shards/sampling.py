@@ -20,7 +20,7 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError
 from captionlib.storage.folders import Folder, resolve_address
 
-__all__ = ["Estimate", "Sample", "estimate_rest", "open_sample"]
+__all__ = ["Estimate", "Sample", "estimate_remaining", "open_sample"]
 
 _MAX_SHARD_ROWS = 10_000
 
@@ -135,17 +135,18 @@ class Estimate:
     failures: int
 
 
-def estimate_rest(source: ShardedDataset, outputs: Sequence[ShardedDataset], workers: int) -> Estimate:
-    """Estimates the cost of processing the rest of a dataset from the complete outputs of a sample.
+def estimate_remaining(source: ShardedDataset, outputs: Sequence[ShardedDataset], workers: int) -> Estimate:
+    """Estimates the cost of processing the remaining images of a dataset from the complete outputs of a sample.
 
     The time does not include the start of the workers and the loading of models.
     """
     totals = outputs[0].compute_totals()  # `totals.images` is the number of images in the sample
-    rest = max(0, source.compute_totals().rows - totals.images)
-    ratio = rest / max(1, totals.images)
+    remaining = max(0, source.compute_totals().rows - totals.images)
+    ratio = remaining / max(1, totals.images)
     rate = totals.images / max(totals.seconds, 1e-3) * workers
     size = sum(_count_bytes(output) for output in outputs)
-    return Estimate(rest, rate, rest / rate if rest else 0.0, round(size * ratio), round(totals.failures * ratio))
+    seconds = remaining / rate if remaining else 0.0
+    return Estimate(remaining, rate, seconds, round(size * ratio), round(totals.failures * ratio))
 
 
 def _count_bytes(dataset: ShardedDataset) -> int:

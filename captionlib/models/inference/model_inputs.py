@@ -19,7 +19,7 @@ from captionlib.models.inference.extraction import EncodedRows, PixelPassthrough
 __all__ = ["InputLoader", "choose_input_transform", "open_input_loader"]
 
 InputLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
-"""Function from batches of a dataset to batches of rows, without the column `features`, and each model's input."""
+"""Function that reads batches of a dataset. It yields their rows, without `features`, and the input of each model."""
 
 
 def choose_input_transform(
