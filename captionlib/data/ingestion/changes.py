@@ -53,7 +53,7 @@ class Changes:
 
 
 class Comparison:
-    """The rows that differ between a source and a manifest, in a temporary database. Created by `compare_with_manifest`."""
+    """The rows that differ between a source and a manifest, in a temporary database; see `compare_with_manifest`."""
 
     def __init__(
         self, database: duckdb.DuckDBPyConnection, staged: StagedRows, dataset: ShardedDataset, append: bool
