@@ -370,9 +370,9 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
     """Converts the candidate captions of a row.
 
-    The index stores the number of tokens only for the best candidate. If that is the number of its words plus one, for
-    the end token, then each token is a word, and the tokens of the other candidates can be counted. Otherwise, their
-    `word_probability` is None.
+    The index stores the number of tokens only for the best candidate. If it exceeds the number of words by one, for the
+    end token, then each token is a word. Only in this case, the tokens of the other candidates can be counted, and
+    their `word_probability` is not None.
     """
     has_words = row["tokens"] == len(row["caption"].split()) + 1
     return [
