@@ -57,9 +57,9 @@ def load_config(
 ) -> Config:
     """Creates a configuration from a YAML file and overrides such as `training.epochs=5`.
 
-    Overrides replace values of the file. `defaults` have the form of overrides and replace the defaults of `config_type`.
-    A file may extend another file with `extends: base.yaml`, a path relative to the extending file. Sections are
-    merged, and values in the extending file take precedence.
+    Overrides replace values of the file. `defaults` have the form of overrides and replace the defaults of
+    `config_type`. A file may extend another file with `extends: base.yaml`, a path relative to the extending file.
+    Sections are merged, and values in the extending file take precedence.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is invalid.
