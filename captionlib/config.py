@@ -57,9 +57,9 @@ def load_config(
 ) -> Config:
     """Creates a configuration from a YAML file and overrides such as `training.epochs=5`.
 
-    Overrides replace values of the file. `defaults`, which look like overrides, replace the defaults of `config_type`.
-    A file may extend another file with `extends: base.yaml`, a path relative to the extending file. Sections are
-    merged, and values in the extending file take precedence.
+    Overrides replace values of the file. `defaults` have the form of overrides and replace the defaults of
+    `config_type`. A file may extend another file with `extends: base.yaml`, a path relative to the extending file.
+    Sections are merged, and values in the extending file take precedence.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is invalid.
@@ -75,7 +75,7 @@ def load_config(
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
     """Creates a configuration from a mapping of keys to values. Nested mappings fill nested sections.
 
-    Keys that a section omits have the values of the enclosing class's default for this section. Error messages begin
+    Keys that a section omits keep the defaults that the enclosing class defines for the section. Error messages begin
     with `origin`, such as the path of the file that contains the values.
 
     Raises:

@@ -65,8 +65,8 @@ def command(
     without --duplicates, it adds the other images. With --set keep_duplicates=true, duplicates are indexed and marked,
     and visitors of `serve` can leave them out.
 
-    The index also contains the reference captions of the images, if the manifest (list of images) of CAPTIONS can be
-    read, and a list of the images that could not be captioned.
+    The index also lists the images that could not be captioned. It contains the reference captions if the manifest
+    (list of images) of CAPTIONS can be read.
 
     \b
     Examples:

@@ -20,8 +20,8 @@ __all__ = ["command"]
 def command(collection: str) -> None:
     """Show what is finished and what failed in COLLECTION, and what an update still has to do.
 
-    COLLECTION is a folder that `captionlib init` created. The command does not list the images of its sources again.
-    `captionlib update COLLECTION --dry-run` shows which of them have changed.
+    COLLECTION is a folder that `captionlib init` created. The command does not look for new and changed images;
+    `captionlib update COLLECTION --dry-run` does.
 
     \b
     Examples:

@@ -67,9 +67,9 @@ def _check_models(collection: Collection) -> GenerationConfig:
     from captionlib.models.inference.embedding import SHARED_RANKERS
 
     # The models stay in memory for the pipeline.
-    SHARED_CAPTIONERS.load_version(config.captioner)
+    SHARED_CAPTIONERS.load_with_version(config.captioner)
     if config.ranker is not None:
-        SHARED_RANKERS.load_version(config.ranker)
+        SHARED_RANKERS.load_with_version(config.ranker)
     return build_config(GenerationConfig, config.generation, collection.folder.address(COLLECTION_FILE))
 
 
@@ -114,8 +114,8 @@ def _caption(
         address(source) for address in (collection.manifest, collection.captions, collection.embeddings)
     )
     same_encoder = config.ranker is not None and (
-        SHARED_RANKERS.load_version(config.ranker)[0].encoder
-        == SHARED_CAPTIONERS.load_version(config.captioner)[0].encoder
+        SHARED_RANKERS.load_with_version(config.ranker)[0].encoder
+        == SHARED_CAPTIONERS.load_with_version(config.captioner)[0].encoder
     )
     embedding_options: dict[str, Any] = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
     totals = generate_captions(

@@ -90,8 +90,8 @@ def compare_predictions(
 ) -> Comparison:
     """Compares captions with a baseline, on the images that both have.
 
-    The references of an image are those of the captions or, if there are none, those of the baseline. Images without
-    references are compared, but not scored.
+    References come from the captions, or from the baseline if the captions have none. Images without references are
+    compared, but not scored.
 
     Raises:
         DatasetError: the two have no image in common.

@@ -89,9 +89,10 @@ class VectorLayout:
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
-        This is the case if `auto` would choose a different encoding for `rows`, or if there are inverted lists and
-        `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows decreases,
-        the layout is kept. Otherwise, an index whose size varies around a limit would be built again at every update.
+        This is the case if `auto` would choose a different encoding. It is also the case if there are inverted lists,
+        and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows
+        decreases, the layout is kept. Otherwise, an index whose size varies around a limit would be built again at
+        every update.
         """
         if rows <= self.rows:
             return False

@@ -37,7 +37,7 @@ _TRAINING_SHARDS = 64
 _MIN_NPROBE = 8  # near-duplicates are in the same inverted list or in adjacent ones
 _SEED = 1
 
-Positions = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 Shard = tuple[ShardedDataset, int]
 
 
@@ -68,7 +68,7 @@ class _Images:
 
     ids: pa.StringArray
     hashes: pa.StringArray
-    positions: Positions
+    positions: Indices
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class _Groups:
         similarity: cosine similarity to the kept image.
     """
 
-    kept_image: Positions
+    kept_image: Indices
     similarity: npt.NDArray[np.float32]
 
 
@@ -211,10 +211,10 @@ def _read_images(shards: Sequence[Shard], schema: pa.Schema) -> _Images:
     return _Images(ids, hashes, order.to_numpy().astype(np.int64))
 
 
-def _find_first_copies(hashes: pa.StringArray) -> Positions:
+def _find_first_copies(hashes: pa.StringArray) -> Indices:
     """Returns, for each image, the index of the first image with the same hash. A null hash equals no other."""
     indices = np.arange(len(hashes))
-    first: Positions = pc.index_in(hashes, value_set=hashes).to_numpy().astype(np.int64)
+    first: Indices = pc.index_in(hashes, value_set=hashes).to_numpy().astype(np.int64)
     return np.where(hashes.is_valid().to_numpy(zero_copy_only=False), first, indices)
 
 
@@ -241,7 +241,7 @@ def _read_vectors(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.floa
 
 
 def _group_similar(
-    index: Any, positions: Positions, unique: Positions, groups: _Groups, threshold: float, bar: ProgressBar
+    index: Any, positions: Indices, unique: Indices, groups: _Groups, threshold: float, bar: ProgressBar
 ) -> None:
     """Adds each image in `unique` to the group of the first kept image that is similar enough. Changes `groups`.
 

@@ -94,7 +94,7 @@ class Search:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is neither a query nor an image to compare with. There may be a filter."""
+        """Whether the search has no query and no image. It may have a filter."""
         return not self.query.strip() and self.like is None
 
 
@@ -370,8 +370,8 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
     """Converts the candidate captions of a row.
 
-    The index stores the number of tokens only for the best candidate. If that is the number of its words plus one, for
-    the end token, then each token is a word, and the tokens of the other candidates can be counted. Otherwise, their
+    The index stores the number of tokens only for the best candidate. If it exceeds the number of words by one, for the
+    end token, then each token is a word, and the words of the other candidates are counted. Otherwise, their
     `word_probability` is None.
     """
     has_words = row["tokens"] == len(row["caption"].split()) + 1

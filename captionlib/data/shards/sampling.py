@@ -20,13 +20,13 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError
 from captionlib.storage.folders import Folder, resolve_address
 
-__all__ = ["Estimate", "Sample", "estimate_remaining", "open_sample"]
+__all__ = ["Estimate", "StageInput", "estimate_remaining", "open_stage_input"]
 
 _MAX_SHARD_ROWS = 10_000
 
 
 @dataclass(frozen=True)
-class Sample:
+class StageInput:
     """The input of a stage: a dataset, or a sample of its rows.
 
     Attributes:
@@ -54,9 +54,9 @@ class Sample:
 
 
 @contextmanager
-def open_sample(
+def open_stage_input(
     source: ShardedDataset, output: str | os.PathLike[str], limit: int | None, workers: int
-) -> Iterator[Sample]:
+) -> Iterator[StageInput]:
     """Yields the whole dataset if `limit` is None, and otherwise a sample of up to `limit` evenly spaced rows.
 
     The sample is written to a subfolder of the output, which all workers can read, and removed when the `with` block
@@ -67,13 +67,13 @@ def open_sample(
         DamagedShardError: a shard of the dataset is damaged.
     """
     if limit is None:
-        yield Sample(source)
+        yield StageInput(source)
         return
     if resolve_address(source.folder.uri) == resolve_address(output):
         raise ConfigError(f"{source.folder.uri} is the input of this command; use another folder for the output")
     folder = Folder(output)
     try:
-        yield Sample(_write_sample(source, folder.address(SAMPLE_FOLDER), limit, workers), limit)
+        yield StageInput(_write_sample(source, folder.address(SAMPLE_FOLDER), limit, workers), limit)
     finally:
         folder.remove(SAMPLE_FOLDER)
 

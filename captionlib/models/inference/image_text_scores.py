@@ -14,11 +14,11 @@ from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.families.captioner import Caption
 from captionlib.models.families.ranker import RankingModel
 
-__all__ = ["require_no_ranker", "score_captions"]
+__all__ = ["check_works_without_ranker", "score_captions"]
 
 
-def require_no_ranker(decoding: DecodingConfig) -> None:
-    """Checks that decoding does not need a ranker.
+def check_works_without_ranker(decoding: DecodingConfig) -> None:
+    """Checks that captions can be decoded without a ranker.
 
     Raises:
         ConfigError: decoding reranks the candidates with a ranker.
