@@ -192,7 +192,7 @@ def command(
         verify_content,
     )
     summary = prepare(
-        sources, output, config, overwrite=overwrite, dry_run=dry_run, report=_echo_changes, progress=progress
+        sources, output, config, overwrite=overwrite, dry_run=dry_run, report_changes=_echo_changes, progress=progress
     )
     _echo_summary(output, summary, dry_run)
 

@@ -12,7 +12,7 @@ from captionlib.config import configclass, to_dict
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.batches.captions import (
     CaptionBatches,
-    feature_shape,
+    get_feature_shape,
     make_caption_tokenizer,
     read_captions,
     read_references,
@@ -250,7 +250,7 @@ def _make_batches(
     encode: Callable[[str], list[int]],
 ) -> tuple[CaptionBatches, CaptionBatches]:
     augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)
-    if augmentation and len(feature_shape(dataset)) == 1:
+    if augmentation and len(get_feature_shape(dataset)) == 1:
         raise DatasetError(
             f"{dataset.folder.uri}: random_crop and horizontal_flip need feature maps [positions, channels], got "
             "one vector per image; extract with pooling none at a node with spatial output, such as features.29 of "

@@ -100,15 +100,15 @@ class Comparison:
                     self._database.executemany("DELETE FROM changes WHERE position = ?", [[row[0]] for row in found])
                     self._database.executemany("INSERT INTO changes VALUES (?, ?, ?)", found)
 
-    def list_touched_shards(self) -> list[int]:
+    def list_changed_shards(self) -> list[int]:
         """Returns the sorted numbers of the shards with changed or gone rows."""
-        return sorted(shard for (shard,) in self._database.execute(_LIST_TOUCHED).fetchall())
+        return sorted(shard for (shard,) in self._database.execute(_LIST_CHANGED_SHARDS).fetchall())
 
-    def count_gone(self) -> dict[int, int]:
+    def count_gone_by_shard(self) -> dict[int, int]:
         """Returns the number of gone rows by shard."""
         return dict(self._database.execute("SELECT shard, count(*) FROM gone GROUP BY shard").fetchall())
 
-    def read_gone(self, shard: int) -> pa.Array:
+    def read_gone_ids(self, shard: int) -> pa.Array:
         """Returns the ids of the gone rows of a shard."""
         ids = self._database.execute("SELECT image_id FROM gone WHERE shard = ?", [shard]).fetchall()
         return pa.array([image_id for (image_id,) in ids], pa.string())
@@ -206,7 +206,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     """
     # A marker is the file that records that a shard is complete.
     rows = {shard: marker.rows for shard, marker in dataset.require_all_markers().items()}
-    touched, gone = comparison.list_touched_shards(), comparison.count_gone()
+    changed_shards, gone = comparison.list_changed_shards(), comparison.count_gone_by_shard()
     remaining = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
     last = max((shard for shard, count in remaining.items() if count), default=0)  # empty shards after it are dropped
     new_rows = comparison.count().new
@@ -218,7 +218,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     pending = next(changed, None)
     new = RowBuffer(comparison.read_new())
     with update_shards(dataset, shards) as staged:
-        for shard in sorted({*touched, *([last] if fills_last else [])}):
+        for shard in sorted({*changed_shards, *([last] if fills_last else [])}):
             if shard > last:
                 continue
             table = dataset.read(shard)
@@ -226,7 +226,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
                 table = _replace_rows(table, pending[1])
                 pending = next(changed, None)
             if shard in gone:
-                table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=comparison.read_gone(shard))))
+                table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=comparison.read_gone_ids(shard))))
             if fills_last and shard == last:
                 table = pa.concat_tables([table, new.take_table(room, MANIFEST_SCHEMA)])
             _write(staged, shard, table)
@@ -273,7 +273,7 @@ _CREATE_CHANGES = f"""
     FROM differences WHERE position IS NOT NULL
 """
 _CREATE_GONE = "CREATE TABLE gone AS SELECT image_id, shard FROM differences WHERE position IS NULL AND ?"
-_LIST_TOUCHED = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
+_LIST_CHANGED_SHARDS = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
 _READ_CHANGED = """
     SELECT rows.* REPLACE (changes.version AS version), changes.shard
     FROM read_parquet(?, file_row_number = true) AS rows

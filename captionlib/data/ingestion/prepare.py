@@ -112,7 +112,7 @@ def prepare(
     *,
     overwrite: bool = False,
     dry_run: bool = False,
-    report: Callable[[Changes], None] = lambda changes: None,
+    report_changes: Callable[[Changes], None] = lambda changes: None,
     progress: bool = False,
 ) -> PrepareSummary:
     """Writes the manifest of one or more sources in the same format, or updates an existing manifest.
@@ -131,7 +131,7 @@ def prepare(
         config: conversion options.
         overwrite: replace an existing manifest with a new one instead of updating it.
         dry_run: compare the sources with the manifest without writing anything.
-        report: called with the numbers of changes before an existing manifest is updated.
+        report_changes: called with the numbers of changes before an existing manifest is updated.
         progress: show a progress bar.
 
     Raises:
@@ -146,7 +146,7 @@ def prepare(
     with ExitStack() as lock:
         if Folder(output).exists(DESCRIPTION_FILE) and not dry_run:
             lock.enter_context(lock_folder(Folder(output), _COMMAND))
-        return _prepare(addresses, output, config, overwrite, dry_run, report, progress)
+        return _prepare(addresses, output, config, overwrite, dry_run, report_changes, progress)
 
 
 def _prepare(
@@ -155,7 +155,7 @@ def _prepare(
     config: PrepareConfig,
     overwrite: bool,
     dry_run: bool,
-    report: Callable[[Changes], None],
+    report_changes: Callable[[Changes], None],
     progress: bool,
 ) -> PrepareSummary:
     """Writes or updates a manifest.
@@ -180,7 +180,7 @@ def _prepare(
         if not staged.rows:
             raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
         if to_update is not None:
-            changes, shards = _update(to_update, staged, config, dry_run, report)
+            changes, shards = _update(to_update, staged, config, dry_run, report_changes)
         else:
             changes = Changes(staged.rows, 0, 0, 0)
             shard_size = config.shard_size or choose_shard_size(staged.rows)
@@ -281,12 +281,12 @@ def _update(
     staged: StagedRows,
     config: PrepareConfig,
     dry_run: bool,
-    report: Callable[[Changes], None],
+    report_changes: Callable[[Changes], None],
 ) -> tuple[Changes, int]:
     """Updates an existing manifest. Returns the changes, and the number of shards after the update."""
     if staged.unchanged:
         changes = Changes(0, 0, 0, staged.rows)
-        report(changes)
+        report_changes(changes)
         if not dry_run:
             drop_uncommitted_updates(dataset.folder)
         return changes, dataset.shards
@@ -296,7 +296,7 @@ def _update(
             with ImageFetcher() as fetcher:
                 comparison.verify_content(_open_hashed_dataset(config.verify_content), fetcher)
         changes = comparison.count()
-        report(changes)
+        report_changes(changes)
         existing = changes.changed + changes.gone + changes.unchanged
         if changes.gone > _MAX_GONE_RATIO * existing and not (config.allow_removal or dry_run):
             raise DatasetError(

@@ -53,7 +53,7 @@ def stage_rows(
     rows: Iterable[ImageRecord],
     path: Path,
     existing: ShardedDataset | None = None,
-    count: Callable[[int], None] = lambda rows: None,
+    report_staged: Callable[[int], None] = lambda rows: None,
 ) -> StagedRows:
     """Writes rows to a Parquet file at `path`. Writes nothing if they equal those of an existing manifest.
 
@@ -61,7 +61,7 @@ def stage_rows(
         rows: rows to write.
         path: file to write.
         existing: a complete manifest to compare the rows with, if any.
-        count: called with the number of rows of each batch.
+        report_staged: called with the number of rows of each batch, for a progress bar.
 
     Raises:
         DatasetError: there are more than 1000 splits, so the split column must be wrong.
@@ -94,7 +94,7 @@ def stage_rows(
             captions += len(record_batch["captions"].values)
             for buffer in record_batch["image_id"].buffers()[1:]:  # offsets and text
                 digest.update(buffer)
-            count(len(batch))
+            report_staged(len(batch))
         unchanged = expected is not None and not expected.take_table(1, MANIFEST_SCHEMA).num_rows
         if existing is not None and expected is not None and not unchanged:
             _copy_rows(existing, splits.total(), writer)
