@@ -7,7 +7,7 @@
       __export/export.json                      what is exported
       __export/part-00000.json                  counts of a finished shard
 
-A shard of a dataset becomes one tar or folder. A second run exports only shards that are unfinished or have changed.
+A shard (Parquet file) of a dataset becomes one tar or folder. A second run exports only unfinished and changed shards.
 """
 
 import io

@@ -1,6 +1,6 @@
 """Streams training batches from a features dataset (Parquet shards of image features and captions).
 
-Each epoch reads the shards in a new seeded order. A buffer holds a group of shards, and its images are shuffled. The
+Each epoch reads the shards in a new random order. A buffer holds a group of shards, and its images are shuffled. The
 next buffer is loaded in the background, so at most two are in memory. A dataset that fits in one is read only once.
 """
 

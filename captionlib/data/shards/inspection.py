@@ -1,7 +1,7 @@
 """Summarizes a dataset: finished shards, images that could not be read (failures), speed, and inconsistencies.
 
-Only the description, the markers, the progress files and the failures are read, and nothing is written. So it works for
-a dataset that a job on a cluster is writing.
+A marker is the file that records that a shard is complete. Only the description, the markers, the progress files and
+the failures are read, and nothing is written, so a job may be writing the dataset at the same time.
 """
 
 import os
@@ -153,8 +153,8 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
     if complete and totals.shards < dataset.shards:
         problems.insert(
             0,
-            f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a "
-            "valid marker file (which marks a shard as finished)",
+            f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a valid "
+            "marker file",
         )
     stale_shards, stale_count, images = _compare_with_source(dataset, markers)
     return DatasetReport(

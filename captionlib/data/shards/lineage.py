@@ -1,4 +1,4 @@
-"""Describes in words how a dataset was made, from the images to the dataset itself."""
+"""Describes in words how a dataset (a folder of Parquet shards) was made, from the images to the dataset itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
