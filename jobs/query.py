@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -241,10 +241,9 @@ def _query_dataset(
         yield rows if limit is None else limit_rows(rows, limit)
 
 
-def _query_index(
-    folder: str, query: str, values: Mapping[str, Any], limit: int
-) -> AbstractContextManager[pa.RecordBatchReader]:
-    return nullcontext(_search_index(folder, query, values, limit).to_reader())
+@contextmanager
+def _query_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> Iterator[pa.RecordBatchReader]:
+    yield _search_index(folder, query, values, limit).to_reader()
 
 
 def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:

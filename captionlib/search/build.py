@@ -287,7 +287,9 @@ class IndexBuild:
         base = {shard.content: shard for shard in self.base.shards} if self.base else {}
         results = {position: decode_record(self.folder.read(self._result_file(position))) for position in self.added}
         return [
-            IndexedShard(**asdict(shard), **(results.get(position) or _list_files(base[shard.content])))
+            IndexedShard(**asdict(shard), **results[position])
+            if position in results
+            else replace(base[shard.content], **asdict(shard))
             for position, shard in enumerate(self.shards)
         ]
 
@@ -355,14 +357,6 @@ class IndexBuild:
     def _result_file(self, position: int) -> str:
         """Returns the name of the JSON file that lists the published files of a shard. It is written last."""
         return f"{self._temporary}/{part_name(position)}.json"
-
-
-def _list_files(shard: IndexedShard) -> dict[str, str]:
-    return {
-        "rows_file": shard.rows_file,
-        "details_file": shard.details_file,
-        "failures_file": shard.failures_file,
-    }
 
 
 def plan_build(

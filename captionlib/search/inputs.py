@@ -44,7 +44,7 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Compares the numbers of images in the markers of both datasets. A marker records that a shard is complete.
+    """Compares the numbers of images in each shard, which the markers of complete shards record.
 
     Raises:
         DatasetError: the datasets cover different images.
@@ -174,16 +174,16 @@ def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
     The captions may have been generated from a features dataset that was extracted from the manifest. If the captions
     are remote, a local manifest is ignored, because workers on other machines cannot read it.
     """
-    stages = [captions]
-    while stages[-1].kind != "manifest":
-        address = stages[-1].source
+    datasets = [captions]
+    while datasets[-1].kind != "manifest":
+        address = datasets[-1].source
         if not address or Folder(address).is_local != captions.folder.is_local:
             return None
         try:
-            stages.append(open_dataset(address))
+            datasets.append(open_dataset(address))
         except (DatasetError, StorageError, OSError):
             return None
-    return ManifestShards(stages[-1], _match_shards(stages))
+    return ManifestShards(datasets[-1], _match_shards(datasets))
 
 
 @dataclass(frozen=True)
@@ -204,12 +204,12 @@ class ManifestShards:
             return parquet.read(columns=["image_id", "captions"])
 
 
-def _match_shards(stages: Sequence[ShardedDataset]) -> dict[int, str]:
+def _match_shards(datasets: Sequence[ShardedDataset]) -> dict[int, str]:
     """Returns the checksums of the manifest's shards that have not changed since the captions were made from them.
 
-    `stages` begin with the captions and end with the manifest; each dataset was made from the next one.
+    `datasets` begin with the captions and end with the manifest; each dataset was made from the next one.
     """
-    markers = [stage.read_markers() for stage in stages]
+    markers = [dataset.read_markers() for dataset in datasets]
     matches = {}
     for shard in markers[0]:
         chain = [each[shard] for each in markers if shard in each]

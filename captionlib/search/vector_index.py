@@ -77,7 +77,7 @@ def write_trained_index(layout: VectorLayout, sample: Vectors, path: Path) -> No
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
-    missing = max(0, layout.nlist - len(sample))  # k-means needs at least one vector per list
+    missing = max(0, layout.nlist - len(sample))  # random vectors to add, as k-means needs one per list
     random = np.random.default_rng(_SEED).normal(size=(missing, layout.dimension))
     vectors = np.concatenate([sample, random / np.linalg.norm(random, axis=1, keepdims=True)])
     index.train(np.ascontiguousarray(vectors, np.float32))
@@ -133,7 +133,7 @@ def _write_index(index: Any, path: Path) -> None:
 
 def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
     """Renumbers the rows in `moves`, which must be sorted, and removes the vectors of all other rows."""
-    # The zeros keep the arrays from being empty if `moves` is.
+    # Without the zeros, the arrays would be empty if `moves` is empty.
     starts, ends, new_starts = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
     last_row = max(int(ids.max(initial=0)) for ids, _ in _iter_lists(index))
     is_kept = np.zeros(max(int(ends.max()), last_row + 1), np.bool_)

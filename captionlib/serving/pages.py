@@ -126,7 +126,10 @@ def _read_search(
     duplicates: str = "all",
     like: str = "",
 ) -> Search:
-    """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default."""
+    """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default.
+
+    `like` is the id of an image, to find similar images.
+    """
     return Search(
         query=q,
         mode=next((available for available in service.modes if available == mode), "text"),
@@ -208,7 +211,7 @@ def show_failures(
 
 @router.get("/static/attention_maps.js")
 def get_attention_script() -> Response:
-    """Returns the script that shows attention maps, which is also part of the HTML report."""
+    """Returns the script that shows attention maps. The HTML report contains the same script."""
     script = files("captionlib.evaluation") / "templates" / "attention_maps.js"
     return Response(script.read_bytes(), media_type="text/javascript")
 

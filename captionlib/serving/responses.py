@@ -79,7 +79,7 @@ class SearchResponse(BaseModel):
 
 
 class Attention(BaseModel):
-    """The attention maps of a caption: where the captioner looked for each of its words."""
+    """The attention maps of a caption: the attention weights of each word over the image."""
 
     maps: list[str] = Field(
         description="A map for each word and the end of the caption: base64 of one byte per position, row by row, "
