@@ -257,7 +257,7 @@ def _make_batches(
             "vgg16, or leave both out"
         )
     buffer_bytes = config.shuffle_buffer_megabytes << 20
-    pooled = model.annotator is None and model.encoder_top is None
+    pooled = model.attention_module is None and model.encoder_top is None
     return (
         CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled, augmentation),
         CaptionBatches(dataset, config.validation_splits, encode, _VALIDATION_IMAGES, buffer_bytes, pooled),
