@@ -145,7 +145,7 @@ class _Export:
             )
         existing = self._read_record(_DESCRIPTION)
         if existing is None:
-            for name in reversed(names):  # `__export` last: until then, the folder can be identified as an export
+            for name in reversed(names):  # `__export` last, because it identifies the folder as an export
                 self.folder.remove(name)
             self.folder.write(_DESCRIPTION, encode_record(description))
         elif existing != description:
