@@ -37,7 +37,7 @@ def test_fingerprint_identifies_the_text_whatever_its_compression(tmp_path: Path
     plain, compressed, other = (
         open_corpus(tmp_path / name) for name in ("plain.txt", "compressed.txt.gz", "other.txt")
     )
-    assert list(compressed.training()) == list(plain.training())
+    assert list(compressed.read_training()) == list(plain.read_training())
     assert compressed.fingerprint == plain.fingerprint != other.fingerprint
 
 
