@@ -30,8 +30,8 @@ def command(
     """Embed every image of SOURCE: a dataset of image features, or a manifest (list of images).
 
     The ranker is a dual encoder: it maps images and sentences to unit vectors in the same space. The output is an
-    embeddings dataset, which contains the vector of each image. If SOURCE is a manifest, the image features are computed
-    in the same pass.
+    embeddings dataset, which contains the vector of each image. If SOURCE is a manifest, the image features are
+    computed in the same pass.
 
     To caption the same images too, run `captionlib generate-captions` with --ranker and --embeddings instead. It writes
     captions and embeddings in one pass.

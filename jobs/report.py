@@ -176,7 +176,7 @@ def _summarize(comparison: Comparison | None) -> str:
 
 
 def _format_scores(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns names, values and confidence intervals of the scores, followed by the numbers of distinct captions and words."""
+    """Returns names, values and confidence intervals of the scores, and the numbers of distinct captions and words."""
     scores = []
     for name, score in evaluation.scores.overall.items():
         low, high = evaluation.scores.intervals[name]
