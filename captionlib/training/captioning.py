@@ -176,11 +176,15 @@ def train_captioner(
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
         if progress and group.is_first and "word_vectors" in provenance:
             print(f"word vectors: {provenance['word_vectors']}", file=sys.stderr)
-        resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
+        settings = {
+            "features": dataset.compute_content_checksum(),
+            "world_size": group.world_size,
+            **to_dict(config),
+        }
         if "init_from" in provenance:
-            resolved["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
+            settings["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
         objective = _make_objective(dataset, model.to(process_device), vocabulary, config, provenance)
-        return train(objective, config.training, folder, resolved, progress)
+        return train(objective, config.training, folder, settings, progress)
 
 
 def _initialize(
