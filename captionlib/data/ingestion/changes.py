@@ -33,11 +33,11 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class Changes:
-    """The numbers of rows that differ between a source and a manifest, and that do not.
+    """The numbers of new, changed, gone and unchanged rows of a source, compared with a manifest.
 
     Attributes:
         new: rows with an id that is not in the manifest.
-        changed: rows whose version, URI, split or captions differ.
+        changed: rows whose version (a string that changes with the image file), URI, split or captions differ.
         gone: rows of the manifest that are not in the source.
         unchanged: rows of the source that equal those of the manifest.
     """

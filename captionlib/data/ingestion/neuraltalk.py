@@ -98,7 +98,7 @@ def import_features(
         columns = _find_columns(numbered_rows, matrix, mat_address)
         rows = [row for _, row in numbered_rows]
         for row in rows:
-            row.version = version_from_uri(row.uri)
+            row.version = version_from_uri(row.uri)  # changes when the image file changes
         dataset = create_dataset(
             output,
             "features",

@@ -264,7 +264,8 @@ class _UnchangedRows:
 def match_images(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
     """Returns for each row the index of the old row of the same, unchanged image, or -1 if there is none.
 
-    If a version is unknown, an image with the same path or URL counts as unchanged.
+    An image is unchanged if its version (a string that changes with the file) is the same. If a version is unknown, the
+    paths or URLs are compared.
     """
     found_or_null = pc.fill_null(pc.index_in(rows["image_id"], value_set=old["image_id"].combine_chunks()), -1)
     indices: npt.NDArray[np.int64] = found_or_null.to_numpy().astype(np.int64)

@@ -55,7 +55,7 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
     """
     for location in find_files(addresses, frozenset({".tar"})):
         with open_file(location) as file:
-            version = version_from_file(location)
+            version = version_from_file(location)  # a string that changes when the tar changes
             seen: set[int] = set()  # hashes, because a tar can hold millions of keys
             for sample in _read_samples(file, location, skips):
                 if sample.images:
