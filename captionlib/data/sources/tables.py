@@ -108,7 +108,7 @@ def parse_split_column(values: Mapping[str, Any], column: str | None, origin: st
 
 
 def parse_version_column(values: Mapping[str, Any], column: str | None, origin: str) -> str:
-    """Returns the version of an image, a string that changes with the image; empty if the column or value is missing."""
+    """Returns the version of an image, a string that changes with it; empty if the column or its value is missing."""
     return "" if column is None else parse_optional(parse_id, values.get(column), origin, column)
 
 
