@@ -83,13 +83,14 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
     """Checks datasets before any of them changes. Returns their compactions, to be run in this order.
 
     Args:
-        datasets: a manifest, or imported features, and datasets that were made from it.
+        datasets: a manifest, or features from `captionlib import-features`, and datasets that were made from them.
         shard_size: images per shard. If None, see `choose_shard_size`.
 
     Raises:
         ConfigError: a dataset has a kind that always has a single shard.
-        DamagedShardError: a marker of the manifest or of imported features is missing or damaged.
-        DatasetError: the manifest, the imported features or the source of another dataset is not complete.
+        DamagedShardError: a marker of the manifest or of the imported features is missing or damaged.
+        DatasetError: the manifest, the imported features or the source of a dataset (the one that it was made from) is
+            not complete.
     """
     for dataset in datasets:
         if dataset.kind not in _KINDS:
