@@ -72,8 +72,8 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork])
         self._training = training
         self._validation = validation
 
-    def batches(self, seed: int, epoch: int, first: int) -> Iterator[npt.NDArray[np.int64]]:
-        return islice(self._training.shuffled(seed, epoch), first, None)
+    def batches(self, seed: int, epoch: int, first_batch: int) -> Iterator[npt.NDArray[np.int64]]:
+        return islice(self._training.shuffled(seed, epoch), first_batch, None)
 
     def steps_per_epoch(self) -> int:
         return self._training.count()

@@ -120,9 +120,9 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
         self._validation = validation
         model.log_temperature.requires_grad_(config.loss == "contrastive")
 
-    def batches(self, seed: int, epoch: int, first: int) -> Iterator[RankingBatch | None]:
-        batches = self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first)
-        for index, batch in enumerate(batches, first):
+    def batches(self, seed: int, epoch: int, first_batch: int) -> Iterator[RankingBatch | None]:
+        batches = self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first_batch)
+        for index, batch in enumerate(batches, first_batch):
             if batch is None:
                 yield None
             else:

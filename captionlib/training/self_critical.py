@@ -108,8 +108,8 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         self._constraints = Constraints(self._sampling, torch.tensor([UNKNOWN], device=self._device))
         _set_dropout(self.model, config.dropout)
 
-    def batches(self, seed: int, epoch: int, first: int) -> Iterator[SelfCriticalBatch | None]:
-        for batch in self._captioning.batches(seed, epoch, first):
+    def batches(self, seed: int, epoch: int, first_batch: int) -> Iterator[SelfCriticalBatch | None]:
+        for batch in self._captioning.batches(seed, epoch, first_batch):
             yield None if batch is None else SelfCriticalBatch(batch, seed, epoch)
 
     def steps_per_epoch(self) -> int:

@@ -109,9 +109,9 @@ class CaptionBatches:
         return sum(-(-sum(images[shard] for shard in group) // size) for group in self._groups)
 
     def shuffled(
-        self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+        self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first_batch: int = 0
     ) -> Iterator[CaptionBatch | None]:
-        """Yields the batches of an epoch in random order, starting at batch `first`. Each image occurs once per epoch.
+        """Yields the batches of an epoch in random order, starting at `first_batch`. Each image occurs once per epoch.
 
         Batches of `batch_images * world_size` images are divided evenly among `world_size` processes. Yields the parts
         for the process `rank`, or None for a part without images.
@@ -128,7 +128,7 @@ class CaptionBatches:
                 *(buffer, images, np.array_split(np.arange(len(images)), world_size)[rank]),
                 seed=[seed, epoch, buffer_index, images[0]],
             )
-            for buffer_index, buffer, images in islice(selections, first, None)
+            for buffer_index, buffer, images in islice(selections, first_batch, None)
         )
 
     def in_order(self) -> Iterator[CaptionBatch]:
