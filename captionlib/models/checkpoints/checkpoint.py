@@ -229,6 +229,7 @@ def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
     """
 
     def build(config: CaptionerConfig, feature_size: int, vocabulary_size: int, identity: Identity) -> CaptionerNetwork:
+        # `encoder_top` consists of the encoder layers that are part of the captioner.
         encoder_top = None if config.encoder_top is None else EncoderTop(identity["encoder"], config.encoder_top)
         return CaptionerNetwork(config, feature_size, vocabulary_size, encoder_top)
 
