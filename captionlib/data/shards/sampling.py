@@ -41,7 +41,8 @@ class StageInput:
     def input_arguments(self) -> dict[str, Any]:
         """The arguments of `create_dataset` that say what the output of the stage was made from.
 
-        The output of a sample has no source, because the sample is removed.
+        The output of a sample has no source, because the sample is removed. Its `manifest_id` still identifies the list
+        of images.
         """
         if self.limit is None:
             return {"source": self.dataset}
