@@ -145,12 +145,12 @@ def _caption_batches(
     ranker: RankingModel | None = None,
     embed: bool = False,
 ) -> Iterator[tuple[pa.RecordBatch, ...]]:
-    for rows, (images, *ranker_images) in _rebatch(encoded, config.batch_size):
-        captions = generate(images, [row["image_id"] for row in rows])
+    for rows, (inputs, *ranker_inputs) in _rebatch(encoded, config.batch_size):
+        captions = generate(inputs, [row["image_id"] for row in rows])
         if ranker is None:
             yield (build_caption_rows(rows, captions),)
             continue
-        vectors = ranker.encode_images(ranker_images[0])
+        vectors = ranker.encode_images(ranker_inputs[0])
         scored = build_caption_rows(rows, score_captions(captions, vectors, ranker, config.decoding))
         yield (scored, build_embedding_rows(rows, vectors)) if embed else (scored,)
 
