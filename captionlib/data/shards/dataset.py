@@ -113,7 +113,11 @@ class ShardedDataset:
 
         Some of them may be unfinished. `read_markers` also reads the markers, and returns only finished shards.
         """
-        return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
+        return self._list_parts(MARKERS_FOLDER, ".json") & self.stored_shards()
+
+    def stored_shards(self) -> set[int]:
+        """Returns the numbers of the shards that have a data file, whether or not they are finished."""
+        return self._list_parts("", ".parquet")
 
     def read_progress(self, shards: Iterable[int]) -> dict[int, ShardProgress]:
         """Returns the progress by shard, for unfinished shards that report it; see `ShardWriter`."""
