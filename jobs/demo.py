@@ -118,9 +118,9 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
 
 
 def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns scores as tuples of name, value and an empty detail.
+    """Returns the fraction of captions that state each scene attribute correctly, BLEU-4 and CIDEr.
 
-    They are the fraction of captions that state each scene attribute correctly, BLEU-4 and CIDEr.
+    Each score is a tuple of name, value and detail, for `write_report`. The details are empty.
     """
     from captionlib.data.synthetic_scenes import read_scenes, score_attributes
 

@@ -36,8 +36,8 @@ def command(
     """Copy CHECKPOINT (a captioner, ranker or language model) to a folder that others can load on any machine.
 
     The folder contains no paths of this machine. If the encoder was loaded from a weights file, its tensors are
-    included; weights of torchvision are downloaded by name. README.md is a model card with data, recipe, scores, limits
-    and license. Edit it before you publish the folder.
+    included; weights of torchvision are downloaded by name. README.md is a model card with data, training settings,
+    scores, limits and license. Edit it before you publish the folder.
 
     \b
     Examples:

@@ -45,10 +45,9 @@ def command(
 ) -> None:
     """Create the folder COLLECTION with a configuration, collection.yaml.
 
-    `captionlib update COLLECTION` then lists, captions and indexes the images. Run it again whenever images have
-    changed. With --serve, this command also runs `update` and `serve`. Addresses with the same NAME belong to one
-    source. The default NAME is images. To change how a source is read, such as the column of the captions, edit
-    collection.yaml.
+    `captionlib update COLLECTION` then captions and indexes the images. Run it again whenever images have changed. With
+    --serve, this command also runs `update` and `serve`. Addresses with the same NAME belong to one source. The default
+    NAME is images. To change how a source is read, such as the column of the captions, edit collection.yaml.
 
     \b
     Examples:

@@ -26,7 +26,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print all details as JSON.")
 @click.option("--verify", is_flag=True, help="Read every file of a dataset and verify its checksum.")
 @click.option("--html", metavar="FILE.html", help="Write a self-contained page about a dataset.")
-@click.option("--serve", is_flag=True, help="Serve a page about a dataset that follows the job that writes it.")
+@click.option("--serve", is_flag=True, help="Serve a page that shows the progress of the job that writes a dataset.")
 @click.option(
     "--port", type=click.IntRange(1, 65535), default=8001, show_default=True, help="The port to listen on with --serve."
 )
@@ -48,7 +48,7 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
     from captionlib.collection import COLLECTION_FILE
     from captionlib.config import to_dict
     from captionlib.data.shards.markers import DESCRIPTION_FILE
-    from captionlib.search.index_folder import DESCRIPTION as INDEX_FILE, read_description
+    from captionlib.search.index_folder import INDEX_FILE, read_description
     from captionlib.storage.folders import Folder
 
     if serve and (html or as_json or verify):

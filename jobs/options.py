@@ -168,8 +168,8 @@ def pipeline_options(command: Command) -> Command:
         click.option(
             "--accelerator",
             metavar="SPEC",
-            help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. Each worker "
-            "runs one process, which processes two shards at a time, and fails if it has no GPU.",
+            help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. A worker "
+            "without a GPU fails. Each worker runs one process, which works on two shards at a time.",
         ),
         beam_argument,
     ]

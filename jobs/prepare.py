@@ -91,7 +91,7 @@ __all__ = ["command"]
 @click.option(
     "--verify-content",
     metavar="FOLDER",
-    help="Dataset of features or captions. Images that seem unchanged are compared with its content_hash.",
+    help="Dataset of features or captions. Compares images that seem unchanged with the hashes in content_hash.",
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")
@@ -192,7 +192,7 @@ def command(
         verify_content,
     )
     summary = prepare(
-        sources, output, config, overwrite=overwrite, dry_run=dry_run, report=_echo_changes, progress=progress
+        sources, output, config, overwrite=overwrite, dry_run=dry_run, report_changes=_echo_changes, progress=progress
     )
     _echo_summary(output, summary, dry_run)
 

@@ -21,7 +21,9 @@ __all__ = ["command"]
 @click.command()
 @click.argument("captions")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The folder to write. Its page is index.html.")
-@click.option("--manifest", "-m", metavar="FOLDER", help="Manifest or features dataset with the references.")
+@click.option(
+    "--manifest", "-m", metavar="FOLDER", help="Manifest (list of images) or features dataset with the references."
+)
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Show this split only. Repeatable.")
 @click.option("--checkpoint", "-c", metavar="FOLDER", help="Folder of the captioner, to show its training curves.")
 @click.option("--images", metavar="FOLDER", help="The folder that image paths are relative to.")
@@ -168,7 +170,7 @@ def _describe(
 def _summarize(comparison: Comparison | None) -> str:
     if comparison is None or not comparison.scores:
         return ""
-    better, ties, worse = comparison.wins
+    better, ties, worse = comparison.wins_ties_losses
     first, second = comparison.names
     return f"; better caption by CIDEr: {first} {better:,}, {second} {worse:,}, equal {ties:,}"
 

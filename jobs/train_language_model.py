@@ -13,12 +13,13 @@ __all__ = ["command"]
 @click.argument("source")
 @training_options
 def command(source: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
-    """Train a language model on SOURCE: a text file, or the captions of a features dataset or a manifest.
+    """Train a language model on SOURCE: a text file, or the captions of a features dataset or manifest.
 
-    The model is a captioner without image input. A text file has one sentence per line, or is one continuous text
-    (--set layout=continuous). Tokens are words or characters (--set level=characters). The checkpoint of the epoch
-    with the lowest perplexity on val or dev, or on a held-out part of the text file, is kept. Ctrl-C saves the state
-    and stops; the same command resumes.
+    extract-features writes features datasets; prepare writes manifests (lists of images). The model is a captioner
+    without image input. A text file has one sentence per line, or is one continuous text (--set layout=continuous).
+    Tokens are words or characters (--set level=characters). The checkpoint of the epoch with the lowest perplexity on
+    val or dev, or on a held-out part of the text file, is kept. Ctrl-C saves the state and stops; the same command
+    resumes.
 
     \b
     Examples:

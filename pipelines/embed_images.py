@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import Totals
-from captionlib.data.shards.sampling import Sample
+from captionlib.data.shards.sampling import StageInput
 from captionlib.data.shards.stages import ShardJob
 from captionlib.models.inference.embedding import (
     SHARED_RANKERS,
@@ -55,11 +55,11 @@ def embed_images(
     """
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
-    driver_device, worker_device = run.resolve_devices(device)
-    loaded_ranker, ranker_version = SHARED_RANKERS.load_version(ranker)
+    driver_device, worker_device = run.choose_devices(device)
+    loaded_ranker, ranker_version = SHARED_RANKERS.load_with_version(ranker)
     ranker_input_transform = choose_input_transform(
         dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
     )
-    embeddings = create_embeddings_dataset(output, Sample(dataset), loaded_ranker, run.overwrite)
+    embeddings = create_embeddings_dataset(output, StageInput(dataset), loaded_ranker, run.overwrite)
     stage = ImageEmbedding(config, ranker_version, ranker_input_transform, worker_device, run.threads_per_worker)
     return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures, run.verify), "embed", run)

@@ -70,7 +70,7 @@ class Comparison:
     notes: Sequence[str]
 
     @property
-    def wins(self) -> tuple[int, int, int]:
+    def wins_ties_losses(self) -> tuple[int, int, int]:
         """The numbers of images whose caption has a higher, an equal and a lower CIDEr than that of the baseline."""
         differences = [value - self.baseline_cider[image_id] for image_id, value in self.cider.items()]
         better, worse = (sum(sign * each >= _TIE for each in differences) for sign in (1, -1))
@@ -90,8 +90,8 @@ def compare_predictions(
 ) -> Comparison:
     """Compares captions with a baseline, on the images that both have.
 
-    The references of an image are those of the captions or, if there are none, those of the baseline. Images without
-    references are compared, but not scored.
+    References come from the captions, or from the baseline if the captions have none. Images without references are
+    compared, but not scored.
 
     Raises:
         DatasetError: the two have no image in common.
@@ -105,7 +105,7 @@ def compare_predictions(
         ]
         raise DatasetError(
             f"expected captions of the same images, got no image in both {names[0]} and {names[1]}, such as "
-            f"{' and '.join(examples)}; compare captions that were generated from the same manifest"
+            f"{' and '.join(examples)}; compare captions that were generated for the same images"
         )
     shared = [replace(each, references=each.references or others[each.image_id].references) for each in shared]
     others = {each.image_id: replace(others[each.image_id], references=each.references) for each in shared}

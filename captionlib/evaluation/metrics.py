@@ -2,7 +2,7 @@
 
 BLEU and METEOR of a set of captions are not means over images but are computed from summed counts. Each metric here
 therefore has one row of statistics per image, and a formula that maps a sum of rows to a score. The sum of all rows
-gives the score of the set, a single row gives the score of one image, and the sum over a bootstrap resample gives the
+gives the score of the set, and a single row gives the score of one image. The sum over a bootstrap resample gives the
 score of that resample. The formula is vectorized and scores thousands of resamples at once.
 
 The statistics come from pycocoevalcap, and the scores equal those that it computes.

@@ -107,7 +107,7 @@ def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: Bin
 
 
 def _merge_first_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yields batches. Merges the first ones until they have two rows, so a single row is the only row in total."""
+    """Yields batches. Merges the first ones until they have two rows, so a batch of one row contains all rows."""
     pending: pa.RecordBatch | None = None
     for batch in batches:
         merged = batch if pending is None else pa.concat_batches([pending, batch])

@@ -144,7 +144,7 @@ def search_images(
     ] = None,
     duplicates: Annotated[
         Literal["all", "kept"],
-        Query(description="kept: leave out the duplicates of kept images, if the index has any.", examples=["all"]),
+        Query(description="kept: leave out images that are marked as duplicates of another image.", examples=["all"]),
     ] = "all",
     min_log_prob: Annotated[
         float | None,
@@ -180,7 +180,8 @@ def search_images(
 def list_failures(
     service: Service,
     reason: Annotated[
-        str | None, Query(max_length=100, description="Return only images with this reason.", examples=["Truncated"])
+        str | None,
+        Query(max_length=100, description="Return only images with this failure.", examples=["Truncated"]),
     ] = None,
     source: SourceName = None,
     cursor: Annotated[

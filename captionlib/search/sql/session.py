@@ -132,13 +132,13 @@ def open_sql(
 
     A view with the name of the kind, such as `captions`, contains the rows of all datasets. An image that is in several
     datasets has several rows. The view `failures` contains the images that could not be processed. A dataset can be
-    queried while it is being written, because the views contain only finished shards.
+    queried while it is being written, because the views contain only finished shards (Parquet files).
 
     Args:
         folders: the datasets.
         kind: expected kind; None for any.
         limits: resources that the queries may use.
-        duplicates: dataset of groups of duplicates. Only the image of each group that is to be kept has a row.
+        duplicates: dataset that contains groups of similar images. Only one image of each group then has a row.
         mark_duplicates: keep the rows of all images. The additional column `duplicate_of` contains the id of the kept
             image, or null if the image is not a duplicate.
 
@@ -150,12 +150,9 @@ def open_sql(
     data_files: dict[str, DatasetFile] = {}
     failure_files: dict[str, DatasetFile] = {}
     for index, dataset in enumerate(datasets):
-        prefix = f"{index}/" if len(datasets) > 1 else ""
-        for files_by_name, (folder, paths) in zip(
-            (data_files, failure_files), _list_files(dataset).items(), strict=True
-        ):
-            for name, path in paths.items():
-                files_by_name[f"{folder}/{prefix}{name}"] = DatasetFile(dataset.folder.fs, path)
+        data, failures = _list_files(dataset, f"{index}/" if len(datasets) > 1 else "")
+        data_files |= data
+        failure_files |= failures
     with (
         tempfile.TemporaryDirectory(prefix="captionlib-") as spill_folder,
         closing(DatasetFileSystem({**data_files, **failure_files})) as files,
@@ -187,8 +184,8 @@ def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limit
     """Runs one SELECT over a dataset, or over several of the same kind, and returns all its rows.
 
     The query runs in this process, without a time limit, and some of DuckDB's functions exceed the memory limit. For
-    untrusted SQL, use the command `captionlib query`. It runs SQL in a child process, and kills that if it exceeds a
-    limit.
+    untrusted SQL, use the command `captionlib query`. It runs SQL in a child process, and kills the process if it
+    exceeds a limit.
 
     Example:
         >>> captionlib.query_sql("captions", "SELECT count(*) AS images FROM captions").to_pylist()
@@ -233,16 +230,20 @@ def restrict_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequen
     connection.execute("SET lock_configuration = true")
 
 
-def _list_files(dataset: ShardedDataset) -> dict[str, dict[str, str]]:
-    """Returns the data files and failure files of all finished shards: for each view, paths by file name."""
+def _list_files(dataset: ShardedDataset, prefix: str) -> tuple[dict[str, DatasetFile], dict[str, DatasetFile]]:
+    """Returns the data files and failure files of all finished shards, by the names under which DuckDB opens them."""
     finished = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
     failure_files = set(dataset.folder.list(FAILURES_FOLDER))
     names = [f"{part_name(shard)}.parquet" for shard in finished]
     failed = [name for name in names if name in failure_files]
-    return {
-        dataset.kind: {name: dataset.folder.path(name) for name in names},
-        "failures": {name: dataset.folder.path(f"{FAILURES_FOLDER}/{name}") for name in failed},
-    }
+    folder = dataset.folder
+    return (
+        {f"{dataset.kind}/{prefix}{name}": DatasetFile(folder.fs, folder.path(name)) for name in names},
+        {
+            f"failures/{prefix}{name}": DatasetFile(folder.fs, folder.path(f"{FAILURES_FOLDER}/{name}"))
+            for name in failed
+        },
+    )
 
 
 def _create_view(
