@@ -113,9 +113,9 @@ class ShardedDataset:
 
         This lists the folders, but does not read the markers, so some of these shards may not be finished.
         """
-        return self._list_parts(MARKERS_FOLDER, ".json") & self.stored_shards()
+        return self._list_parts(MARKERS_FOLDER, ".json") & self.list_stored_shards()
 
-    def stored_shards(self) -> set[int]:
+    def list_stored_shards(self) -> set[int]:
         """Returns the numbers of the shards that have a data file, whether or not they are finished."""
         return self._list_parts("", ".parquet")
 

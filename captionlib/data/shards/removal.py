@@ -177,7 +177,7 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
     found: set[str] = set()
     uris: set[str] = set()
     unreadable: list[int] = []
-    for shard in sorted(dataset.stored_shards()):
+    for shard in sorted(dataset.list_stored_shards()):
         marker = markers.get(shard)
         try:
             matches = _find(dataset, shard, wanted)
