@@ -44,6 +44,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
     """
     from captionlib.collection import open_collection
     from captionlib.data.shards.removal import share_removed
+    from captionlib.errors import DuplicateIdError
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
 
@@ -55,7 +56,10 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
     with lock_folder(opened.folder, "captionlib update"):
         share_removed([Folder(address) for address in opened.find_manifests()])
         failed = _prepare_sources(opened, allow_removal, run.progress)
-        _check_ids_differ(opened)
+        try:
+            _check_ids_differ(opened)
+        except DuplicateIdError as error:
+            _raise_failed({**failed, _INDEX: error})
         failed |= _caption_sources(opened, failed, generation, device, run)
         if len(failed) < len(opened.config.sources):
             failed |= _index(opened, failed, run)

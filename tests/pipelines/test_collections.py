@@ -11,7 +11,7 @@ from PIL import Image
 
 from captionlib.collection import CollectionConfig, SourceConfig, create_collection, open_collection
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.errors import CaptionlibError, ConfigError, DatasetError, DuplicateIdError, LockError, QueryError
+from captionlib.errors import CaptionlibError, ConfigError, DatasetError, LockError, QueryError
 from captionlib.search.index import open_index
 from captionlib.storage.folders import Folder
 from captionlib.storage.lock import lock_folder
@@ -187,14 +187,16 @@ def test_source_whose_images_all_fail_does_not_stop_the_others(two_sources: Path
 def test_image_id_in_two_sources_is_an_error_before_images_are_captioned(two_sources: Path, tmp_path: Path) -> None:
     Image.new("RGB", (80, 60), "teal").save(tmp_path / "one" / "green.png")
     message = rf"got 'green.png' for {tmp_path}/one/green.png of source one and {tmp_path}/two/green.png of source two"
-    with pytest.raises(DuplicateIdError, match=message):
+    with pytest.raises(DatasetError, match=f"^the index was not updated: .* {message}"):
         update(two_sources)
     assert open_dataset(two_sources / "one" / "captions").compute_totals().rows == 4
     with pytest.raises(DatasetError, match="index still contains the images, because it cannot be updated: "):
         open_dataset(two_sources / "one" / "captions").remove_marker(0)
         run("remove", two_sources, "--id", "red.png", "--thumbnails", tmp_path / "thumbnails")
     (tmp_path / "one" / "green.png").unlink()
-    assert update(two_sources).exit_code == 0
+    with pytest.raises(DatasetError, match=r"^source one was not updated: .* or --allow-removal .* got 'green.png'"):
+        update(two_sources)
+    assert update(two_sources, "--allow-removal").exit_code == 0
     assert find_files_with("red.png", two_sources) == []
 
 
@@ -273,7 +275,7 @@ def test_served_captions_of_uploaded_images_have_the_settings_of_the_collection(
         with pytest.raises(DatasetError, match="has no index yet; run `captionlib update"):
             run(*arguments)
     configuration = collection / "collection.yaml"
-    configuration.write_text(f"{configuration.read_text()}generation: {{decoding: {{beam_width: 2}}}}\n")
+    configuration.write_text(f"{configuration.read_text()}generation: {{decoding: {{beam_width: 9}}}}\n")
     update(collection)
     monkeypatch.setattr("jobs.serve._run_server", lambda *_: None)
     decoding = []
@@ -282,7 +284,7 @@ def test_served_captions_of_uploaded_images_have_the_settings_of_the_collection(
         assert run("serve", collection, "--port", str(free_port()), *options).exit_code == 0
         values = json.loads(os.environ["CAPTIONLIB_APP_CONFIG"])["generation"]["decoding"]
         decoding.append((values["beam_width"], values["max_tokens"]))
-    assert decoding == [(2, None), (2, 7)]
+    assert decoding == [(9, None), (9, 7)]
 
 
 def test_query_and_serve_accept_a_collection(collection: Path) -> None:
