@@ -197,6 +197,7 @@ def test_image_id_in_two_sources_is_an_error_before_images_are_captioned(two_sou
     with pytest.raises(DatasetError, match=r"^source one was not updated: .* or --allow-removal .* got 'green.png'"):
         update(two_sources)
     assert update(two_sources, "--allow-removal").exit_code == 0
+    run("remove", two_sources, "--id", "red.png", "--thumbnails", tmp_path / "thumbnails")
     assert find_files_with("red.png", two_sources) == []
 
 
