@@ -25,7 +25,7 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print all details as JSON.")
 @click.option("--verify", is_flag=True, help="Read every file of a dataset and verify its checksum.")
 @click.option("--html", metavar="FILE.html", help="Write a self-contained page about a dataset.")
-@click.option("--serve", is_flag=True, help="Serve a page about a dataset that follows the job that writes it.")
+@click.option("--serve", is_flag=True, help="Serve a page that shows the progress of the job that writes a dataset.")
 @click.option(
     "--port", type=click.IntRange(1, 65535), default=8001, show_default=True, help="The port to listen on with --serve."
 )
@@ -46,7 +46,7 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
     from captionlib.collection import COLLECTION_FILE
     from captionlib.config import to_dict
     from captionlib.data.shards.markers import DESCRIPTION_FILE
-    from captionlib.search.index_folder import DESCRIPTION as INDEX_FILE, read_description
+    from captionlib.search.index_folder import INDEX_FILE, read_description
     from captionlib.storage.folders import Folder
 
     if serve and (html or as_json or verify):
@@ -72,7 +72,10 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
         )
         return
     if COLLECTION_FILE in names:
-        raise DatasetError(f"{folder} is a collection; see `captionlib status {folder}`, or inspect one of its folders")
+        raise DatasetError(
+            f"{folder} is a collection, which `captionlib init` created; see `captionlib status {folder}`, or inspect "
+            "one of its folders"
+        )
     if "_training" in names:
         raise DatasetError(
             f"{folder} is a training run without a checkpoint; wait until its first epoch ends, or run the training "
@@ -174,7 +177,7 @@ def _describe_index(folder: str, index: IndexDescription) -> str:
         *_format_values(to_dict(index.config), "    "),
     ]
     if index.embeddings:
-        lines.append(f"    ranker: {index.ranker}")
+        lines.append(f"    ranker: {index.ranker}")  # hash of the model that computed the embeddings
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ _SECTIONS = {
 
 
 class _SectionedCommand(click.Command):
-    """Groups its options in the help by what they query."""
+    """Shows its options in the sections `_SECTIONS` of the help."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
@@ -76,7 +76,12 @@ class _SectionedCommand(click.Command):
 @click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
 @click.option("--memory", default="2GB", show_default=True, help="Memory to use before spilling to disk.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
-@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Maximum number of rows. [default: 20, or all]")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Maximum number of rows. [default: 20 of an index, all of a dataset]",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -119,8 +124,9 @@ def command(
 
     A dataset is queried with SQL. Its rows are in a view named after its kind: captions, features, manifest, embeddings
     or duplicates. A second view, named failures, contains the images that could not be processed. Both include only
-    finished shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else. A
-    query is stopped after --timeout, or when it uses 512 MiB more than --memory. The same limits apply to --where.
+    finished shards (files). SQL from untrusted users is safe: a query cannot change the dataset or access anything
+    else. A query is stopped after --timeout, or when it uses 512 MiB more than --memory. The same limits apply to
+    --where.
 
     \b
     Examples:
@@ -145,7 +151,7 @@ def command(
       captionlib query s3://bucket/captions --sql "FROM captions" --format parquet --output all.parquet
     """
     from captionlib.collection import expand_collections, is_collection
-    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.index_folder import INDEX_FILE
     from captionlib.search.output import write_output
     from captionlib.search.sql.isolation import run_query
     from captionlib.search.sql.session import SqlLimits
@@ -161,7 +167,7 @@ def command(
     else:
         folders = tuple(expand_collections(folders))
     folder, limits = folders[0], SqlLimits(memory, threads)
-    if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
+    if len(folders) == 1 and Folder(folder).exists(INDEX_FILE):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, (*_DATASET_QUERIES, "duplicates"), advice)
         open_rows: OpenRows = partial(_query_index, folder, query, values, 20 if limit is None else limit)
@@ -182,7 +188,10 @@ def command(
 
 
 def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the index of a collection, or its captions for a query over a dataset. Adds the ranker to `values`."""
+    """Returns the index in a collection (folder of `captionlib init`), or its captions datasets for a dataset query.
+
+    Adds the ranker of the collection to `values` if the query needs it.
+    """
     from captionlib.collection import open_collection
 
     collection = open_collection(folder)
@@ -232,10 +241,9 @@ def _query_dataset(
         yield rows if limit is None else limit_rows(rows, limit)
 
 
-def _query_index(
-    folder: str, query: str, values: Mapping[str, Any], limit: int
-) -> AbstractContextManager[pa.RecordBatchReader]:
-    return nullcontext(_search_index(folder, query, values, limit).to_reader())
+@contextmanager
+def _query_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> Iterator[pa.RecordBatchReader]:
+    yield _search_index(folder, query, values, limit).to_reader()
 
 
 def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:

@@ -41,10 +41,10 @@ def command(
 ) -> None:
     """Remove images from each FOLDER: a collection, a manifest (list of images), another dataset, or an index.
 
-    Afterwards, no FOLDER contains the ids. Later updates of the manifest skip the images, because its file
-    `_removed.json` lists hashes of their ids. The image files themselves are not deleted. Models that were trained on
-    the images do not change. To remove the images from a model, train it again, and run `build-datastore` again, which
-    stores training captions for decoding.
+    A collection is a folder that `captionlib init` created. Afterwards, no FOLDER contains the ids. Later updates of
+    the manifest skip the images, because its file `_removed.json` lists hashes of their ids. The image files themselves
+    are not deleted. Models that were trained on the images do not change. To remove the images from a model, train it
+    again, and run `build-datastore` again, which stores training captions for decoding.
 
     \b
     Examples:
@@ -62,7 +62,7 @@ def command(
     if invalid := [image_id for image_id in wanted if not is_unicode(image_id)]:
         raise ConfigError(f"--id: expected text in UTF-8, got {invalid[0]!a}")
     with ExitStack() as stack:
-        datasets, indexes = _find_datasets(folders, stack, "captionlib remove", dry_run)
+        datasets, indexes = _find_datasets(folders, stack, dry_run)
         plans = [plan_removal(open_dataset(address), wanted, reason) for address in datasets]
         plans.sort(key=lambda plan: _ORDER.index(plan.dataset.kind))
         for plan in plans:
@@ -89,13 +89,11 @@ def _read_ids(file: str) -> list[str]:
         ) from error
 
 
-def _find_datasets(
-    folders: Sequence[str], stack: ExitStack, command_name: str, dry_run: bool
-) -> tuple[list[str], list[str]]:
-    """Returns the addresses of datasets and indexes. Locks the datasets and collections until `stack` is closed."""
+def _find_datasets(folders: Sequence[str], stack: ExitStack, dry_run: bool) -> tuple[list[str], list[str]]:
+    """Returns the addresses of datasets and indexes. Unless `dry_run`, locks the datasets until `stack` is closed."""
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.dataset import open_dataset
-    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.index_folder import INDEX_FILE
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
 
@@ -105,19 +103,19 @@ def _find_datasets(
         if is_collection(folder):
             collection = open_collection(folder)
             if not dry_run:
-                stack.enter_context(lock_folder(collection.folder, command_name))
+                stack.enter_context(lock_folder(collection.folder, "captionlib remove"))
             found = collection.find_datasets()
             if not found:
                 raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
             datasets += found
-            indexes += [collection.index] if Folder(collection.index).exists(DESCRIPTION) else []
-        elif Folder(folder).exists(DESCRIPTION):
+            indexes += [collection.index] if Folder(collection.index).exists(INDEX_FILE) else []
+        elif Folder(folder).exists(INDEX_FILE):
             indexes.append(folder)
         else:
             datasets.append(folder)
     if not dry_run:
         for address in datasets:
-            stack.enter_context(lock_folder(open_dataset(address).folder, command_name))
+            stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib remove"))
     return datasets, indexes
 
 

@@ -74,11 +74,11 @@ def command(
 ) -> None:
     """Serve an index, or the index of a collection, as a web application with a JSON API.
 
-    By default, only this machine can connect. There is no authentication: anyone who can connect can view every image
-    in the index, and save its original file. To restrict access, put a proxy with authentication in front of the
-    server. The server shows only images in the index, and does not accept SQL. It downloads images only from public
-    hosts, unless --allow-private-hosts is set. /docs describes the API, /health reports the state, and /metrics is for
-    Prometheus.
+    A collection is a folder that `captionlib init` created. By default, only this machine can connect. There is no
+    authentication: anyone who can connect can view every image in the index, and save its original file. To restrict
+    access, put a proxy with authentication in front of the server. The server shows only images in the index, and does
+    not accept SQL. It downloads images only from public hosts, unless --allow-private-hosts is set. /docs describes the
+    API, /health reports the state, and /metrics is for Prometheus.
 
     \b
     Examples:
@@ -91,7 +91,7 @@ def command(
     from captionlib.collection import is_collection, open_collection
     from captionlib.config import to_dict
     from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
-    from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
+    from captionlib.search.index_folder import INDEX_FILE, user_cache_folder
     from captionlib.serving.config import ServingConfig
     from captionlib.serving.server import listen
     from captionlib.serving.startup import AppConfig
@@ -102,9 +102,9 @@ def command(
         index, settings = collection.index, collection.config
         ranker, captioner = ranker or settings.ranker, captioner or settings.captioner
         weights = weights or settings.weights
-    if not Folder(index).exists(DESCRIPTION):
+    if not Folder(index).exists(INDEX_FILE):
         raise DatasetError(
-            f"{index} is not an index: expected a folder with {DESCRIPTION}; see `captionlib build-index`"
+            f"{index} is not an index: expected a folder with {INDEX_FILE}; see `captionlib build-index`"
         )
     for checkpoint in filter(None, (captioner, ranker)):
         require_checkpoint_files(checkpoint, weights)
@@ -156,8 +156,8 @@ def _run_server(listening: socket.socket, workers: int, message: str) -> None:
 
     from captionlib.serving.server import configure_server
 
-    # With several workers, this copy of the application does not serve. Errors are reported only once, and a remote
-    # index is copied only once.
+    # With several workers, this copy of the application does not serve. It is loaded first, so errors are reported only
+    # once, and a remote index is copied only once.
     app = create()
     click.echo(message)
     server = configure_server(app if workers == 1 else "jobs.serve:create", factory=workers > 1, workers=workers)

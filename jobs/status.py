@@ -20,7 +20,8 @@ __all__ = ["command"]
 def command(collection: str) -> None:
     """Show what is finished and what failed in COLLECTION, and what an update still has to do.
 
-    The command does not read the sources. `captionlib update COLLECTION --dry-run` shows what has changed in them.
+    COLLECTION is a folder that `captionlib init` created. The command does not look for new and changed images;
+    `captionlib update COLLECTION --dry-run` does.
 
     \b
     Examples:
@@ -66,7 +67,7 @@ def _show_dataset(address: str) -> bool:
 
 
 def _show_duplicates(collection: Collection, threshold: float, embedded: bool) -> bool:
-    """Shows the number of duplicates if they are those of the embeddings. Returns whether they are.
+    """Shows the number of duplicates, and returns whether they are up to date.
 
     `embedded` says whether the embeddings are finished.
     """
@@ -85,8 +86,8 @@ def _show_duplicates(collection: Collection, threshold: float, embedded: bool) -
     return True
 
 
-def _show_index(collection: Collection, finished: bool) -> bool:
-    """Shows the state of the index, and returns whether it is finished. `finished` says whether its inputs are."""
+def _show_index(collection: Collection, has_finished_inputs: bool) -> bool:
+    """Shows the state of the index, and returns whether it is up to date."""
     from captionlib.search.index_folder import read_description
     from captionlib.storage.folders import Folder
 
@@ -95,7 +96,7 @@ def _show_index(collection: Collection, finished: bool) -> bool:
         click.echo(f"{collection.index}: not started")
         return False
     click.echo(f"{collection.index}: {description.captions_count:,} captions")
-    if not finished:
+    if not has_finished_inputs:
         return False
     if not _is_current(collection):
         click.echo("  its datasets or settings have changed since it was built")
@@ -104,7 +105,7 @@ def _show_index(collection: Collection, finished: bool) -> bool:
 
 
 def _is_current(collection: Collection) -> bool:
-    """Returns whether the index contains all shards of its datasets, which are finished."""
+    """Returns whether the index contains all rows of its datasets. The datasets must be finished."""
     from captionlib.errors import FingerprintError
     from captionlib.search.build import plan_build  # imports Faiss, which is slow
 
@@ -113,5 +114,5 @@ def _is_current(collection: Collection) -> bool:
     captions, embeddings = collection.list_captions(), collection.list_embeddings() or None
     try:
         return plan_build(captions, embeddings, collection.index, config.index, duplicates=duplicates).is_done()
-    except FingerprintError:  # collection.yaml names another captioner or ranker now
+    except FingerprintError:  # collection.yaml names other models now
         return False

@@ -27,8 +27,9 @@ __all__ = ["command"]
 def command(collection: str, dry_run: bool, allow_removal: bool, device: str, run: RunConfig) -> None:
     """Caption and index the new and changed images of COLLECTION.
 
-    Images that are gone from the sources are removed, and all others stay as they are. To resume an interrupted update,
-    run the same command again. `captionlib serve` shows the result without a restart.
+    COLLECTION is a folder that `captionlib init` created, with sources such as folders or tables of images. Images that
+    are gone from the sources are removed, and all others stay as they are. To resume an interrupted update, run the
+    same command again. `captionlib serve` shows the result without a restart.
 
     \b
     Examples:
@@ -66,15 +67,16 @@ def _check_models(collection: Collection) -> GenerationConfig:
     from captionlib.models.inference.embedding import SHARED_RANKERS
 
     # The models stay in memory for the pipeline.
-    SHARED_CAPTIONERS.load_version(config.captioner)
+    SHARED_CAPTIONERS.load_with_version(config.captioner)
     if config.ranker is not None:
-        SHARED_RANKERS.load_version(config.ranker)
+        SHARED_RANKERS.load_with_version(config.ranker)
     return build_config(GenerationConfig, config.generation, collection.folder.address(COLLECTION_FILE))
 
 
 def _prepare(
     collection: Collection, source: SourceConfig, allow_removal: bool, progress: bool, dry_run: bool = False
 ) -> None:
+    """Updates the manifest (table of images) of a source, and prints how many images have changed."""
     from captionlib.data.ingestion.prepare import prepare
 
     manifest = collection.manifest(source)
@@ -98,7 +100,10 @@ def _prepare(
 def _caption(
     collection: Collection, source: SourceConfig, generation: GenerationConfig, device: str, run: RunConfig
 ) -> None:
-    """Writes captions and embeddings, in one pass if the captioner and the ranker have the same encoder."""
+    """Writes the captions and, if there is a ranker (image-text retrieval model), the embeddings of a source.
+
+    If the captioner and the ranker have the same encoder, both are written in one pass.
+    """
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS
     from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
     from pipelines.embed_images import embed_images
@@ -109,8 +114,8 @@ def _caption(
         address(source) for address in (collection.manifest, collection.captions, collection.embeddings)
     )
     same_encoder = config.ranker is not None and (
-        SHARED_RANKERS.load_version(config.ranker)[0].encoder
-        == SHARED_CAPTIONERS.load_version(config.captioner)[0].encoder
+        SHARED_RANKERS.load_with_version(config.ranker)[0].encoder
+        == SHARED_CAPTIONERS.load_with_version(config.captioner)[0].encoder
     )
     embedding_options: dict[str, Any] = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
     totals = generate_captions(

@@ -1,4 +1,4 @@
-"""Builds a search index from captions and embeddings: workers index shards, and one worker merges the results."""
+"""Builds a search index from captions and embeddings: workers index shards (files), and one merges the results."""
 
 import os
 
@@ -39,7 +39,8 @@ def build_index(
         config: the configuration of the index.
         embeddings: the embeddings of the same images: one dataset for each captions dataset, in the same order. If
             None, the index is text-only.
-        duplicates: a duplicates dataset. If set, only the kept image of each group of duplicates is indexed.
+        duplicates: a dataset of groups of duplicates, from `find_duplicates`. If set, only one image of each group is
+            indexed.
         run: how to run the pipeline.
 
     Returns:

@@ -12,7 +12,7 @@ from captionlib.config import configclass, to_dict
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.batches.captions import (
     CaptionBatches,
-    feature_shape,
+    get_feature_shape,
     make_caption_tokenizer,
     read_captions,
     read_references,
@@ -71,7 +71,7 @@ class CaptionerTrainingConfig:
             (encoder layers that are fine-tuned with the captioner).
         encoder_top_learning_rate: the base learning rate of the layers of `encoder_top`; 0 freezes them.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
-        word_vectors: a word2vec, GloVe or fastText file of pre-trained vectors that initialize the word embeddings.
+        word_vectors: a word2vec, GloVe or fastText file with vectors that initialize the word embeddings.
         init_from: the checkpoint of a captioner to start from. Its weights, architecture, vocabulary and feature
             statistics are kept, and `level`, `min_count` and `vocabulary_size` have no effect.
         label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.
@@ -250,7 +250,7 @@ def _make_batches(
     encode: Callable[[str], list[int]],
 ) -> tuple[CaptionBatches, CaptionBatches]:
     augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)
-    if augmentation and len(feature_shape(dataset)) == 1:
+    if augmentation and len(get_feature_shape(dataset)) == 1:
         raise DatasetError(
             f"{dataset.folder.uri}: random_crop and horizontal_flip need feature maps [positions, channels], got "
             "one vector per image; extract with pooling none at a node with spatial output, such as features.29 of "

@@ -8,7 +8,13 @@ import numpy.typing as npt
 import torch
 
 from captionlib.config import describe_differences, to_dict
-from captionlib.data.batches.captions import describe_data, feature_shape, mean_and_std, pool_map, sample_features
+from captionlib.data.batches.captions import (
+    compute_mean_and_std,
+    count_training_data,
+    get_feature_shape,
+    pool_map,
+    sample_features,
+)
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.data.text.word_vectors import read_word_vectors
@@ -50,7 +56,7 @@ def build_captioner(
         ConfigError: `encoder_top` does not come after the node that the features were extracted at, or its weights are
             missing.
     """
-    shape = feature_shape(dataset)
+    shape = get_feature_shape(dataset)
     if config.attention_size and len(shape) == 1:
         raise DatasetError(
             f"{dataset.folder.uri}: attention needs feature maps [positions, channels], got one vector per image; "
@@ -75,7 +81,7 @@ def describe_features(
     """Returns the provenance (record of the training data) of a model that is trained on a features dataset."""
     provenance = {
         "features": dataset.compute_content_checksum(),
-        "data": describe_data(dataset, train_splits, validation_splits),
+        "data": count_training_data(dataset, train_splits, validation_splits),
     }
     return {**provenance, ENCODER_ADDRESS: dataset.encoder_weights} if dataset.encoder_weights else provenance
 
@@ -104,7 +110,7 @@ def _set_feature_statistics(model: CaptionerNetwork, dataset: ShardedDataset, sp
         vectors = compute_vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))
         model.set_principal_components(torch.from_numpy(vectors))
     elif model.config.standardize_features:
-        statistics = mean_and_std(dataset, splits, compute_vectors)
+        statistics = compute_mean_and_std(dataset, splits, compute_vectors)
         model.standardization.set_statistics(*map(torch.from_numpy, statistics))
 
 
@@ -144,7 +150,7 @@ def initialize_word_vectors(model: CaptionerNetwork, vocabulary: Vocabulary, uri
     """Initializes word embeddings from a word2vec, GloVe or fastText file. The embeddings of other words stay random.
 
     Returns:
-        The file, the numbers of words that it contains and lacks, and the most frequent missing words, up to five.
+        `file`, the numbers of `found` and `missing` words, and `examples`: the five most frequent missing words.
 
     Raises:
         ConfigError: the file is unreadable, or its vectors do not have the size of the model's embeddings.

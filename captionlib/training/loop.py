@@ -67,9 +67,9 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        The metrics of each epoch: epoch, loss, mean reward if there are rewards, the validation scores, learning rate,
-        seconds of training since the first epoch (`total_seconds`), and the fraction of that time spent waiting for
-        data (`data_wait`).
+        The metrics of each epoch: `epoch`, `loss`, the mean `reward` if there are rewards, the validation scores,
+        `learning_rate`, `total_seconds` of training since the first epoch, and `data_wait`, the fraction of this time
+        that was spent waiting for data.
 
     Raises:
         DatasetError: the folder holds a run with a different configuration, or its checkpoint has been removed.
@@ -139,8 +139,8 @@ class _Run(Generic[Batch, Model]):
         """Checks that the validation perplexity is below that of the unigram model (word frequencies alone).
 
         Raises:
-            TrainingDiverged: the last `unigram_patience` epochs all failed this check. If the run ends after fewer
-                epochs, and all of them failed it, a warning is printed instead.
+            TrainingDiverged: the last `unigram_patience` epochs all failed this check. If the run has fewer epochs, a
+                warning is printed instead.
         """
         bound, patience = self._objective.unigram_perplexity, self._config.unigram_patience
         if bound is None or patience is None:

@@ -35,8 +35,8 @@ class TrainingConfig:
         optimizer: `rmsprop` (with the bias correction of Adam), `adam` or `adamw`.
         learning_rate: the base learning rate, which the schedule scales.
         weight_decay: the weight decay of `adamw`.
-        schedule: `constant`; `step`, which multiplies the learning rate by `step_factor` every `step_epochs` epochs; or
-            `cosine`, which decays it to a hundredth over all epochs.
+        schedule: `constant`, `step` or `cosine`. `step` multiplies the learning rate by `step_factor` every
+            `step_epochs` epochs. `cosine` lowers it to a hundredth over all epochs.
         step_epochs: see `schedule`.
         step_factor: see `schedule`.
         warmup_steps: the number of steps over which the learning rate rises linearly from zero.
@@ -45,8 +45,8 @@ class TrainingConfig:
         ema_decay: validate and save an exponential moving average of the weights with this decay, such as 0.999. If
             None, the weights themselves are used.
         precision: if `bfloat16`, the loss is computed under autocast. Weights and validation stay in float32.
-        unigram_patience: stop with an error after this many consecutive epochs whose validation perplexity is above
-            that of the unigram model, which uses only word frequencies. If None, such epochs are allowed.
+        unigram_patience: stop with an error after this many consecutive epochs with a validation perplexity above that
+            of a unigram model (word frequencies alone). If None, such epochs are allowed.
         patience: stop after this many epochs without a better validation score. If None, all epochs are run.
         checkpoint_interval_seconds: the time between saves of the run's state within an epoch.
         seed: the seed for the order of the data, dropout and the initial weights.

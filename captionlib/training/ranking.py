@@ -17,9 +17,9 @@ from captionlib.config import configclass, to_dict
 from captionlib.data.batches.captions import (
     CaptionBatch,
     CaptionBatches,
-    feature_shape,
+    compute_mean_and_std,
+    get_feature_shape,
     make_caption_tokenizer,
-    mean_and_std,
     read_captions,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
@@ -234,10 +234,8 @@ def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, devic
         dataset, config.validation_splits, vocabulary.encode, _VALIDATION_IMAGES, buffer_bytes, pooled=True
     )
     seed_everything(config.training.seed)
-    model = RankerNetwork(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
-    if config.ranker.standardize_features:
-        model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
-
+    model = RankerNetwork(config.ranker, get_feature_shape(dataset)[-1], len(vocabulary))
+    model.standardization.set_statistics(*map(torch.from_numpy, compute_mean_and_std(dataset, config.train_splits)))
     provenance = describe_features(dataset, config.train_splits, config.validation_splits)
 
     def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:

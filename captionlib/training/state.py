@@ -91,7 +91,10 @@ def prepare_run_folder(output: Folder, overwrite: bool) -> None:
 
 
 def save_state(output: Folder, resolved: Mapping[str, Any], state: RunState, state_dicts: Mapping[str, Any]) -> None:
-    """Writes or replaces the state of a run. `state_dicts` holds the states of the model, the optimizer and so on."""
+    """Writes or replaces the state of a run.
+
+    `resolved` holds all settings of the run. `state_dicts` holds the states of the model, the optimizer and so on.
+    """
     with output.stage(STATE) as path:
         torch.save({"resolved": resolved, "state": vars(state), **state_dicts}, path)
 

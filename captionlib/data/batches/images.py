@@ -1,4 +1,4 @@
-"""Loads training batches of decoded images and captions in the background, in a seeded order.
+"""Loads training batches of decoded images and captions in the background, in a random order.
 
 The rows of a batch depend only on the seed and the epoch. An unreadable image is dropped from its batch, and other
 batches do not change. Therefore a run can resume at any batch without loading earlier images.

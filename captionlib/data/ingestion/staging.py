@@ -1,4 +1,4 @@
-"""Stages manifest rows (one per image) in a local Parquet file, to count, hash and check them first."""
+"""Writes the rows of a manifest (one per image) to a local Parquet file, to count, hash and check them first."""
 
 import hashlib
 import itertools
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
-from captionlib.data.sources.rows import ManifestRow
+from captionlib.data.sources.rows import ImageRecord
 from captionlib.errors import DatasetError, DuplicateIdError
 
 __all__ = ["StagedRows", "check_unique_ids", "open_database", "read_manifest", "read_shards", "stage_rows"]
@@ -24,7 +24,7 @@ _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
 _SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))  # the origin is a file and line
 
-# Ids are compared in passes of about this many, so that memory does not grow with the number of rows.
+# Each pass over the file compares about this many ids, so that memory does not grow with the number of rows.
 _IDS_PER_PASS = 250_000
 
 
@@ -50,10 +50,10 @@ class StagedRows:
 
 
 def stage_rows(
-    rows: Iterable[ManifestRow],
+    rows: Iterable[ImageRecord],
     path: Path,
     existing: ShardedDataset | None = None,
-    count: Callable[[int], None] = lambda rows: None,
+    report_staged: Callable[[int], None] = lambda rows: None,
 ) -> StagedRows:
     """Writes rows to a Parquet file at `path`. Writes nothing if they equal those of an existing manifest.
 
@@ -61,7 +61,7 @@ def stage_rows(
         rows: rows to write.
         path: file to write.
         existing: a complete manifest to compare the rows with, if any.
-        count: called with the number of rows of each batch.
+        report_staged: called with the number of rows of each batch, for a progress bar.
 
     Raises:
         DatasetError: there are more than 1000 splits, so the split column must be wrong.
@@ -94,7 +94,7 @@ def stage_rows(
             captions += len(record_batch["captions"].values)
             for buffer in record_batch["image_id"].buffers()[1:]:  # offsets and text
                 digest.update(buffer)
-            count(len(batch))
+            report_staged(len(batch))
         unchanged = expected is not None and not expected.take_table(1, MANIFEST_SCHEMA).num_rows
         if existing is not None and expected is not None and not unchanged:
             _copy_rows(existing, splits.total(), writer)
@@ -115,7 +115,7 @@ def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -
         _write(writer, rows, [""] * rows.num_rows)
 
 
-def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
+def _to_batch(rows: list[ImageRecord]) -> pa.RecordBatch:
     columns = [pa.array(list(map(attrgetter(field.name), rows)), field.type) for field in MANIFEST_SCHEMA]
     return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
 

@@ -1,10 +1,11 @@
-"""Merges small shards and splits large ones, without computing any row again.
+"""Merges small shards of datasets and splits large ones, without computing any row again.
 
-A manifest lists the images, and other datasets are made from it. First, the manifest is atomically divided into new
-shards. Then, in each dataset that was made from it, each row and failure moves to the shard that now contains its
-image. Each compaction has an id, which the compacted datasets store as `compaction_id`. A dataset whose `compaction_id`
-differs from that of its source still has the old shards. If compaction is interrupted, running the same command again
-moves the rows of these datasets.
+The manifest is the dataset that lists the images. All other datasets are made from it, shard by shard, and contain a
+row or a failure (the record of an unreadable image) for each image. First, the manifest is atomically divided into new
+shards. Then, in each other dataset, each row and failure moves to the shard that now contains its image.
+
+Each compaction has an id, which the compacted datasets store as `compaction_id`. If compaction is interrupted, some
+datasets still have the old shards and a different id. Running the same command again moves their rows.
 """
 
 import math
@@ -51,8 +52,8 @@ class Compaction:
 
     Attributes:
         dataset: the dataset, as it was when the compaction was planned.
-        shard_size: new number of images per shard. None if the dataset was made from another one, whose shards it
-            adopts.
+        shard_size: new number of images per shard. None if the dataset was made from another one; its images are then
+            divided in the same way.
         images: number of rows and failures of the dataset.
     """
 
@@ -64,7 +65,7 @@ class Compaction:
         """Atomically replaces the shards of the dataset.
 
         Args:
-            report_moved: shows progress.
+            report_moved: called to show progress.
 
         Returns:
             The new dataset. It is equal to `dataset` if there was nothing to do.
@@ -79,7 +80,7 @@ class Compaction:
 
 
 def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None = None) -> list[Compaction]:
-    """Checks datasets before any of them changes, and returns their compactions in the order in which to run them.
+    """Checks datasets before any of them changes. Returns their compactions, to be run in this order.
 
     Args:
         datasets: a manifest, or imported features, and datasets that were made from it.
@@ -182,11 +183,11 @@ def _read_failures(dataset: ShardedDataset, shard: int) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Matches:
-    """The position of each image of an old shard in a shard of the source; -1 if it is not in that shard.
+    """The positions of the images of an old shard in a shard of the source; -1 for images of other shards.
 
     Attributes:
-        rows: `[rows] int64`, positions of the rows.
-        failures: `[failures] int64`, positions of the failures.
+        rows: `[rows] int64`, positions of the images with a row.
+        failures: `[failures] int64`, positions of the unreadable images.
     """
 
     rows: npt.NDArray[np.int64]
@@ -209,8 +210,8 @@ def _write_moved_rows(
     """Writes a shard of `staged` with the rows and failures that `dataset` has for the images of the input shard.
 
     The marker (the file that records that the shard is complete) usually contains the checksum of the input shard. If
-    an image is missing or out of order, the marker contains `STALE` instead, and the next run of the command that made
-    the dataset corrects the shard.
+    an image is missing or out of order, it contains `STALE` instead. The command that made the dataset then writes the
+    shard again.
 
     Returns:
         The number of moved rows and failures.

@@ -1,4 +1,4 @@
-"""Markers: JSON files, each of which records that a shard of a dataset is complete, and describes the shard."""
+"""Markers: JSON files that describe complete shards of a dataset. A shard without a marker is not complete."""
 
 import hashlib
 import json
@@ -83,8 +83,8 @@ class Marker:
         seconds: time taken to write the shard.
         finished: when the shard was finished, as an ISO 8601 time in UTC. Empty if unknown.
         fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
-        input_checksum: checksum of the data file of the input shard that this shard was made from. Empty if it was not
-            made from another dataset. Of duplicates, which are made from a whole dataset, the hash of its checksums.
+        input_checksum: checksum of the data file of the input shard that this shard was made from. For a dataset of
+            duplicates, it is a hash of the checksums of all input shards. Empty if there is no input dataset.
         blocks: concatenated checksums of the blocks of the data file; see `compute_block_checksum`.
         failures_checksum: checksum of the failures file; empty if there is none.
         reasons: number of failures by reason.
@@ -159,7 +159,7 @@ class Totals:
         return self.rows + self.failures
 
     def exceeds(self, max_failure_ratio: float | None) -> bool:
-        """Returns whether more images failed than allowed. If the ratio is None, at least one must not fail."""
+        """Returns whether more images failed than this fraction or, if it is None, whether all images failed."""
         if max_failure_ratio is None:
             return self.rows == 0 and self.failures > 0
         return self.failures > max_failure_ratio * self.images

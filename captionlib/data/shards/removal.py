@@ -1,8 +1,9 @@
-"""Removes images from datasets, and lists them in a file of the manifest so that later updates do not add them again.
+"""Removes images from datasets.
 
-The list contains hashes of the image ids, so no file contains the ids of removed images. A manifest is the dataset of
-image paths and reference captions that all other datasets are made from. A marker is the JSON file that records that a
-shard is complete; it contains the checksum of the input shard.
+A manifest is the dataset of image paths and reference captions that all other datasets are made from. A file in its
+folder lists the removed images, so that later updates do not add them again. The list contains hashes of the image ids,
+not the ids themselves. A marker is the JSON file that records that a shard is complete; it contains the checksum of the
+input shard.
 """
 
 import hashlib

@@ -79,6 +79,7 @@ class ShardWriter:
         self.failures.append(failure_row(row, error))
 
     def flush(self) -> None:
+        """Writes the buffered rows as a row group."""
         if self._buffered_rows:
             self._writer.write_table(pa.Table.from_batches(self._buffer, self._schema))
         self._buffer, self._buffered_rows, self._buffered_bytes = [], 0, 0
@@ -103,8 +104,8 @@ class ShardWriter:
 def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checksum: str = "") -> Iterator[ShardWriter]:
     """Yields a writer for a shard. The shard is published when the `with` block ends, unless the block raises.
 
-    If the shard already exists, a marker that describes both the old and the new version is written before its files
-    are replaced. Meanwhile, readers accept files of either version.
+    If the shard exists, a marker that describes the old and the new version is written before the files are replaced.
+    Until the end, readers accept files of either version.
 
     Args:
         dataset: the dataset, which must be marked as incomplete.
@@ -174,8 +175,7 @@ def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetW
 def _has_same_files(previous: Marker, marker: Marker) -> bool:
     """Returns whether `previous` describes a finished shard with the same files as `marker`.
 
-    If so, the shard need not be marked as unfinished, and two identical runs at the same time do not mark each other's
-    finished shards as unfinished.
+    Such a shard stays finished, even if two identical runs write it at the same time.
     """
     same = previous.checksum == marker.checksum and previous.failures_checksum == marker.failures_checksum
     return same and previous.previous is None

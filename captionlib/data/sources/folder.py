@@ -16,7 +16,7 @@ from captionlib.data.sources.locations import (
     scan_folder,
     split_glob,
 )
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.versions import version_from_file, version_from_listing, version_from_stat
 from captionlib.errors import DatasetError
 from captionlib.storage.file_systems import split_protocol
@@ -26,13 +26,13 @@ __all__ = ["find_images", "read_folder"]
 PathFilter = Callable[[str], bool]
 
 
-def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
+def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images in folders and their subfolders, sorted by name. The id is the path relative to the folder.
 
     Files with an image extension or without an extension become rows; they are not opened. Other extensions, hidden
     files and folders, and special files are skipped. Symbolic links are followed unless they point to a parent folder.
     For a glob, ids are relative to the last folder before the first wildcard.
-    See `captionlib.data.sources.rows.RowReader` for the arguments.
+    See `captionlib.data.sources.rows.SourceReader` for the arguments.
 
     Raises:
         DatasetError: a folder does not exist or cannot be read.
@@ -52,7 +52,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
                 if names_part_of_file(uri) and not root.is_local:  # such as x.parquet#row=1&column=y
                     skips.reject_image("name that looks like the address of a part of a file", uri)
                     continue
-                yield ManifestRow(name, uri, options.default_split, (), uri, version)
+                yield ImageRecord(name, uri, options.default_split, (), uri, version)
 
 
 def find_images(address: str) -> list[str]:
@@ -86,7 +86,7 @@ def _is_image_name(name: str, skips: SkipCounter) -> bool:
 def _walk(
     root: Location, include_file: PathFilter, enter_folder: PathFilter, skips: SkipCounter
 ) -> Iterator[tuple[str, str]]:
-    """Yields file paths relative to `root`, with the versions of the files.
+    """Yields file paths relative to `root`, with the version of each file (a string that changes with the file).
 
     The files of a directory come first, sorted by name, and then the files in its subdirectories.
     """

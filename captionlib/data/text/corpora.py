@@ -17,7 +17,7 @@ from captionlib.storage.folders import Folder
 __all__ = ["Corpus", "TextLayout", "open_corpus"]
 
 TextLayout = Literal["sentences", "continuous"]
-"""Layout of a text file: one sentence per line, or one continuous text, of which line breaks are a part."""
+"""Layout of a text file: one sentence per line, or one continuous text that includes its line breaks."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (ar
 `image_input` sets where the image projection Wih v enters. With `first_step`, h_0 = max(0, Wxh x_0 + Wih v + b).
 
 The END token also serves as START. The image feature of a feature map is its mean over positions. With attention
-(attention.py), Wz z_t is added to h_t before the output layer, and Wg z_t to the gates of step t + 1, where z_t is the
-context vector. A Transformer (transformer.py) computes h_t from all previous words and the positions of the image; with
-`every_step`, Wih v is added to its word embeddings.
+(attention.py), the context vector z_t affects two sums: Wz z_t is added to h_t before the output layer, and Wg z_t to
+the gates of step t + 1. A Transformer (transformer.py) computes h_t from all previous words and the image's positions.
+With `every_step`, Wih v is added to its word embeddings.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -434,9 +434,8 @@ class CaptionerNetwork(nn.Module):
     def _initialize_weights(self) -> None:
         """Initializes as NeuralTalk does, but with smaller weights for a layer with more than 100 inputs.
 
-        With weights from U(-0.1, 0.1), the sum over thousands of inputs, such as the features of fc7, would be much
-        larger than the softmax bias. An RNN multiplies its state by Whh at each step; an orthogonal Whh keeps the
-        length of the state.
+        With weights from U(-0.1, 0.1), a sum over the thousands of features of fc7 would be much larger than the
+        softmax bias. An RNN multiplies its state by Whh at each step; an orthogonal Whh keeps the length of the state.
         """
         for name, parameter in self.named_parameters():
             if "bias" in name:

@@ -18,11 +18,10 @@ from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.captioners.packed_sequences import pad_sentences
-from captionlib.models.checkpoints.encoder_file import LOCAL_WEIGHTS, missing_encoder_error
+from captionlib.models.checkpoints.encoder_file import LOCAL_WEIGHTS, find_encoder_file, missing_encoder_error
 from captionlib.models.checkpoints.folder import (
     FolderLike,
     damaged_error,
-    find_encoder_weights,
     open_folder,
     read_checkpoint,
     write_checkpoint,
@@ -356,7 +355,7 @@ def _load(
         "vocabulary": vocabulary,
         "config": config,
         "encoder": encoder,
-        "encoder_weights": find_encoder_weights(folder, encoder, checkpoint.provenance),
+        "encoder_weights": find_encoder_file(open_folder(folder), encoder, checkpoint.provenance),
         "provenance": checkpoint.provenance,
         "training": checkpoint.training,
         "fingerprint": checkpoint.fingerprint,

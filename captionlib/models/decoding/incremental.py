@@ -207,24 +207,22 @@ class IncrementalCaptioner:
 
 
 @torch.inference_mode()
-def score_sentences(
-    incremental: IncrementalCaptioner, image_state: ImageState, sentences: Sequence[Candidate]
-) -> Tensor:
+def score_sentences(captioner: IncrementalCaptioner, image_state: ImageState, sentences: Sequence[Candidate]) -> Tensor:
     """Computes the log-probability of each sentence given a single image, `[sentences] float32`.
 
     Common prefixes are computed once. Sentences may come from other images; their own `log_prob` is ignored.
     """
-    device = incremental.device
+    device = captioner.device
     if not sentences:
         return torch.zeros(0, device=device)
     lengths = torch.tensor([sentence.token_count for sentence in sentences], device=device)
     tokens = pad_sentences([[*sentence.token_ids, END][: sentence.token_count] for sentence in sentences]).to(device)
     total = torch.zeros(len(sentences), device=device)
-    state, words = incremental.initial_state(image_state), torch.tensor([END], device=device)
+    state, words = captioner.initial_state(image_state), torch.tensor([END], device=device)
     remaining = torch.arange(len(sentences), device=device)  # sentences with a token at this time step
     row = torch.zeros_like(remaining)  # state row that holds the prefix of each remaining sentence
     for step in range(tokens.shape[1]):
-        log_probs, state = incremental.step(state, words)
+        log_probs, state = captioner.step(state, words)
         token = tokens[remaining, step]
         total[remaining] += log_probs[row, token]
         continues = lengths[remaining] > step + 1

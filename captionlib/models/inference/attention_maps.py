@@ -15,7 +15,7 @@ __all__ = ["compute_attention_maps", "count_positions"]
 
 
 def count_positions(captioner: LoadedCaptioner) -> int | None:
-    """Returns the number of positions that the captioner attends to, or None if it has no attention to feature maps."""
+    """Returns the number of positions of a feature map that the captioner attends to, or None without attention."""
     if captioner.model.annotator is None or len(captioner.encoder["shape"]) != 2:
         return None
     encoder_top = captioner.model.encoder_top

@@ -131,13 +131,13 @@ def open_sql(
 
     A view with the name of the kind, such as `captions`, contains the rows of all datasets. An image that is in several
     datasets has several rows. The view `failures` contains the images that could not be processed. A dataset can be
-    queried while it is being written, because the views contain only finished shards.
+    queried while it is being written, because the views contain only finished shards (Parquet files).
 
     Args:
         folders: the datasets.
         kind: expected kind; None for any.
         limits: resources that the queries may use.
-        duplicates: dataset of groups of duplicates. Only the image of each group that is to be kept has a row.
+        duplicates: dataset that contains groups of similar images. Only one image of each group then has a row.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
@@ -147,12 +147,9 @@ def open_sql(
     data_files: dict[str, DatasetFile] = {}
     failure_files: dict[str, DatasetFile] = {}
     for index, dataset in enumerate(datasets):
-        prefix = f"{index}/" if len(datasets) > 1 else ""
-        for files_by_name, (folder, paths) in zip(
-            (data_files, failure_files), _list_files(dataset).items(), strict=True
-        ):
-            for name, path in paths.items():
-                files_by_name[f"{folder}/{prefix}{name}"] = DatasetFile(dataset.folder.fs, path)
+        data, failures = _list_files(dataset, f"{index}/" if len(datasets) > 1 else "")
+        data_files |= data
+        failure_files |= failures
     with (
         tempfile.TemporaryDirectory(prefix="captionlib-") as spill_folder,
         closing(DatasetFileSystem({**data_files, **failure_files})) as files,
@@ -181,8 +178,8 @@ def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limit
     """Runs one SELECT over a dataset, or over several of the same kind, and returns all its rows.
 
     The query runs in this process, without a time limit, and some of DuckDB's functions exceed the memory limit. For
-    untrusted SQL, use the command `captionlib query`. It runs SQL in a child process, and kills that if it exceeds a
-    limit.
+    untrusted SQL, use the command `captionlib query`. It runs SQL in a child process, and kills the process if it
+    exceeds a limit.
 
     Example:
         >>> captionlib.query_sql("captions", "SELECT count(*) AS images FROM captions").to_pylist()
@@ -227,22 +224,26 @@ def restrict_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequen
     connection.execute("SET lock_configuration = true")
 
 
-def _list_files(dataset: ShardedDataset) -> dict[str, dict[str, str]]:
-    """Returns the data files and failure files of all finished shards: for each view, paths by file name."""
+def _list_files(dataset: ShardedDataset, prefix: str) -> tuple[dict[str, DatasetFile], dict[str, DatasetFile]]:
+    """Returns the data files and failure files of all finished shards, by the names under which DuckDB opens them."""
     finished = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
     failure_files = set(dataset.folder.list(FAILURES_FOLDER))
     names = [f"{part_name(shard)}.parquet" for shard in finished]
     failed = [name for name in names if name in failure_files]
-    return {
-        dataset.kind: {name: dataset.folder.path(name) for name in names},
-        "failures": {name: dataset.folder.path(f"{FAILURES_FOLDER}/{name}") for name in failed},
-    }
+    folder = dataset.folder
+    return (
+        {f"{dataset.kind}/{prefix}{name}": DatasetFile(folder.fs, folder.path(name)) for name in names},
+        {
+            f"failures/{prefix}{name}": DatasetFile(folder.fs, folder.path(f"{FAILURES_FOLDER}/{name}"))
+            for name in failed
+        },
+    )
 
 
 def _register_duplicates(
     connection: duckdb.DuckDBPyConnection, address: str | os.PathLike[str]
 ) -> duckdb.DuckDBPyRelation:
-    """Returns a relation with the ids of the images that are duplicates of a kept image."""
+    """Returns a relation with the ids of the images that are duplicates of another image."""
     ids = read_duplicate_ids(open_dataset(address, "duplicates").require_complete())
     connection.register("left_out", pa.table({"image_id": pa.array(sorted(ids), pa.string())}))
     return connection.table("left_out")
