@@ -229,8 +229,8 @@ class CaptionerNetwork(nn.Module):
         return self.config.layers * (1 if self.config.cell == "rnn" else 2)
 
     @property
-    def annotator(self) -> Attention | Transformer | None:
-        """The module that computes annotation vectors and attends to them; None without attention."""
+    def attention_module(self) -> Attention | Transformer | None:
+        """The module that attends to the positions of a feature map; None without attention."""
         is_language_model = self.config.image_input == "none"
         return self.attention if self.transformer is None or is_language_model else self.transformer
 

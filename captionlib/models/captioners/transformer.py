@@ -70,7 +70,7 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        if channels:  # as a single matrix, its many outputs would make the keys and values too small
+        if channels:  # initialized as one matrix with many outputs, the keys and values would be too small
             for projection in self.image_keys_values.weight.chunk(2 * layers):
                 nn.init.xavier_uniform_(projection)
 
@@ -198,7 +198,7 @@ class _Layer(nn.Module):
         queries, keys, values = (self._split_heads(part) for part in (query, key, value))
         # On a CPU in bfloat16, the backward pass of PyTorch's fused attention takes 9 times as long for 16 words.
         scores = (queries * queries.shape[3] ** -0.5) @ keys.transpose(2, 3)
-        if query.shape[1] > 1:  # causal, which also excludes padding: it follows the last token of a sentence
+        if query.shape[1] > 1:  # this causal mask also excludes the padding after the last token of a sentence
             future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
         attended = torch.softmax(scores, 3, dtype=torch.float32).to(values.dtype) @ values
