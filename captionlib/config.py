@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("expected no aliases (*name), got one; write the value again")
+            raise yaml.YAMLError("expected no aliases (*name), got one; repeat the value in its place")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

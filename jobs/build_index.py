@@ -97,7 +97,9 @@ def command(
     build, index = build_index(captions, output, settings, embeddings=embeddings, duplicates=duplicates, run=run)
     if build.outgrown is not None:
         old = f"{_describe_layout(build.outgrown)}, for {build.outgrown.rows:,} rows"
-        click.echo(f"The index now has {index.captions_count:,} rows. Replaced its vector layout ({old})", err=True)
+        click.echo(
+            f"The index now has {index.captions_count:,} rows. Replaced its former vector layout ({old})", err=True
+        )
     vectors = f"{index.vectors_count:,} vectors ({_describe_layout(index.layout)})" if index.layout else "no vectors"
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")
     added = len(build.added)

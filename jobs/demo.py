@@ -35,7 +35,7 @@ _QUERY = "red ring"
     help="The weights of VGG-16, such as IMAGENET1K_V1. Random weights need no download.",
 )
 @click.option("--train-images", default=1000, show_default=True, help="The number of training images.")
-@click.option("--test-images", default=200, show_default=True, help="The number of images to caption.")
+@click.option("--test-images", default=200, show_default=True, help="The number of test images.")
 @click.option("--overwrite", is_flag=True, help="Start again instead of resuming an earlier run.")
 @progress_option
 def command(output: str, weights: str, train_images: int, test_images: int, overwrite: bool, progress: bool) -> None:

@@ -74,7 +74,10 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
         )
         return
     if COLLECTION_FILE in names:
-        raise DatasetError(f"{folder} is a collection; see `captionlib status {folder}`, or inspect one of its folders")
+        raise DatasetError(
+            f"{folder} is a collection, which `captionlib init` created; see `captionlib status {folder}`, or inspect "
+            "one of its folders"
+        )
     if "_training" in names:
         raise DatasetError(
             f"{folder} is a training run without a checkpoint; wait until its first epoch ends, or run the training "
@@ -182,7 +185,7 @@ def _describe_index(folder: str, index: IndexDescription) -> str:
         *_format_values(to_dict(index.config), "    "),
     ]
     if index.embeddings:
-        lines.append(f"    ranker: {index.ranker}")
+        lines.append(f"    ranker: {index.ranker}")  # hash of the model that computed the embeddings
     return "\n".join(lines)
 
 

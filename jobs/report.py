@@ -125,7 +125,7 @@ def _shorten(address: str) -> str:
 
 
 def _shorten_both(address: str, other: str) -> tuple[str, str]:
-    """Returns the shortest ends of two addresses that differ. Equal addresses are returned whole."""
+    """Returns as few last parts of two addresses as tell them apart. Equal addresses are returned whole."""
     parts, others = _split_address(address), _split_address(other)
     length = 1
     while parts[-length:] == others[-length:] and length < max(len(parts), len(others)):
@@ -176,7 +176,7 @@ def _summarize(comparison: Comparison | None) -> str:
 
 
 def _format_scores(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns names, values and confidence intervals of the scores, followed by the counts."""
+    """Returns names, values and confidence intervals of the scores, and the numbers of distinct captions and words."""
     scores = []
     for name, score in evaluation.scores.overall.items():
         low, high = evaluation.scores.intervals[name]

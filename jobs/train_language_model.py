@@ -27,8 +27,9 @@ def command(source: str, output: str, config: str | None, overrides: tuple[str, 
       captionlib train-language-model sentences.txt -o language-model --set min_count=2
       captionlib train-language-model author.txt -o author --config characters
 
-    A recipe (--config) is a built-in configuration; --set overrides single values. The recipe `characters` has the
-    settings that Karpathy & Li's talk uses for the text of one author.
+    A recipe (--config) is a built-in configuration; --set overrides single values. The recipe `characters` is for the
+    text of one author. Its settings are from Karpathy & Li's talk "Automated Image Captioning with ConvNets and
+    Recurrent Nets".
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
     settings of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.

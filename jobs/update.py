@@ -146,7 +146,7 @@ def _check_models(collection: Collection) -> GenerationConfig:
 def _prepare(
     collection: Collection, source: SourceConfig, allow_removal: bool, progress: bool, dry_run: bool = False
 ) -> None:
-    """Updates the manifest of a source, the table of its images, and prints how many images have changed."""
+    """Updates the manifest (table of images) of a source, and prints how many images have changed."""
     from captionlib.data.ingestion.prepare import prepare
 
     manifest = collection.manifest(source)

@@ -39,9 +39,11 @@ def embed_images(
     Args:
         source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
         ranker: the ranker's folder, or the address of a model from another library, such as `hf:FOLDER`.
-        output: folder of the embeddings dataset to write. `generate_captions` with `embeddings` writes it too.
+        output: folder of the embeddings dataset to write. `generate_captions` also writes such a dataset if its
+            argument `embeddings` is set.
         config: settings for image loading.
-        weights: path of the image encoder's weights file; required if the encoder was loaded from a file.
+        weights: path of the image encoder's weights file; required if the ranker was trained
+            with an encoder whose weights came from a file.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 

@@ -65,7 +65,7 @@ class RunConfig:
             None, the run fails only if all images failed.
         retry_failures: process the failed images of finished shards (dataset files) again.
         verify: verify the checksums of finished shards, and process damaged ones again.
-        overwrite: replace an output with a different configuration.
+        overwrite: replace an output that was written with a different configuration.
         progress: show a progress bar.
         accelerator: Beam's resource hint for a GPU in each worker. If set, models run on that GPU only.
     """

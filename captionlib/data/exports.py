@@ -95,6 +95,7 @@ def export_images(
         if dataset.kind not in ("manifest", "features", "captions"):
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
     export = _Export(Folder(output), to, selection)
+    # A dataset is identified by its list of images (manifest) and by a hash (fingerprint) of its configuration.
     identities = [f"{dataset.manifest_id} {dataset.fingerprint}" for dataset in opened]
     images, failures = 0, Counter[str]()
     # The marker of a shard is the file that records that the shard is complete.
@@ -145,7 +146,7 @@ class _Export:
             )
         existing = self._read_record(_DESCRIPTION)
         if existing is None:
-            for name in reversed(names):  # `__export` last: until then, the folder can be identified as an export
+            for name in reversed(names):  # `__export` last, because it identifies the folder as an export
                 self.folder.remove(name)
             self.folder.write(_DESCRIPTION, encode_record(description))
         elif existing != description:

@@ -47,7 +47,7 @@ class Scores:
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
-    """Computes scores from metrics, whose rows are in the order of `image_ids`.
+    """Computes scores from metrics, which have one row of statistics per image, in the order of `image_ids`.
 
     Scores that are undefined for the whole set are omitted.
     """

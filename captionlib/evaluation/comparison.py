@@ -49,7 +49,7 @@ class Comparison:
     """Captions and, as their baseline, other captions of the same images.
 
     Attributes:
-        names: names of the captions and of the baseline.
+        names: name of the captions, and name of the baseline.
         predictions: the captions of the images that both have.
         baseline: the captions of the baseline by image id.
         scores: the scores of both, over the images with references; empty if there are no references.
@@ -104,7 +104,7 @@ def compare_predictions(
             f"{each[0].image_id!r} in {name}" for name, each in zip(names, (predictions, baseline), strict=True) if each
         ]
         raise DatasetError(
-            f"expected captions of the same images, got no image in both {names[0]} and {names[1]}, such as "
+            f"{names[0]} and {names[1]} have no image in common: expected the same image ids, got for example "
             f"{' and '.join(examples)}; compare captions that were generated for the same images"
         )
     shared = [replace(each, references=each.references or others[each.image_id].references) for each in shared]

@@ -37,7 +37,10 @@ class ImageDisplay:
 
 
 def read_image_display(source: str | os.PathLike[str], image_ids: Collection[str]) -> ImageDisplay:
-    """Reads the crop and the attention maps of these images from a captions dataset. JSON files contain neither."""
+    """Reads the crop and the attention maps of images from a captions dataset.
+
+    A JSON file of captions contains neither.
+    """
     if not is_dataset(source):
         return ImageDisplay()
     dataset = open_dataset(source, "captions").require_complete()

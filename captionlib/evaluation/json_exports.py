@@ -107,5 +107,8 @@ def _check_ids(ids: Sequence[str], addresses: Sequence[str]) -> None:
     seen = set[str]()
     for image_id in ids:
         if image_id in seen:
-            raise DatasetError(f"{names}: expected one row per image, got two for image {image_id}; export only one")
+            raise DatasetError(
+                f"{names}: expected one row per image, got two for image {image_id}; export only sources that have no "
+                "image in common"
+            )
         seen.add(image_id)

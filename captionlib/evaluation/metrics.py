@@ -99,7 +99,8 @@ def _meteor(sums: Numbers) -> Numbers:
     total = _DELTA * (lengths - function_words) + (1 - _DELTA) * function_words
     precision, recall = np.moveaxis(_divide(matched, total), -1, 0)
     mean = _divide(precision * recall, _ALPHA * precision + (1 - _ALPHA) * recall)
-    fragmentation = _divide(sums[..., 20], (sums[..., 21] + sums[..., 22]) / 2)
+    chunks, matched_words = sums[..., 20], sums[..., 21:23]
+    fragmentation = _divide(chunks, matched_words.mean(-1))
     scores: Numbers = (mean * (1 - _GAMMA * fragmentation**_BETA))[..., None]
     return scores
 

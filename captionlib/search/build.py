@@ -232,7 +232,7 @@ class IndexBuild:
         """Removes the files of interrupted builds, and of versions before the previous one."""
         current = self._read_current()
         used = {*current.files, *current.previous} if current is not None else set()
-        names = [name for name in self.folder.list() if is_index_file(name) and "-" in name]
+        names = [name for name in self.folder.list() if is_index_file(name) and "-" in name]  # without index.json
         names += [f"{subfolder}/{name}" for subfolder in SUBFOLDERS for name in self.folder.list(subfolder)]
         for name in [TEMPORARY_FOLDER, *(name for name in names if name not in used)]:
             self.folder.remove(name)
@@ -248,14 +248,14 @@ class IndexBuild:
         shards = self._list_indexed_shards()
         text = vectors = trained = ""
         vectors_count = 0
-        grouper = FacetGrouper()
+        grouper = FacetGrouper()  # numbers the groups of rows that have the same values of all facets
         with temporary_folder(self.folder) as local:
             files = [self._fetch(shard.rows_file, local) for shard in shards]
             self._check_unique_ids(files)
             batches = (
                 batch
                 for file, shard in zip(files, shards, strict=True)
-                for batch in grouper.add_numbers(shard.dataset, read_rows(file))
+                for batch in grouper.add_group_numbers(shard.dataset, read_rows(file))
             )
             write_text_index(local / "text", self.config.language, number_rows(batches))
             text = publish_path(self.folder, local / "text", "text-")

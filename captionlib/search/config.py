@@ -91,8 +91,8 @@ class VectorLayout:
 
         This is the case if `auto` would choose a different encoding. It is also the case if there are inverted lists,
         and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows
-        decreases, the layout is kept. Otherwise, an index whose size varies around a limit would be built again at
-        every update.
+        decreases, the layout is kept, so that an index whose size varies around a limit is not built again at every
+        update.
         """
         if rows <= self.rows:
             return False

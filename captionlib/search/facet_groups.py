@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 __all__ = ["FacetGroup", "FacetGrouper"]
 
 _GROUP = pa.field("group", pa.int64(), nullable=False)
-_MAX_GROUPS = 20_000  # later groups are by year; Tantivy counts at most 65,000 groups in one pass
+# If there are more groups, new ones cover a year instead of a month. Tantivy counts at most 65,000 groups in one pass.
+_MAX_GROUPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class FacetGrouper:
         """The groups, in the order of their numbers."""
         return tuple(FacetGroup(*values, rows) for values, rows in zip(self._numbers, self._rows, strict=True))
 
-    def add_numbers(self, dataset: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def add_group_numbers(self, dataset: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Adds a last column, the number of the group of each row. The batches have the columns of `ROW_SCHEMA`."""
         for batch in batches:
             months = pc.fill_null(pc.strftime(batch["modified"], "%Y-%m"), "")

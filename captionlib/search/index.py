@@ -42,7 +42,8 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _CACHED_FILTERS = 16
-_FUSION_DEPTH = 200  # rankings are fused to a multiple of this depth, so consecutive pages share a ranking
+# Fusion uses the first 200, 400, ... rows of each ranking, so consecutive pages show parts of one fused ranking.
+_FUSION_DEPTH = 200
 _RANK_CONSTANT = 60  # see `fuse_rankings`
 _LOGGER = logging.getLogger("captionlib")
 
@@ -57,6 +58,7 @@ class _Version:
         self.description = description
         self.rows = RowStore(path / shard.rows_file for shard in description.shards)
         self.details = DetailStore([path / shard.details_file for shard in description.shards], description.first_rows)
+        # `description.groups` describes the groups of rows that have the same values of all facets.
         self.facets = Facets(description.groups, name_sources([dataset.folder for dataset in description.captions]))
         self.failures = FailureStore(
             (path / shard.failures_file, self.facets.sources[shard.dataset])

@@ -44,7 +44,7 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Compares the numbers of images in each shard, which the markers of complete shards record.
+    """Compares the numbers of images in each shard, which are recorded in the marker files of the shards.
 
     Raises:
         DatasetError: the datasets cover different images.
@@ -119,17 +119,20 @@ def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.ND
 
 
 def read_caption_rows(
-    parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], kept_images: Mapping[str, str]
+    parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], representatives: Mapping[str, str]
 ) -> Iterator[pa.RecordBatch]:
     """Yields the rows of a captions shard for which `kept`, `[rows]`, is true, with the columns of `ROW_SCHEMA`.
 
-    `kept_images` maps the id of each duplicate image to the id of the image that represents its group.
+    `representatives` maps the id of each duplicate image to the id of the image that represents its group.
     """
     stored = pa.schema([ROW_SCHEMA.field(name) for name in (*RESULT_COLUMNS, "version")])
     for batch in _read_kept(parquet, stored.names, kept, _TEXT_BATCH_ROWS):
         rows = add_missing_columns(batch, stored)
-        kept_ids = [kept_images.get(image_id) for image_id in rows["image_id"].to_pylist()] if kept_images else None
-        duplicate_of = pa.nulls(rows.num_rows, pa.string()) if kept_ids is None else pa.array(kept_ids, pa.string())
+        duplicate_of = pa.nulls(rows.num_rows, pa.string())
+        if representatives:
+            kept_ids = [representatives.get(image_id) for image_id in rows["image_id"].to_pylist()]
+            duplicate_of = pa.array(kept_ids, pa.string())
+        # The version of an image is a string that changes with its file, and can contain the modification time.
         columns = [*rows.columns, find_modified_times(rows["version"]), duplicate_of]
         yield pa.RecordBatch.from_arrays(columns, schema=ROW_SCHEMA)
 
@@ -139,8 +142,8 @@ def read_details(
 ) -> Iterator[pa.RecordBatch]:
     """Yields the details of the rows for which `kept`, `[rows]`, is true, with the columns of `DETAILS_SCHEMA`.
 
-    `references` has the columns image_id and captions of the manifest, the table of images and their reference
-    captions; None if the manifest is not available.
+    `references` has the columns image_id and captions of the manifest (table of images with reference captions). It
+    is None if the manifest is not available.
     """
     ids = None if references is None else references["image_id"].combine_chunks()
     for batch in _read_kept(parquet, ["image_id", *DETAILS_SCHEMA.names], kept, DETAILS_BATCH_ROWS):

@@ -51,7 +51,8 @@ class _Clause(NamedTuple):
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     """Writes a text index to a new folder.
 
-    `rows` have the columns of `ROW_SCHEMA`, the row number `row`, and `group`, the number of the row's `FacetGroup`.
+    `rows` have the columns of `ROW_SCHEMA`, the row number `row`, and `group`, the number of the row's group. Rows with
+    the same values of all facets, such as the split and the month, form a group.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.
@@ -138,8 +139,8 @@ class TextIndex:
     ) -> Hits:
         """Returns the best captions for a query.
 
-        `matching` contains the row numbers to search, ascending. `groups` contains the numbers of the groups of
-        rows to search; see `FacetGroup`. If an argument is None, it does not restrict the search.
+        `matching` contains the row numbers to search, ascending. `groups` contains the numbers of the groups
+        to search; see `write_text_index`. If an argument is None, it does not restrict the search.
 
         Raises:
             QueryError: the query contains only stop words, or too many words and phrases.
@@ -160,7 +161,7 @@ class TextIndex:
                 return hits[is_match][:limit]
 
     def count_groups(self, query: str, groups: int, min_log_prob: float | None = None) -> npt.NDArray[np.int64]:
-        """Counts the captions that match a query, by group of rows, `[groups]`; see `search`."""
+        """Counts the captions that match a query, by group, `[groups]`; see `search`."""
         parsed = self._restrict(self._parse(query), None, min_log_prob)
         counts = np.zeros(groups, np.int64)
         if groups:

@@ -38,7 +38,7 @@ _MAX_TIES = 4096  # if more vectors have the same score, their order is not defi
 
 
 class RowMove(NamedTuple):
-    """In the new version of an index, rows `start` to `end` (exclusive) are numbered from `new_start`."""
+    """Rows `start` to `end` (exclusive) of an index are renumbered from `new_start` in its new version."""
 
     start: int
     end: int
@@ -133,7 +133,7 @@ def _write_index(index: Any, path: Path) -> None:
 
 def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
     """Renumbers the rows in `moves`, which must be sorted, and removes the vectors of all other rows."""
-    # Without the zeros, the arrays would be empty if `moves` is empty.
+    # Without the zeros, there would be nothing to unpack if `moves` is empty.
     starts, ends, new_starts = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
     last_row = max(int(ids.max(initial=0)) for ids, _ in _iter_lists(index))
     is_kept = np.zeros(max(int(ends.max()), last_row + 1), np.bool_)
@@ -193,7 +193,7 @@ class VectorIndex:
         depth = min(limit + 1, searchable)
         selector, _bitmap = self._make_selector(matching)
         hits = self._search_lists(vector, depth, searchable, selector)
-        # Hits with equal scores are ordered by row number, so search deeper while more rows may have the last score.
+        # Ties are ordered by row number, so search deeper while rows that tie with the last hit may be missing.
         while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable:
             if depth > _MAX_TIES + limit:
                 break

@@ -207,7 +207,7 @@ def get_image(service: Service, image_id: ImageId) -> ImageResponse:
 
 @router.post(
     f"{API}/image-search",
-    summary="Caption an uploaded image, rank the configured sentences for it, and find similar images",
+    summary="Caption an uploaded image, rank the server's configured sentences for it, and find similar images",
     tags=["Search"],
     responses=describe_problems(400, 404, 408, 413, 422, 503),
 )

@@ -128,7 +128,7 @@ def _read_search(
 ) -> Search:
     """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default.
 
-    `like` is the id of an image, to find similar images.
+    `source` is the name of a captions dataset. `like` is the id of an image, to find similar images.
     """
     return Search(
         query=q,
@@ -301,7 +301,7 @@ def _list_facets(service: SearchService, search: Search, counts: FacetsResponse 
     facets = [
         _Facet("split", "Split", "All splits", search.split or "", _list_values(counts.splits)),
         _Facet("source", "Source", "All sources", search.source or "", _list_values(counts.sources)),
-        _Facet("date", "Date of the file", "Any date", search.date or "", _list_dates(counts.dates)),
+        _Facet("date", "File modified", "Any date", search.date or "", _list_dates(counts.dates)),
     ]
     shown = [facet for facet in facets if facet.selected or len(facet.options) > 1]
     if service.count_duplicates():
@@ -315,7 +315,7 @@ def _list_values(counts: Mapping[str, int]) -> list[tuple[str, str, int]]:
 
 
 def _list_dates(months: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    """Returns the months, latest first, or the years if there are many months."""
+    """Returns the months, latest first, or the years if there are many months or if only the year is known."""
     years = Counter[str]()
     for month, count in months.items():
         years[month[:4]] += count

@@ -24,6 +24,8 @@ __all__ = [
     "SearchResult",
 ]
 
+# `text` searches for words in captions, `sentence` for images whose embedding is similar to that of the query, and
+# `hybrid` combines both.
 SearchMode = Literal["text", "sentence", "hybrid"]
 
 
@@ -59,8 +61,12 @@ class FacetsResponse(BaseModel):
     """
 
     splits: dict[str, int] = Field(description="Number of images by split.")
-    sources: dict[str, int] = Field(description="Number of images by source, the captions dataset.")
-    dates: dict[str, int] = Field(description="Number of images by the month of the file; unknown dates are left out.")
+    sources: dict[str, int] = Field(
+        description="Number of images by the name of the captions dataset that contains them."
+    )
+    dates: dict[str, int] = Field(
+        description="Number of images by the month in which the file was last modified, if it is known."
+    )
     kept: int = Field(description="Number of images that are not marked as duplicates.")
     duplicates: int = Field(description="Number of images that are marked as duplicates of another image.")
 

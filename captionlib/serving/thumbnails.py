@@ -38,7 +38,7 @@ _PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {
 _FAILURE_CACHE_SECONDS = 30.0
 _MAX_CACHED_FAILURES = 10_000
 _PRUNE_EVERY = 200  # created thumbnails
-_BATCH = 200  # thumbnails that wait in the queue of the thread pool
+_BATCH = 200  # thumbnails that are submitted to the thread pool at once
 _HOST_DIVISOR = 4  # one host can use a quarter of the threads
 _MAX_WAITING_PER_THREAD = 4
 _MAX_WAIT_SECONDS = 5.0
@@ -55,7 +55,7 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names, so a server never shows thumbnails of images from private hosts that it must not fetch.
+        # Part of file names, so a server without `allow_private_hosts` does not show thumbnails of one with it.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches

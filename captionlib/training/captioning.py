@@ -176,11 +176,15 @@ def train_captioner(
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
         if progress and group.is_first and "word_vectors" in provenance:
             print(f"word vectors: {provenance['word_vectors']}", file=sys.stderr)
-        resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
+        settings = {
+            "features": dataset.compute_content_checksum(),
+            "world_size": group.world_size,
+            **to_dict(config),
+        }
         if "init_from" in provenance:
-            resolved["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
+            settings["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
         objective = _make_objective(dataset, model.to(process_device), vocabulary, config, provenance)
-        return train(objective, config.training, folder, resolved, progress)
+        return train(objective, config.training, folder, settings, progress)
 
 
 def _initialize(
@@ -257,7 +261,7 @@ def _make_batches(
             "vgg16, or leave both out"
         )
     buffer_bytes = config.shuffle_buffer_megabytes << 20
-    pooled = model.annotator is None and model.encoder_top is None
+    pooled = model.attention_module is None and model.encoder_top is None
     return (
         CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled, augmentation),
         CaptionBatches(dataset, config.validation_splits, encode, _VALIDATION_IMAGES, buffer_bytes, pooled),

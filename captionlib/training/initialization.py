@@ -9,10 +9,10 @@ import torch
 
 from captionlib.config import describe_differences, to_dict
 from captionlib.data.batches.captions import (
+    average_positions,
     compute_mean_and_std,
     count_training_data,
     get_feature_shape,
-    pool_map,
     sample_features,
 )
 from captionlib.data.shards.dataset import ShardedDataset
@@ -100,12 +100,12 @@ def _set_feature_statistics(model: CaptionerNetwork, dataset: ShardedDataset, sp
         return features.numpy()
 
     def compute_vectors(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        return model.power_normalize(torch.from_numpy(pool_map(compute_features(rows)))).numpy()
+        return model.power_normalize(torch.from_numpy(average_positions(compute_features(rows)))).numpy()
 
-    if model.annotator is not None:
+    if model.attention_module is not None:
         sample = torch.from_numpy(compute_features(sample_features(dataset, splits, _MAP_IMAGES)))
         annotation_vectors = model.power_normalize(sample).view(-1, model.feature_size)
-        model.annotator.standardization.set_statistics(annotation_vectors.mean(0), annotation_vectors.std(0))
+        model.attention_module.standardization.set_statistics(annotation_vectors.mean(0), annotation_vectors.std(0))
     if model.config.principal_components:
         vectors = compute_vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))
         model.set_principal_components(torch.from_numpy(vectors))

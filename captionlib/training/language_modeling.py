@@ -123,9 +123,11 @@ def train_language_model(
     folder = Folder(output)
     prepare_run_folder(folder, overwrite)
     model_device = resolve_device(device)
-    vocabulary = Vocabulary.from_captions(corpus.training(), config.min_count, config.level, config.vocabulary_size)
-    training = _make_batches(corpus.training(), vocabulary, config)
-    validation = _make_batches(corpus.validation(), vocabulary, config)
+    vocabulary = Vocabulary.from_captions(
+        corpus.read_training(), config.min_count, config.level, config.vocabulary_size
+    )
+    training = _make_batches(corpus.read_training(), vocabulary, config)
+    validation = _make_batches(corpus.read_validation(), vocabulary, config)
     seed_everything(config.training.seed)
     model = build_language_model(config.model, len(vocabulary))
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))

@@ -95,4 +95,4 @@ def compute_perplexity(log_probs: Iterable[Tensor]) -> float:
     total, tokens = 0.0, 0
     for batch in log_probs:
         total, tokens = total - batch.sum().item(), tokens + len(batch)
-    return float(torch.tensor(total / max(tokens, 1)).exp())  # infinite, where math.exp raises OverflowError
+    return float(torch.tensor(total / max(tokens, 1)).exp())  # math.exp would raise OverflowError

@@ -221,8 +221,12 @@ def train_ranker(
         group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         objective = _make_objective(dataset, config, process_device)
-        resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
-        return train(objective, config.training, folder, resolved, progress)
+        settings = {
+            "features": dataset.compute_content_checksum(),
+            "world_size": group.world_size,
+            **to_dict(config),
+        }
+        return train(objective, config.training, folder, settings, progress)
 
 
 def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, device: torch.device) -> RankingObjective:

@@ -128,7 +128,7 @@ def test_many_groups_are_merged_by_year(monkeypatch: pytest.MonkeyPatch) -> None
         {**row, "image_id": "i", "uri": "u", "caption": "c", "log_prob": 0, "tokens": 1} for row in table.to_pylist()
     ]
     grouper = FacetGrouper()
-    (batch,) = grouper.add_numbers(0, [pa.RecordBatch.from_pylist(rows, ROW_SCHEMA)])
+    (batch,) = grouper.add_group_numbers(0, [pa.RecordBatch.from_pylist(rows, ROW_SCHEMA)])
     assert [(group.month, group.rows) for group in grouper.groups] == [
         *(("2020-01", 1), ("2020-02", 1), ("2020", 10)),
         *((str(year), 12) for year in (2021, 2022, 2023)),

@@ -86,7 +86,7 @@ def crash_at(wanted: int) -> Callable[[int], None]:
 RECIPES: list[dict[str, Any]] = [
     {"optimizer": "rmsprop", "schedule": "cosine"},
     {"optimizer": "adam", "schedule": "cosine", "ema_decay": 0.9},
-    {"optimizer": "adamw", "schedule": "step", "step_epochs": 1, "warmup_steps": STEPS + 2, "clip_norm": 0.1},
+    {"optimizer": "adamw", "warmup_steps": STEPS + 2, "clip_norm": 0.1},
     {"optimizer": "adam", "precision": "bfloat16", "ema_decay": 0.5, "warmup_steps": 2},
 ]
 

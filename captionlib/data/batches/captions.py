@@ -25,12 +25,12 @@ from captionlib.errors import DatasetError
 __all__ = [
     "CaptionBatch",
     "CaptionBatches",
+    "average_positions",
     "compute_mean_and_std",
     "count_training_data",
     "get_feature_shape",
     "make_batch",
     "make_caption_tokenizer",
-    "pool_map",
     "read_captions",
     "read_features",
     "read_references",
@@ -167,7 +167,7 @@ class CaptionBatches:
             for rows, captions in read_features(self.dataset, shard, self.splits):
                 encoded = [[ids for caption in row if (ids := self.encode(caption))] for row in captions]
                 captioned = [index for index, row in enumerate(encoded) if row]
-                features.append(pool_map(rows[captioned]) if self._pools_on_load else rows[captioned])
+                features.append(average_positions(rows[captioned]) if self._pools_on_load else rows[captioned])
                 sentences.extend(encoded[index] for index in captioned)
         shape = get_feature_shape(self.dataset)[-1 if self._pools_on_load else 0 :]
         return _Buffer(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
@@ -189,7 +189,7 @@ class CaptionBatches:
         return make_batch(self._pool_and_cast(features), [buffer.sentences[image] for image in images])
 
     def _pool_and_cast(self, features: Features) -> npt.NDArray[np.float32]:
-        return (pool_map(features) if self.pooled else features).astype(np.float32)
+        return (average_positions(features) if self.pooled else features).astype(np.float32)
 
 
 def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
@@ -227,7 +227,7 @@ def get_feature_shape(dataset: ShardedDataset) -> list[int]:
     return cast(list[int], dataset.config["encoder"]["shape"])
 
 
-def pool_map(features: Features) -> Features:
+def average_positions(features: Features) -> Features:
     """Averages `[images, positions, channels]` over the positions; returns vectors `[images, size]` unchanged."""
     return features.mean(1, dtype=np.float32) if features.ndim == 3 else features
 
@@ -306,7 +306,7 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
 
 
 def compute_mean_and_std(
-    dataset: ShardedDataset, splits: Sequence[str], to_vectors: Callable[[Features], Features] = pool_map
+    dataset: ShardedDataset, splits: Sequence[str], to_vectors: Callable[[Features], Features] = average_positions
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Computes the mean and standard deviation (`[size]` each) of the vectors of the images in `splits`, in one pass.
 

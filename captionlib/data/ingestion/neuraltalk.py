@@ -207,6 +207,6 @@ def _read_vectors(
 
 
 def _to_batch(rows: Sequence[ImageRecord], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
-    # A ImageRecord has no sizes or hashes, so these columns are null. The last column contains the vectors.
+    # An ImageRecord has no sizes or hashes, so these columns are null. The last column contains the vectors.
     columns = [pa.array([getattr(row, each.name, None) for row in rows], each.type) for each in schema][:-1]
     return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)

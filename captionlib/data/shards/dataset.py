@@ -337,7 +337,7 @@ class ShardedDataset:
             content = self.folder.read(name)
             if "" not in checksums and compute_checksum(io.BytesIO(content)) not in checksums:
                 raise self._damaged(name, "its checksum differs from the marker")
-            # A process that ends just after Arrow has started threads may be aborted.
+            # A process that ends soon after Arrow has started threads may crash.
             table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
         except FileNotFoundError:
             raise self._damaged(name, "missing") from None

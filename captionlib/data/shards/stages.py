@@ -131,7 +131,7 @@ class ShardJob:
                 return self._process(shard, input_marker, process)
             except DamagedShardError:
                 if self.source.read_marker(shard) == input_marker:
-                    raise  # otherwise the input was replaced meanwhile
+                    raise  # otherwise the input was replaced meanwhile, so the new version is processed
 
     def mark_incomplete(self) -> None:
         """Marks the output datasets as incomplete; see `ShardedDataset.mark_incomplete`."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from captionlib.config import build_config, describe_differences, to_dict
-from captionlib.data.batches.captions import pool_map
+from captionlib.data.batches.captions import average_positions
 from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
@@ -176,7 +176,7 @@ class LoadedRanker(LoadedModel[RankerNetwork, RankerConfig]):
                 f"expected features of shape [images, {size}], or [images, positions, {size}], "
                 f"got {list(features.shape)}"
             )
-        features = pool_map(features)
+        features = average_positions(features)
         embeddings = np.empty((len(features), self.size), np.float32)
         for start in range(0, len(features), _BATCH_SIZE):
             batch = slice(start, start + _BATCH_SIZE)

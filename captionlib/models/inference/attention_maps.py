@@ -16,7 +16,7 @@ __all__ = ["compute_attention_maps", "count_positions"]
 
 def count_positions(captioner: LoadedCaptioner) -> int | None:
     """Returns the number of positions of a feature map that the captioner attends to, or None without attention."""
-    if captioner.model.annotator is None or len(captioner.encoder["shape"]) != 2:
+    if captioner.model.attention_module is None or len(captioner.encoder["shape"]) != 2:
         return None
     encoder_top = captioner.model.encoder_top
     return int(captioner.encoder["shape"][0]) if encoder_top is None else encoder_top.shape[0]

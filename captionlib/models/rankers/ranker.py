@@ -80,7 +80,7 @@ class RankerNetwork(nn.Module):
         self.sentence_projection = nn.Linear(state_size, config.joint_embedding_size)
         self.dropout = nn.Dropout(config.dropout)
         self.feature_dropout = nn.Dropout(config.feature_dropout)
-        # Trained by the softmax loss only; stored as a logarithm so that the temperature stays positive.
+        # Trained by the contrastive loss only; stored as a logarithm so that the temperature stays positive.
         self.log_temperature = nn.Parameter(torch.tensor(_INITIAL_TEMPERATURE).log())
         nn.init.uniform_(self.word_vectors.weight, -_WORD_RANGE, _WORD_RANGE)
         for projection in (self.image_projection, self.sentence_projection):
