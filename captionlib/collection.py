@@ -146,6 +146,12 @@ class Collection:
         getters = [self.manifest, self.captions, *([self.embeddings] if self.config.ranker else [])]
         return [get_address(source) for source in self.config.sources for get_address in getters]
 
+    def find_manifests(self) -> list[str]:
+        """Returns the paths or URLs of the manifests of all sources, including those of removed sources."""
+        manifests = [self.manifest(source) for source in self.config.sources]
+        earlier = [address for address in self.find_datasets() if address.endswith("/manifest")]
+        return list(dict.fromkeys([*manifests, *earlier]))
+
     def find_datasets(self) -> list[str]:
         """Returns the paths or URLs of all datasets in the folder, including those of removed sources."""
         names = [f"{name}/{kind}" for name in self.folder.list() for kind in _DATASETS if name not in _RESERVED]

@@ -35,6 +35,8 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.compaction import plan_compaction
     from captionlib.data.shards.dataset import open_dataset
+    from captionlib.data.shards.markers import DESCRIPTION_FILE
+    from captionlib.errors import DatasetError
     from captionlib.progress import progress_bar
     from captionlib.search.index_folder import INDEX_FILE
     from captionlib.storage.folders import Folder
@@ -46,9 +48,13 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
             if is_collection(folder):
                 collection = open_collection(folder)
                 stack.enter_context(lock_folder(collection.folder, "captionlib compact"))
-                addresses += [address for address in collection.list_datasets() if Folder(address).list()]
+                addresses += [
+                    address for address in collection.list_datasets() if Folder(address).exists(DESCRIPTION_FILE)
+                ]
             elif not Folder(folder).exists(INDEX_FILE):  # an index has no shards to compact
                 addresses.append(folder)
+        if not addresses:
+            raise DatasetError(f"{folders[0]}: expected datasets to compact, got none; run `captionlib update` first")
         for address in addresses:
             stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib compact"))
         plans = plan_compaction([open_dataset(address) for address in addresses], shard_size)

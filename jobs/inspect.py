@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ __all__ = ["command"]
 def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: bool, port: int) -> None:
     """Summarize FOLDER, a dataset, search index or checkpoint.
 
-    For datasets, also show progress, speed and failed images. The command only reads the folder, so you can inspect a
+    For datasets, also show progress, speed and failed images. For a manifest, show the images that `captionlib remove`
+    removed. The command only reads the folder, so you can inspect a
     dataset that a job on another machine is writing.
 
     \b
@@ -122,6 +124,12 @@ def _describe_dataset(report: DatasetReport, verified: bool) -> str:
     for reason, failure in report.failures.items():
         found = [f", such as {each.image_id} ({each.uri}): {each.message}" for each in failure.examples[:1]]
         lines.append(f"    {failure.count:>7,} {reason}{''.join(found)}")
+    if report.removed:
+        lines.append(
+            f"  removed      {len(report.removed):,} images, which updates skip; --json lists hashes of their ids"
+        )
+    for (reason, date), count in sorted(Counter(report.removed.values()).items(), key=lambda item: item[0][1]):
+        lines.append(f"    {count:>7,} on {date}: {' '.join(reason.split()) or 'no reason given'}")
     if report.temporary_files and not report.complete:
         lines.append(
             f"  temporary    {report.temporary_files:,} files of running or failed runs; a successful run removes them"

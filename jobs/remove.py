@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import CaptionlibError, ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from captionlib.data.shards.removal import Removal
@@ -74,7 +74,13 @@ def command(
         for plan in plans:
             plan.run()
         for address in indexes:
-            _rebuild_index(address)
+            try:
+                _rebuild_index(address, wanted)
+            except CaptionlibError as error:
+                raise DatasetError(
+                    f"{address} still contains the images, because it cannot be updated: {error}. Correct this, then "
+                    "run the same command again"
+                ) from error
     _remove_thumbnails(plans, thumbnails)
     if not any(plan.dataset.kind == "manifest" for plan in plans):
         click.echo("No manifest was specified, so the next update of the manifest adds the images again.", err=True)
@@ -108,7 +114,7 @@ def _find_datasets(folders: Sequence[str], stack: ExitStack, dry_run: bool) -> t
             if not found:
                 raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
             datasets += found
-            indexes += [collection.index] if Folder(collection.index).exists(INDEX_FILE) else []
+            indexes += [collection.index] if Folder(collection.index).list() else []
         elif Folder(folder).exists(INDEX_FILE):
             indexes.append(folder)
         else:
@@ -119,15 +125,18 @@ def _find_datasets(folders: Sequence[str], stack: ExitStack, dry_run: bool) -> t
     return datasets, indexes
 
 
-def _rebuild_index(address: str) -> None:
+def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:
+    """Removes images from an index after they were removed from its datasets."""
     from captionlib.search.index_folder import read_description
     from captionlib.storage.folders import Folder
     from pipelines.build_index import build_index
     from pipelines.run import RunConfig
 
     description = read_description(Folder(address))
-    if description is None:
-        raise ConfigError(f"{address} is not an index; build it with `captionlib build-index`")
+    if description is None:  # the first build was interrupted
+        for name in Folder(address).list():
+            Folder(address).remove(name)
+        return
     captions, embeddings = (
         [dataset.folder for dataset in datasets] for datasets in (description.captions, description.embeddings)
     )
@@ -137,6 +146,7 @@ def _rebuild_index(address: str) -> None:
         description.config,
         embeddings=embeddings or None,
         duplicates=_regroup_duplicates(description),
+        removed_ids=removed_ids,
         run=RunConfig(progress=False),
     )
     build.remove_previous_version()

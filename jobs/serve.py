@@ -1,12 +1,13 @@
 """The command `captionlib serve`."""
 
+import copy
 import json
 import os
 import resource
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -97,11 +98,15 @@ def command(
     from captionlib.serving.startup import AppConfig
     from captionlib.storage.folders import Folder
 
+    defaults: dict[str, Any] = {}
     if is_collection(index):
         collection = open_collection(index)
-        index, settings = collection.index, collection.config
+        settings = collection.config
+        if not Folder(collection.index).exists(INDEX_FILE):
+            raise DatasetError(f"{index} has no index yet; run `captionlib update {index}`")
+        index, weights = collection.index, weights or settings.weights
+        defaults = settings.generation if captioner is None and config is None else {}
         ranker, captioner = ranker or settings.ranker, captioner or settings.captioner
-        weights = weights or settings.weights
     if not Folder(index).exists(INDEX_FILE):
         raise DatasetError(
             f"{index} is not an index: expected a folder with {INDEX_FILE}; see `captionlib build-index`"
@@ -116,7 +121,7 @@ def command(
         log_requests=log_requests,
     )
     folder = thumbnails or str(user_cache_folder() / "thumbnails")
-    generation = _load_generation(captioner, config, overrides)
+    generation = _load_generation(captioner, config, overrides, defaults)
     app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, generation, device, serving)
     os.environ[_APP_CONFIG] = json.dumps(to_dict(app_config))
     _raise_file_limit()
@@ -189,9 +194,14 @@ def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
         signal.raise_signal(received[0])
 
 
-def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the configuration for captioning uploaded images, or an empty mapping without a captioner."""
-    from captionlib.config import load_config, to_dict
+def _load_generation(
+    captioner: str | None, config: str | None, overrides: tuple[str, ...], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the configuration for captioning uploaded images, or an empty mapping without a captioner.
+
+    `defaults` are the settings of a collection. They apply if there is no file `config`.
+    """
+    from captionlib.config import apply_overrides, build_config, load_config, to_dict
 
     if captioner is None:
         if config is not None or overrides:
@@ -199,7 +209,11 @@ def _load_generation(captioner: str | None, config: str | None, overrides: tuple
         return {}
     from captionlib.models.inference.captioning import GenerationConfig  # imports torch, which takes seconds
 
-    return to_dict(load_config(GenerationConfig, config, overrides))
+    if config is not None:
+        return to_dict(load_config(GenerationConfig, config, overrides))
+    values = copy.deepcopy(dict(defaults))
+    apply_overrides(values, overrides)
+    return to_dict(build_config(GenerationConfig, values, "options"))
 
 
 def _raise_file_limit() -> None:

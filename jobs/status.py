@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from captionlib.errors import DatasetError
-
 if TYPE_CHECKING:
     from captionlib.collection import Collection
 
@@ -45,18 +43,17 @@ def command(collection: str) -> None:
 def _show_dataset(address: str) -> bool:
     """Shows the state of a dataset, and returns whether it is finished."""
     from captionlib.data.shards.inspection import inspect_dataset
+    from captionlib.data.shards.markers import DESCRIPTION_FILE
     from captionlib.storage.folders import Folder
 
-    try:
-        report = inspect_dataset(address)
-    except DatasetError:
-        if Folder(address).list():
-            raise
+    if not Folder(address).exists(DESCRIPTION_FILE):
         click.echo(f"{address}: not started")
         return False
+    report = inspect_dataset(address)
     complete = report.complete and report.shards_done == report.shards  # a file may have been deleted since
     progress = "complete" if complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
-    cost = f", {timedelta(seconds=round(report.seconds))} of computing time" if report.kind != "manifest" else ""
+    computing_time = timedelta(seconds=round(report.total_seconds))
+    cost = f", {computing_time} of computing time in all updates" if report.kind != "manifest" else ""
     click.echo(f"{address}: {report.rows:,} images, {progress}{cost}")
     if report.stale:
         click.echo(f"  {report.stale:,} shards of its input have changed since it was written")

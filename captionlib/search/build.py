@@ -6,7 +6,7 @@ machine and can safely be repeated.
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import cached_property, lru_cache
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captionlib.config import describe_differences, to_dict
@@ -367,6 +368,7 @@ def plan_build(
     *,
     duplicates: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    removed_ids: Collection[str] = (),
 ) -> IndexBuild:
     """Compares an index with the datasets it is built from and plans what to build.
 
@@ -377,6 +379,9 @@ def plan_build(
     `duplicates` is a dataset that contains groups of similar images. Only one image of each group, the kept image, is
     indexed. If `config.keep_duplicates` is set, the others are indexed too, and marked as its duplicates. If
     `duplicates` changes, the affected shards are indexed again.
+
+    While a shard of the datasets is not finished, the index keeps its earlier rows, unless they contain an image in
+    `removed_ids`.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
@@ -405,7 +410,7 @@ def plan_build(
     build = replace(build, pending=pending)
     if overwrite and base is not None:
         return _plan_shards(replace(build, replaced=base.created), None, shards)
-    return _plan_shards(build, base, _keep_unfinished(build, base, shards) if base else shards)
+    return _plan_shards(build, base, _keep_unfinished(build, base, shards, removed_ids) if base else shards)
 
 
 def _read_base(build: IndexBuild, overwrite: bool) -> IndexDescription | None:
@@ -507,19 +512,42 @@ def _apply_duplicates(
     return changed
 
 
-def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard]) -> list[InputShard]:
-    """Adds the shards of `base` that are being written again, so their images stay in the index."""
+def _keep_unfinished(
+    build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard], removed_ids: Collection[str]
+) -> list[InputShard]:
+    """Adds the shards of `base` that are being written again, so their images stay in the index.
+
+    Shards with images in `removed_ids` are not added.
+    """
     finished = {(shard.dataset, shard.shard) for shard in shards}
     names = [each.name for each in fields(InputShard)]
-    kept = [
-        InputShard(**{name: getattr(shard, name) for name in names})
-        for shard in base.shards
-        if (shard.dataset, shard.shard) not in finished
-        and shard.dataset < len(build.captions)
-        and shard.shard < build.captions[shard.dataset].shards
-        and base.captions[shard.dataset].fingerprint == build.captions[shard.dataset].fingerprint
-    ]
+    positions = {resolve_address(dataset.folder.uri): position for position, dataset in enumerate(build.captions)}
+    kept = []
+    for shard in base.shards:
+        position = positions.get(base.captions[shard.dataset].folder)
+        if (
+            position is not None
+            and (position, shard.shard) not in finished
+            and shard.shard < build.captions[position].shards
+            and base.captions[shard.dataset].fingerprint == build.captions[position].fingerprint
+            and not _contains(build.folder, shard, removed_ids)
+        ):
+            kept.append(InputShard(**{**{name: getattr(shard, name) for name in names}, "dataset": position}))
     return sorted([*shards, *kept], key=lambda shard: (shard.dataset, shard.shard))
+
+
+def _contains(folder: Folder, shard: IndexedShard, image_ids: Collection[str]) -> bool:
+    """Returns whether any of the images is in a shard of an index, with or without a caption."""
+    if not image_ids:
+        return False
+    wanted = pa.array(sorted(image_ids), pa.string())
+    with temporary_folder(folder) as local:
+        for name in filter(None, (shard.rows_file, shard.failures_file)):
+            with pa.ipc.open_file(pa.memory_map(str(fetch_path(folder, name, local / name)))) as file:
+                ids = (file.get_batch(index)["image_id"] for index in range(file.num_record_batches))
+                if any(pc.any(pc.is_in(each, value_set=wanted)).as_py() for each in ids):
+                    return True
+    return False
 
 
 def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:

@@ -177,8 +177,9 @@ def _prepare(
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
             to_compare = None if config.verify_content is not None else to_update
             staged = stage_rows(rows, scratch / "rows.parquet", to_compare, bar.update)
-        if not staged.rows:
-            raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
+        is_update = to_update is not None
+        if not staged.rows and not staged.unchanged and not (is_update and config.allow_removal):
+            raise DatasetError(_describe_empty_source(addresses, source_format, config, skips, is_update))
         if to_update is not None:
             changes, shards = _update(to_update, staged, config, dry_run, report_changes)
         else:
@@ -364,11 +365,12 @@ def _drop_removed(rows: Iterator[ImageRecord], removed: RemovedImages, skips: Sk
 
 
 def _describe_empty_source(
-    addresses: Sequence[str], source_format: str, config: PrepareConfig, skips: SkipCounter
+    addresses: Sequence[str], source_format: str, config: PrepareConfig, skips: SkipCounter, is_update: bool
 ) -> str:
     expected = SOURCE_FORMATS[source_format].row_description
     splits = f" of split {' or '.join(config.splits)}" if config.splits else ""
+    remedy = "check the path, or set --format" + (", or use --allow-removal to remove all images" if is_update else "")
     return (
         f"{', '.join(addresses[:3])}: no images{splits}; format {source_format} expects {expected}; "
-        f"skipped: {skips.describe()}; check the path, or set --format"
+        f"skipped: {skips.describe()}; {remedy}"
     )

@@ -3,13 +3,14 @@
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captionlib.data.row_buffer import RowBuffer
@@ -17,8 +18,17 @@ from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.sources.rows import ImageRecord
 from captionlib.errors import DatasetError, DuplicateIdError
+from captionlib.storage.folders import scratch_folder
 
-__all__ = ["StagedRows", "check_unique_ids", "open_database", "read_manifest", "read_shards", "stage_rows"]
+__all__ = [
+    "StagedRows",
+    "check_ids_differ",
+    "check_unique_ids",
+    "open_database",
+    "read_manifest",
+    "read_shards",
+    "stage_rows",
+]
 
 _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
@@ -154,6 +164,38 @@ def check_unique_ids(staged: StagedRows) -> None:
                     f"expected one row per image id, got {count} with {image_id!r}: {first}, and {second}; remove one, "
                     "or choose a different id column; rows with one caption each are merged if they are adjacent"
                 )
+
+
+def check_ids_differ(manifests: Mapping[str, ShardedDataset]) -> None:
+    """Checks that no image id occurs in several manifests, given by the names of their sources.
+
+    Raises:
+        DuplicateIdError: an id occurs in two manifests. The message names the sources and the images.
+    """
+    schema = pa.schema([MANIFEST_SCHEMA.field("image_id")])
+    batches = (
+        rows
+        for dataset in manifests.values()
+        for shard in range(dataset.shards)
+        for rows in dataset.read_batches(shard, schema.names, _BATCH_ROWS)
+    )
+    with scratch_folder() as scratch, open_database(scratch) as connection:
+        connection.register("images", pa.RecordBatchReader.from_batches(schema, batches))
+        repeated = connection.execute(
+            "SELECT image_id FROM images GROUP BY image_id HAVING count(*) > 1 LIMIT 1"
+        ).fetchone()
+    if repeated is not None:
+        found = [f"{uri} of source {name}" for name, each in manifests.items() for uri in _find_uris(each, *repeated)]
+        raise DuplicateIdError(
+            f"expected one image per id in a collection, got {repeated[0]!r} for {' and '.join(found)}; change one of "
+            "the sources. If they are different images in two folders, replace both sources by one with the parent of "
+            "the folders, so that the ids contain the names of the folders"
+        )
+
+
+def _find_uris(manifest: ShardedDataset, image_id: str) -> list[str]:
+    batches = (rows for _, rows in read_manifest(manifest))
+    return [uri for rows in batches for uri in rows.filter(pc.equal(rows["image_id"], image_id))["uri"].to_pylist()]
 
 
 _COUNT_HASHES = "SELECT count(DISTINCT hash(image_id)) FROM read_parquet(?)"

@@ -20,7 +20,7 @@ import xxhash
 
 from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import STALE, Marker, compute_fingerprint
+from captionlib.data.shards.markers import STALE, Marker, compute_fingerprint, sum_markers
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.data.shards.stages import match_images, replace_columns
 from captionlib.data.shards.update import update_shards
@@ -149,19 +149,23 @@ class _ImageLocations:
     Attributes:
         hashes: `[images] uint64`, hashes of the image ids, ascending.
         shards: `[images] int32`, the shard of each image, in the same order.
+        seconds_per_image: mean time taken to write an image of the dataset, including its earlier versions.
     """
 
     hashes: npt.NDArray[np.uint64]
     shards: npt.NDArray[np.int32]
+    seconds_per_image: float
 
     @classmethod
     def read(cls, dataset: ShardedDataset) -> "_ImageLocations":
         hashes, shards = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-        for shard in sorted(dataset.require_markers()):
+        markers = dataset.require_markers()
+        for shard in sorted(markers):
             hashes += [_hash_ids(dataset.read(shard, ["image_id"])), _hash_ids(_read_failures(dataset, shard))]
             shards.append(np.full(len(hashes[-2]) + len(hashes[-1]), shard, np.int32))
         order = np.argsort(all_hashes := np.concatenate(hashes))
-        return cls(all_hashes[order], np.concatenate(shards)[order])
+        seconds = sum_markers(markers.values()).total_seconds
+        return cls(all_hashes[order], np.concatenate(shards)[order], seconds / max(1, len(all_hashes)))
 
     def find_shards(self, images: pa.Table) -> list[int]:
         """Returns the sorted numbers of the shards that contain any of these images."""
@@ -223,7 +227,8 @@ def _write_moved_rows(
     rows = _concatenate_found([match.rows for match in matches.values()])
     images = len(rows) + len(_concatenate_found([match.failures for match in matches.values()]))
     is_current = images == input_rows.num_rows and bool((np.diff(rows) > 0).all())
-    with write_shard(staged, shard, images, input_marker.checksum if is_current else STALE) as writer:
+    input_checksum = input_marker.checksum if is_current else STALE
+    with write_shard(staged, shard, images, input_checksum, images * locations.seconds_per_image) as writer:
         failures: list[tuple[int, dict[str, str | None]]] = []
         for old, match in matches.items():
             start = 0

@@ -113,7 +113,11 @@ class ShardedDataset:
 
         This lists the folders, but does not read the markers, so some of these shards may not be finished.
         """
-        return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
+        return self._list_parts(MARKERS_FOLDER, ".json") & self.list_stored_shards()
+
+    def list_stored_shards(self) -> set[int]:
+        """Returns the numbers of the shards that have a data file, whether or not they are finished."""
+        return self._list_parts("", ".parquet")
 
     def read_progress(self, shards: Iterable[int]) -> dict[int, ShardProgress]:
         """Returns the progress by shard, for unfinished shards that report it; see `ShardWriter`."""

@@ -23,8 +23,9 @@ from captionlib.data.shards.markers import (
     parse_time,
     sum_markers,
 )
+from captionlib.data.shards.removal import RemovedImages, list_removed
 from captionlib.data.shards.throughput import IDLE_SECONDS, Throughput, measure_throughput
-from captionlib.errors import CaptionlibError, DamagedShardError
+from captionlib.errors import CaptionlibError, DamagedShardError, DatasetError
 from captionlib.storage.folders import TEMPORARY_FOLDER
 
 __all__ = [
@@ -105,13 +106,15 @@ class DatasetReport:
         complete: whether all shards are finished, and the fraction of failed images is within the limit of the run.
         explanation: why the dataset is not complete and what to do; empty if it is complete.
         size: size of the data files in bytes.
-        seconds: time spent on the shards, summed over workers.
+        seconds: time spent on the current versions of the shards, summed over workers.
+        total_seconds: time spent on the current and all earlier versions of the shards, summed over workers.
         source: path or URL of the dataset that this dataset was made from; empty if there is none.
         lineage: the datasets that this dataset was made from, the oldest first.
         stale: number of shards of the source that have changed, or been added, since this dataset was written. None if
             the source cannot be read.
         failed: number of images that could not be read.
         failures: failures by reason (the category of the error), the most frequent first.
+        removed: the images that `captionlib remove` removed from a manifest: reason and date by hash of the image id.
         job: the progress of the job that writes the dataset.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
         interrupted_update: whether an update was interrupted. The next command that reads the dataset completes it.
@@ -132,11 +135,13 @@ class DatasetReport:
     rows: int
     size: int
     seconds: float
+    total_seconds: float
     source: str
     lineage: list[LineageStep]
     stale: int | None
     failed: int
     failures: Mapping[str, FailureReport]
+    removed: Mapping[str, tuple[str, str]]
     job: JobReport
     temporary_files: int
     interrupted_update: bool
@@ -157,6 +162,11 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
             "marker file",
         )
     stale_shards, stale_count, images = _compare_with_source(dataset, markers)
+    removed = RemovedImages({})
+    try:
+        removed = list_removed(dataset.folder)
+    except DatasetError as error:
+        problems.append(str(error))
     return DatasetReport(
         folder=dataset.folder.uri,
         kind=dataset.kind,
@@ -172,11 +182,13 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         rows=totals.rows,
         size=totals.bytes,
         seconds=totals.seconds,
+        total_seconds=totals.total_seconds,
         source=dataset.source,
         lineage=read_lineage(dataset),
         stale=stale_count,
         failed=totals.failures,
         failures=_summarize_failures(dataset, markers, totals),
+        removed=removed.reasons,
         job=_describe_job(dataset, complete, markers, stale_shards, images),
         temporary_files=len(dataset.folder.list(TEMPORARY_FOLDER)),
         interrupted_update=dataset.folder.exists(JOURNAL_FILE),

@@ -101,7 +101,9 @@ class ShardWriter:
 
 
 @contextmanager
-def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checksum: str = "") -> Iterator[ShardWriter]:
+def write_shard(
+    dataset: ShardedDataset, shard: int, expected: int, input_checksum: str = "", earlier_seconds: float = 0.0
+) -> Iterator[ShardWriter]:
     """Yields a writer for a shard. The shard is published when the `with` block ends, unless the block raises.
 
     If the shard exists, a marker that describes the old and the new version is written before the files are replaced.
@@ -112,6 +114,7 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
         shard: number of the shard.
         expected: number of rows and failures together.
         input_checksum: checksum of the data file of the input shard, if there is one.
+        earlier_seconds: time taken to write earlier versions of the rows that are not in the folder of `dataset`.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`.
@@ -131,22 +134,25 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
         with path.open("rb") as file:
             checksum, block_checksums = compute_checksums(file)  # of the whole file, and of each `BLOCK_BYTES` of it
         failures = _encode_failures(writer.failures)
+        previous = dataset.read_marker_even_if_unfinished(shard)
+        seconds = time.monotonic() - started
+        earlier_seconds += previous.total_seconds if previous is not None else 0
         writer.marker = Marker(
             shard=shard,
             rows=writer.rows,
             failures=len(writer.failures),
             bytes=path.stat().st_size,
             checksum=checksum,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(seconds, 3),
             fingerprint=dataset.fingerprint,
             input_checksum=input_checksum,
             blocks=block_checksums,
             failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
             reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
             finished=format_time(time.time()),
+            total_seconds=round(earlier_seconds + seconds, 3),
         )
         writer.remove_progress()
-        previous = dataset.read_marker_even_if_unfinished(shard)
         if previous is not None and not _has_same_files(previous, writer.marker):
             write_marker(dataset.folder, replace(writer.marker, previous=previous))
     # The end of the block above has moved the data file into place.

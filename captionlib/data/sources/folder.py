@@ -25,6 +25,8 @@ __all__ = ["find_images", "read_folder"]
 
 PathFilter = Callable[[str], bool]
 
+_DELETED = "deleted while the folder was listed"
+
 
 def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images in folders and their subfolders, sorted by name. The id is the path relative to the folder.
@@ -98,8 +100,11 @@ def _walk(
             if identity in ancestors:
                 skips.count_ignored("link to a parent folder")
                 continue
-            files, folders = _list_names(root.join(folder), skips)
+            files, folders = _list_names(root.join(folder), identity, skips)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and _was_deleted(root, folder, ancestors):
+                skips.count_ignored(_DELETED)
+                continue
             reason = error.strerror or type(error).__name__
             raise DatasetError(f"folder {root.join(folder).address} cannot be read: {reason}") from error
         prefix = f"{folder}/" if folder else ""
@@ -116,7 +121,25 @@ def _identify(folder: Location) -> object | None:
     return status.st_dev, status.st_ino
 
 
-def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[tuple[str, str]], list[str]]:
+def _was_deleted(root: Location, folder: str, ancestors: Sequence[object]) -> bool:
+    """Returns whether a missing directory was deleted. If a disk was unmounted, the parent is another directory now.
+
+    `ancestors` are the identities of the parents of `folder` when they were listed, the one of `root` first.
+    """
+    if not root.is_local:
+        return bool(folder)
+    parents = folder.split("/")[:-1]
+    for depth in reversed(range(len(ancestors))):
+        try:
+            return _identify(root.join("/".join(parents[:depth]))) == ancestors[depth]
+        except FileNotFoundError:  # this parent was deleted too
+            continue
+    return False
+
+
+def _list_names(
+    folder: Location, identity: object | None, skips: SkipCounter
+) -> tuple[list[tuple[str, str]], list[str]]:
     """Returns the sorted files of a directory, as names and versions, and its sorted subdirectories."""
     files: list[tuple[str, str]] = []
     folders: list[str] = []
@@ -128,8 +151,14 @@ def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[tuple[str, s
         elif kind == "directory":
             folders.append(name)
         else:
-            version = version_from_stat(details.stat()) if folder.is_local else version_from_listing(details)
-            files.append((name, version))
+            try:
+                version = version_from_stat(details.stat()) if folder.is_local else version_from_listing(details)
+            except FileNotFoundError:
+                if _identify(folder) != identity:
+                    raise
+                skips.count_ignored(_DELETED)
+            else:
+                files.append((name, version))
     return sorted(files), sorted(folders)
 
 
