@@ -31,7 +31,7 @@ from captionlib.training.caption_objective import CaptioningObjective, CiderVali
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import (
     build_captioner,
-    describe_features,
+    describe_training_data,
     initialize_word_vectors,
     load_initial_captioner,
     require_other_folder,
@@ -192,7 +192,7 @@ def _initialize(
 ) -> tuple[CaptionerNetwork, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
     """Builds or loads a captioner. Also returns its vocabulary, configuration and provenance (its training data)."""
     provenance: dict[str, Any] = {
-        **describe_features(dataset, config.train_splits, config.validation_splits),
+        **describe_training_data(dataset, config.train_splits, config.validation_splits),
         "objective": config.objective,
     }
     if config.init_from is not None:

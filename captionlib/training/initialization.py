@@ -27,7 +27,7 @@ from captionlib.storage.folders import Folder
 
 __all__ = [
     "build_captioner",
-    "describe_features",
+    "describe_training_data",
     "initialize_word_vectors",
     "load_initial_captioner",
     "require_other_folder",
@@ -75,7 +75,7 @@ def build_captioner(
     return model
 
 
-def describe_features(
+def describe_training_data(
     dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the provenance (record of the training data) of a model that is trained on a features dataset."""

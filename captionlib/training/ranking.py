@@ -32,7 +32,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup, join_process_group
-from captionlib.training.initialization import describe_features
+from captionlib.training.initialization import describe_training_data
 from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss, Objective, SaveModel
 from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
@@ -240,7 +240,7 @@ def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, devic
     seed_everything(config.training.seed)
     model = RankerNetwork(config.ranker, get_feature_shape(dataset)[-1], len(vocabulary))
     model.standardization.set_statistics(*map(torch.from_numpy, compute_mean_and_std(dataset, config.train_splits)))
-    provenance = describe_features(dataset, config.train_splits, config.validation_splits)
+    provenance = describe_training_data(dataset, config.train_splits, config.validation_splits)
 
     def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:
         encoder, record = dataset.config["encoder"], add_versions_and_time(provenance)

@@ -167,7 +167,7 @@ def check_unique_ids(staged: StagedRows) -> None:
 
 
 def check_ids_differ(manifests: Mapping[str, ShardedDataset]) -> None:
-    """Checks that no image id occurs in several manifests, given by the names of their sources.
+    """Checks that no image id occurs in more than one manifest. The keys of `manifests` are the names of the sources.
 
     Raises:
         DuplicateIdError: an id occurs in two manifests. The message names the sources and the images.

@@ -64,9 +64,9 @@ def list_removed(folder: Folder) -> RemovedImages:
 
 
 def share_removed(manifests: Sequence[Folder]) -> None:
-    """Lists the images that were removed from all manifests of a collection in its new manifests, too.
+    """Copies the list of removed images to the new manifests of a collection, which has one manifest per source.
 
-    A manifest is new if it has not been written yet. Images that were removed from only some manifests are not listed.
+    A manifest is new if it has not been written yet. Only images that were removed from all other manifests are listed.
     """
     is_new = [not folder.exists(DESCRIPTION_FILE) for folder in manifests]
     lists = [list_removed(folder).reasons for folder, new in zip(manifests, is_new, strict=True) if not new]
@@ -98,8 +98,8 @@ class Removal:
         found: those of `image_ids` that the dataset contains, as rows or as failures.
         uris: paths and URLs of the images in `found`.
         reason: why the images are removed. It is stored in the list of a manifest.
-        unreadable: the unfinished shards, left by a command that was killed, whose data file cannot be read. They are
-            removed, because they may contain the images.
+        unreadable: unfinished shards of a killed command whose data files cannot be read. They are removed, because
+            they may contain the images.
     """
 
     dataset: ShardedDataset

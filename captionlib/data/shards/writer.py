@@ -114,7 +114,7 @@ def write_shard(
         shard: number of the shard.
         expected: number of rows and failures together.
         input_checksum: checksum of the data file of the input shard, if there is one.
-        earlier_seconds: time taken to write earlier versions of the rows that are not in the folder of `dataset`.
+        earlier_seconds: time taken to write earlier versions of these rows in other folders.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`.

@@ -122,9 +122,9 @@ def _identify(folder: Location) -> object | None:
 
 
 def _was_deleted(root: Location, folder: str, ancestors: Sequence[object]) -> bool:
-    """Returns whether a missing directory was deleted. If a disk was unmounted, the parent is another directory now.
+    """Returns whether a missing directory was deleted. If not, its disk was unmounted, so its parent has changed too.
 
-    `ancestors` are the identities of the parents of `folder` when they were listed, the one of `root` first.
+    `ancestors` are the identities that the parents of `folder` had when they were listed, that of `root` first.
     """
     if not root.is_local:
         return bool(folder)

@@ -53,9 +53,9 @@ class CaptionerConfig:
         image_input: where the projected image enters an RNN or LSTM. `initial_input`: a separate input before START
             (NeuralTalk's LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of
             Karpathy & Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's
-            RNN). `initial_state`: the state before START. `none`: a language model. A Transformer allows only `none`,
-            the default, with which it attends to the image, and `every_step`, which also adds the projected image to
-            the embedding of each word.
+            RNN). `initial_state`: the state before START. `none`: a language model. A Transformer supports `none`,
+            `initial_input` and `every_step`. With `initial_input`, it only attends to the image. With `every_step`, the
+            projected image is also added to the embedding of each word.
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
         feature_power: exponent of the magnitudes of features; signs are kept. An exponent below 1 damps large
             activations (Perronnin et al. 2010).
@@ -69,8 +69,8 @@ class CaptionerConfig:
         weight_init: `neuraltalk` initializes weights from U(-r, r) with r = min(0.1, 1 / sqrt(fan_in)), word embeddings
             with r = 0.1, and the recurrent weights of an RNN with random orthogonal matrices; `pytorch` uses PyTorch's
             defaults: word embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in). A Transformer
-            ignores this: its embeddings are from N(0, 1 / hidden_size), the image projection is PyTorch's default, all
-            others as in Glorot & Bengio 2010.
+            ignores this: its embeddings are from N(0, 1 / hidden_size), the image projection has PyTorch's defaults,
+            and all others are initialized as in Glorot & Bengio 2010.
     """
 
     cell: Literal["lstm", "rnn", "transformer"] = "lstm"

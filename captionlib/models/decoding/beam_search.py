@@ -27,7 +27,7 @@ class _Continuations(NamedTuple):
     Without diverse beam search, the beam of each image is one group.
 
     Attributes:
-        log_prob: log-probability of the whole sentence; -inf if a group has fewer than `width` continuations.
+        log_prob: log-probability of the sentence so far; -inf if a group has fewer than `width` continuations.
         row: the row of the hypothesis that is extended.
         word: the word that extends it.
     """
@@ -173,7 +173,8 @@ class _BeamSearch:
 def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Finds the `width` best continuations of each group.
 
-    `scores` is `[rows, columns] float32`, and `group` is `[rows] int64` in ascending order.
+    `scores` is `[rows, columns] float32`, with a column for each word that may extend the hypothesis of a row. `group`
+    is `[rows] int64` in ascending order.
 
     Returns:
         Score, row and column of each continuation, `[groups, width]`. If a group has fewer, the other scores are -inf.

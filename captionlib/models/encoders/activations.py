@@ -45,7 +45,6 @@ class ActivationConfig:
     weights: str = "IMAGENET1K_V1"
     nodes: tuple[str, ...] = ()
     max_layers: PositiveInt = 16
-
     resize_size: PositiveInt | None = None
 
 
