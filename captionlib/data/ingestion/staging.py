@@ -191,8 +191,8 @@ def check_ids_differ(manifests: Mapping[str, ShardedDataset]) -> None:
         found = [f"{uri} of source {name}" for name, each in manifests.items() for uri in _find_uris(each, *repeated)]
         raise DuplicateIdError(
             f"expected one image per id in all sources together, got {repeated[0]!r} for {' and '.join(found)}; change "
-            "one of the sources. If they are different images in two folders, replace both sources by one with the parent "
-            "of the folders, so that the ids contain the names of the folders"
+            "one of the sources. If they are different images in two folders, replace both sources by one with the "
+            "parent of the folders, so that the ids contain the names of the folders"
         )
 
 
