@@ -9,6 +9,7 @@ It follows Kiros et al. 2014 (arXiv 1411.2539) and Faghri et al. 2018 (VSE++, ar
 Each image and each sentence is embedded once; a score is the inner product of two embeddings.
 """
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -82,7 +83,7 @@ class RankerNetwork(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.feature_dropout = Dropout(config.feature_dropout)
         # Trained by the contrastive loss only; stored as a logarithm so that the temperature stays positive.
-        self.log_temperature = nn.Parameter(torch.tensor(_INITIAL_TEMPERATURE).log())
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(_INITIAL_TEMPERATURE)))
         nn.init.uniform_(self.word_vectors.weight, -_WORD_RANGE, _WORD_RANGE)
         for projection in (self.image_projection, self.sentence_projection):
             nn.init.xavier_uniform_(projection.weight)

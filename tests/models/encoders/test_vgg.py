@@ -70,10 +70,12 @@ def test_networks_are_built_without_slow_imports(tmp_path: Path) -> None:
 import sys, torch
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
+from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 
 with torch.device("meta"):
     for cell, weight_init in (("lstm", "pytorch"), ("rnn", "neuraltalk"), ("transformer", "neuraltalk")):
         CaptionerNetwork(CaptionerConfig(cell=cell, weight_init=weight_init), 8, 20)
+    RankerNetwork(RankerConfig(), 8, 20)
 load_encoder(EncoderConfig("vgg11", "features.0", sys.argv[1]), "cpu")
 print([name for name in ("torchvision", "torch._dynamo", "sympy") if name in sys.modules])
 """
