@@ -11,7 +11,7 @@ from captionlib.evaluation.predictions import Prediction
 __all__ = ["ComparedScore", "Comparison", "compare_predictions"]
 
 _HIGHER_IS_BETTER = ("BLEU", "METEOR", "ROUGE", "CIDEr")  # other scores, such as the mean length, are neutral
-_TIE = 0.00005  # smaller differences are ties, because the page shows four decimals
+_TIE = 0.00005  # smaller differences are ties, because the web page shows four decimals
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def compare_predictions(
 ) -> Comparison:
     """Compares captions with a baseline, on the images that both have.
 
-    References come from the captions, or from the baseline if the captions have none. Images without references are
-    compared, but not scored.
+    The references of an image are those in `predictions` or, if there are none, those in `baseline`. Images without
+    references are compared, but not scored.
 
     Raises:
         DatasetError: the two have no image in common.
