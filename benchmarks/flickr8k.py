@@ -191,7 +191,7 @@ def _run(*words: str | Path) -> None:
     command = ["captionlib", *map(str, words)]
     print(f"# {shlex.join(command)}", flush=True)
     began = time.monotonic()
-    result = subprocess.run([sys.executable, "-m", "jobs.cli", *command[1:]], check=False, stdout=sys.stderr)
+    result = subprocess.run([sys.executable, "-m", "captionlib", *command[1:]], check=False, stdout=sys.stderr)
     if result.returncode:
         sys.exit(result.returncode)
     print(f"#   {(time.monotonic() - began) / 60:.1f} min", flush=True)

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.bars import report
 from benchmarks.decoding_speed import BATCH, FEATURE_SIZE, build_captioner
-from captionlib.data.batches.captions import pool_map, read_features
+from captionlib.data.batches.captions import average_positions, read_features
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.text.vocabulary import END, UNKNOWN
 from captionlib.evaluation.metrics import compute_bleu
@@ -132,7 +132,7 @@ def _load_trained(captioner: str, features: str) -> tuple[CaptionerNetwork, torc
     vectors, references = [], []
     for shard in range(dataset.shards):
         for rows, captions in read_features(dataset, shard, frozenset(["dev", "val"])):
-            vectors.append(pool_map(rows).astype(np.float32))
+            vectors.append(average_positions(rows).astype(np.float32))
             references += [[loaded.vocabulary.encode(text) for text in row] for row in captions]
     return loaded.model, torch.from_numpy(np.concatenate(vectors)), references
 

@@ -64,7 +64,7 @@ def prepare_page_data(rows: int) -> PageData:
 @contextmanager
 def serve(data: PageData, port: int, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
     """Runs a new server process until the block ends. The block begins when it accepts connections."""
-    command = [sys.executable, "-m", "jobs.cli", "serve", str(data.index), "--port", str(port)]
+    command = [sys.executable, "-m", "captionlib", "serve", str(data.index), "--port", str(port)]
     command += ["--thumbnails", str(data.thumbnails), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
         try:

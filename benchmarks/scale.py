@@ -30,7 +30,7 @@ def run_once(shards: int) -> None:
         seconds = time.perf_counter() - began
         milliseconds = 1000 * seconds * WORKERS / shards
         print(f"# run: {seconds:.1f} s with {WORKERS} workers, {milliseconds:.1f} ms of worker time per shard")
-        for verb, read in (("list", job.outputs[0].done_shards), ("read", job.outputs[0].compute_totals)):
+        for verb, read in (("list", job.outputs[0].list_written_shards), ("read", job.outputs[0].compute_totals)):
             began = time.perf_counter()
             read()
             print(f"# time to {verb} the markers: {time.perf_counter() - began:.2f} s")

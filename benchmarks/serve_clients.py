@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     data, _ = prepare_data(options.rows)
     port = find_free_port()
-    command = [sys.executable, "-m", "jobs.cli", "serve", str(data.index), "--port", str(port)]
+    command = [sys.executable, "-m", "captionlib", "serve", str(data.index), "--port", str(port)]
     command += ["--workers", str(options.workers), "--thumbnails", str(Path(".bench") / "thumbnails")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
         try:

@@ -197,7 +197,7 @@ def _get_index_version(port: int) -> str:
 @contextmanager
 def _serve_index() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     port = 18_000 + os.getpid() % 10_000
-    command = [sys.executable, "-m", "jobs.cli", "serve", str(FOLDER / "index"), "--port", str(port)]
+    command = [sys.executable, "-m", "captionlib", "serve", str(FOLDER / "index"), "--port", str(port)]
     command += ["--ranker", str(FOLDER / "ranker"), "--captioner", str(FOLDER / "captioner")]
     command += ["--thumbnails", str(FOLDER / "thumbnails"), "--allow-private-hosts"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:

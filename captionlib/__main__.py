@@ -1,6 +1,6 @@
 """Runs the command line: `python -m captionlib`."""
 
-from jobs.cli import main
+from jobs.cli import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program()

@@ -1,11 +1,11 @@
-"""Collections: folders that list sources of images, and contain the captions and the search index of these images.
+"""Collections: folders that contain a list of image sources, and the captions and search index of their images.
 
     folder/
       collection.yaml       sources, captioner (caption model), ranker (image-text retrieval model) and settings
-      NAME/manifest         images of the source NAME
+      NAME/manifest         manifest of the source NAME: a table of its images
       NAME/captions         generated captions of these images
       NAME/embeddings       embeddings of these images, if there is a ranker
-      duplicates/           duplicates among all images, if they are left out of the index
+      duplicates/           groups of near-duplicate images, if `duplicates` is set in the configuration
       index/                search index of all sources
 
 `captionlib init` writes the configuration, and `captionlib update` writes the rest.
@@ -43,16 +43,16 @@ COLLECTION_FILE = "collection.yaml"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _RESERVED = {"index", "duplicates"}
-_KINDS = ("manifest", "captions", "embeddings")
+_DATASETS = ("manifest", "captions", "embeddings")
 
 
 @configclass
 class SourceConfig:
-    """A source of images.
+    """A source of images, such as a folder, a tar file or a table of URLs.
 
     Attributes:
         name: name of the source and of its subfolder.
-        addresses: paths, URLs or globs.
+        addresses: paths, URLs or glob patterns of the source.
         prepare: how to read the source.
     """
 
@@ -79,7 +79,7 @@ class CollectionConfig:
         captioner: checkpoint of the captioner, or the address of a model from another library, such as `hf:FOLDER`.
         ranker: checkpoint or address of the ranker (dual encoder for image-text retrieval). If None, the index is
             text-only.
-        weights: weights file of the encoder, if it needs one.
+        weights: weights file of the image encoder, if it needs one.
         duplicates: minimum cosine similarity, in (0, 1], of near-duplicates, such as 0.94. If set, only the largest of
             several similar images is indexed; see `captionlib deduplicate`. If None, all images are indexed.
         generation: configuration of `captionlib generate-captions`, such as `decoding`.
@@ -100,7 +100,7 @@ class CollectionConfig:
             raise ConfigError(f"sources: expected one or more sources with different names, got {', '.join(names)}")
         if self.duplicates is not None and self.ranker is None:
             raise ConfigError(
-                "duplicates: near-duplicates are found by embeddings; set ranker, or leave duplicates out"
+                "duplicates: finding near-duplicates requires embeddings; set ranker, or remove duplicates"
             )
 
 
@@ -146,9 +146,15 @@ class Collection:
         getters = [self.manifest, self.captions, *([self.embeddings] if self.config.ranker else [])]
         return [get_address(source) for source in self.config.sources for get_address in getters]
 
+    def find_manifests(self) -> list[str]:
+        """Returns the paths or URLs of the manifests of all sources, including those of removed sources."""
+        manifests = [self.manifest(source) for source in self.config.sources]
+        earlier = [address for address in self.find_datasets() if address.endswith("/manifest")]
+        return list(dict.fromkeys([*manifests, *earlier]))
+
     def find_datasets(self) -> list[str]:
         """Returns the paths or URLs of all datasets in the folder, including those of removed sources."""
-        names = [f"{name}/{kind}" for name in self.folder.list() for kind in _KINDS if name not in _RESERVED]
+        names = [f"{name}/{kind}" for name in self.folder.list() for kind in _DATASETS if name not in _RESERVED]
         return [
             self.folder.address(name)
             for name in [*names, "duplicates"]

@@ -32,7 +32,7 @@ __all__ = [
 Config = TypeVar("Config")
 
 _EXTENDS = "extends"
-_MAX_EXTENDS = 8
+_MAX_EXTENDS_DEPTH = 8
 _MESSAGES = {"tuple_type": "Input should be a list"}  # YAML has no tuples
 
 
@@ -55,11 +55,11 @@ def configclass(cls: type[Config]) -> type[Config]:
 def load_config(
     config_type: type[Config], path: str | Path | None, overrides: Sequence[str] = (), defaults: Sequence[str] = ()
 ) -> Config:
-    """Creates a configuration from defaults, a YAML file and overrides such as `training.epochs=5`.
+    """Creates a configuration from a YAML file and overrides such as `training.epochs=5`.
 
-    The file takes precedence over the defaults, and overrides take precedence over the file. `defaults` have the form
-    of overrides and replace defaults of `config_type`. A file may extend another file with `extends: base.yaml`, a path
-    relative to the extending file. Sections are merged, and values in the extending file take precedence.
+    Overrides replace values of the file. `defaults` have the form of overrides and replace the defaults of
+    `config_type`. A file may extend another file with `extends: base.yaml`, a path relative to the extending file.
+    Sections are merged, and values in the extending file take precedence.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown or a value is invalid.
@@ -75,8 +75,8 @@ def load_config(
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
     """Creates a configuration from a mapping of keys to values. Nested mappings fill nested sections.
 
-    If a section is only partly given, its other keys come from the enclosing class's default for this section. Error
-    messages begin with `origin`, which names the source of the values.
+    Keys that a section omits keep the defaults that the enclosing class defines for the section. Error messages begin
+    with `origin`, such as the path of the file that contains the values.
 
     Raises:
         ConfigError: a key is unknown or a value is invalid.
@@ -109,7 +109,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     """Parses YAML. Aliases and repeated keys are rejected.
 
     Raises:
-        ConfigError: the text is invalid. The message begins with `origin`, which names the source of the text.
+        ConfigError: the text is invalid. The message begins with `origin`, such as the path of the file.
     """
     try:
         return yaml.load(text, _Loader)
@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("expected no aliases (*name), got one; write the value again")
+            raise yaml.YAMLError("expected no aliases (*name), got one; repeat the value in its place")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -178,8 +178,8 @@ def _read_yaml(path: Path, depth: int = 0) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise ConfigError(f"configuration {path}: {_EXTENDS}: expected the path of a YAML file, got {base!r}")
-    if depth == _MAX_EXTENDS:
-        raise ConfigError(f"configuration {path}: expected at most {_MAX_EXTENDS} levels of {_EXTENDS}, got more")
+    if depth == _MAX_EXTENDS_DEPTH:
+        raise ConfigError(f"configuration {path}: expected at most {_MAX_EXTENDS_DEPTH} levels of {_EXTENDS}, got more")
     return _merge(_read_yaml(path.parent / base, depth + 1), values)
 
 

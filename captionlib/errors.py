@@ -2,11 +2,11 @@
 
 CaptionlibError
 ├── ConfigError            an option or a configuration file is wrong; nothing was started
-├── DatasetError           a dataset or a source is invalid or not of the expected kind
+├── DatasetError           a dataset, or the data to import, is invalid or not of the expected kind
 │   ├── FingerprintError   the folder holds a dataset with a different fingerprint (hash of its configuration)
 │   ├── DamagedShardError  a file of a dataset was changed or damaged after it was written
 │   ├── DuplicateIdError   two images in a dataset have the same id
-│   ├── EntryError         an entry of a source, such as a row of a table, is invalid
+│   ├── EntryError         an entry of the data to import, such as a row of a table, is invalid
 │   └── FailureRatioError  more images failed than the run allows
 ├── StorageError           files cannot be read or written
 ├── LockError              another process is changing the same folder
@@ -63,7 +63,7 @@ class ConfigError(CaptionlibError):
 
 
 class DatasetError(CaptionlibError):
-    """A dataset, or a source from which a dataset is made, is invalid or not of the expected kind."""
+    """A dataset, or the data to import, is invalid or not of the expected kind."""
 
 
 class FingerprintError(DatasetError):
@@ -79,7 +79,7 @@ class DuplicateIdError(DatasetError):
 
 
 class EntryError(DatasetError):
-    """An entry of a source, such as a row of a table, is invalid.
+    """An entry of the data to import, such as a row of a table, is invalid.
 
     Attributes:
         reason: short category under which the entry is counted if it is skipped, such as `invalid url`.

@@ -1,7 +1,6 @@
 """Runs a function in a child process that is killed if it takes too long, uses too much memory, or loses its parent.
 
-Libraries that read untrusted input can run forever, exceed their own limits, or crash. The child is a fork, so it
-starts in milliseconds.
+Libraries that read untrusted input can run forever, exceed their own limits, or crash.
 """
 
 import faulthandler
@@ -26,7 +25,7 @@ from captionlib.errors import CaptionlibError, SubprocessError
 
 __all__ = ["ProcessLimits", "run_isolated"]
 
-_WATCH_MILLISECONDS = 20
+_WATCH_MILLISECONDS = 20  # interval between checks of the memory limit
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class ProcessLimits:
 
     Attributes:
         memory_bytes: limit on the memory that the child allocates. Mapped files do not count, and neither does memory
-            that is shared with the parent. A limit on the address space would not work, because DuckDB reserves far
-            more than it uses.
+            that is shared with the parent. `RLIMIT_AS` is not used, because DuckDB reserves far more address space
+            than it uses.
         timeout_seconds: limit on the total time that the parent waits for output.
         memory_error: error to raise if the child exceeds `memory_bytes`.
         timeout_error: error to raise if the child exceeds `timeout_seconds`.
@@ -52,8 +51,8 @@ class ProcessLimits:
 def run_isolated(program: Callable[[BinaryIO], None], limits: ProcessLimits) -> Iterator[BinaryIO]:
     """Runs a function in a child process and streams its output.
 
-    When the context exits, the child process is killed and its temporary files are removed.
-    The child is a fork. If other threads hold locks at this moment, the child may wait for them until its timeout.
+    When the context exits, the child process is killed and its temporary files are removed. The child is a fork, so it
+    starts in milliseconds. If other threads hold locks at this moment, the child may wait for them until its timeout.
 
     Args:
         program: the function. It writes its output to a file.

@@ -107,11 +107,11 @@ def _take_job(browser: WebDriver, demo: Path) -> None:
 
 
 def _run(*command: object) -> None:
-    subprocess.run([sys.executable, "-m", "jobs.cli", *map(str, command)], check=True)
+    subprocess.run([sys.executable, "-m", "captionlib", *map(str, command)], check=True)
 
 
 def _start(*command: object) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-m", "jobs.cli", *map(str, command)])
+    return subprocess.Popen([sys.executable, "-m", "captionlib", *map(str, command)])
 
 
 def _wait_for_server(port: int) -> None:

@@ -19,8 +19,8 @@ __all__ = ["command"]
 def command(source: str, checkpoint: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Build a captioner's datastore: the features and reference captions of its training images.
 
-    SOURCE is a features dataset (from extract-features) or a manifest (from prepare). By default, the images of the
-    splits train and restval are stored. The datastore is the file datastore.parquet in the checkpoint.
+    SOURCE is a features dataset (from extract-features) or a manifest (list of images, from prepare). By default, the
+    images of the splits train and restval are stored. The datastore is the file datastore.parquet in the checkpoint.
 
     If decoding.rerank.neighbors is set, generate-captions and caption use the datastore to prefer captions that agree
     with the reference captions of similar training images.

@@ -26,7 +26,7 @@ __all__ = ["command"]
     help="Embeddings of the same images, for semantic search. Repeatable: one for each of CAPTIONS, in the same order.",
 )
 @click.option(
-    "--duplicates", metavar="FOLDER", help="Leave out or mark duplicates, as listed by `captionlib deduplicate`."
+    "--duplicates", metavar="FOLDER", help="Output of `captionlib deduplicate`, to leave out or mark duplicates."
 )
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The index to create or update.")
 @click.option("--language", metavar="NAME", help="Caption language, such as german; short for --set language=...")
@@ -61,12 +61,12 @@ def command(
     that no longer exist. `serve` and other programs that have the index open switch to the new version. An image id may
     occur only once in all CAPTIONS.
 
-    With --duplicates, only the kept image of each group of duplicates is indexed. If you run the command again without
-    --duplicates, it adds the other images. With --set keep_duplicates=true, duplicates are indexed and marked, and
-    visitors of `serve` can leave them out.
+    With --duplicates, only the largest image of each group of duplicates is indexed. If you run the command again
+    without --duplicates, it adds the other images. With --set keep_duplicates=true, duplicates are indexed and marked,
+    and visitors of `serve` can leave them out.
 
-    The index also contains the reference captions of the images, if the manifest of CAPTIONS can be read, and a list of
-    the images that could not be captioned.
+    The index also lists the images that could not be captioned. It contains the reference captions if the manifest
+    (list of images) of CAPTIONS can be read.
 
     \b
     Examples:
@@ -97,7 +97,9 @@ def command(
     build, index = build_index(captions, output, settings, embeddings=embeddings, duplicates=duplicates, run=run)
     if build.outgrown is not None:
         old = f"{_describe_layout(build.outgrown)}, for {build.outgrown.rows:,} rows"
-        click.echo(f"The index now has {index.captions_count:,} rows. Replaced its vector layout ({old})", err=True)
+        click.echo(
+            f"The index now has {index.captions_count:,} rows. Replaced its former vector layout ({old})", err=True
+        )
     vectors = f"{index.vectors_count:,} vectors ({_describe_layout(index.layout)})" if index.layout else "no vectors"
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")
     added = len(build.added)

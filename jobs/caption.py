@@ -20,7 +20,9 @@ __all__ = ["command"]
 @click.command()
 @click.argument("images", nargs=-1, required=True)
 @captioner_option(
-    "--checkpoint", "caption {images}", "Folder that train-captioner wrote, or a model such as hf:FOLDER."
+    "--checkpoint",
+    example_arguments="caption {images}",
+    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner of Hugging Face (name or folder).",
 )
 @weights_option
 @click.option(

@@ -1,5 +1,6 @@
 """The command line. Each command is a thin layer over the library, in a module that is imported on demand."""
 
+import atexit
 import importlib
 import io
 import logging
@@ -9,14 +10,14 @@ import sys
 import threading
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from captionlib import __version__, progress
 from captionlib.errors import CaptionlibError, TrainingInterrupted, suggest
 
-__all__ = ["captionlib", "main"]
+__all__ = ["captionlib", "main", "run_program"]
 
 # Groups of commands in workflow order, with the summary of each command for `captionlib --help`.
 COMMANDS: dict[str, dict[str, str]] = {
@@ -181,6 +182,31 @@ def captionlib() -> None:
     """
 
 
+def run_program() -> NoReturn:
+    """Runs the command line and ends the process, for the script `captionlib` and `python -m captionlib`.
+
+    The process ends without running the destructors of C++ libraries. Those of Arrow can abort the process, even after
+    the command has succeeded, if threads have just been started.
+    """
+    exit_code = 0
+    # Functions that are registered later, by libraries, run before this one.
+    atexit.register(lambda: _end_process(exit_code))
+    try:
+        main()
+    except SystemExit as exit_:
+        exit_code = exit_.code if isinstance(exit_.code, int) else 0
+    sys.exit(exit_code)
+
+
+def _end_process(exit_code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # the reader of the output has closed the pipe
+            exit_code = exit_code or 1
+    os._exit(exit_code)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Converts errors and stop signals into one line and an exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -262,7 +288,3 @@ def _describe_error(error: BaseException) -> str:
         return "out of memory; use smaller batches, fewer workers or a machine with more memory"
     message = lines[0] if lines else "no message"
     return f"unexpected {type(error).__name__}: {message}; --verbose shows where it was raised"
-
-
-if __name__ == "__main__":
-    main()

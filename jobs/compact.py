@@ -19,13 +19,13 @@ __all__ = ["command"]
 )
 @progress_option
 def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) -> None:
-    """Merge small shards and split large ones, without computing anything again.
+    """Merge small shards (files of a dataset) and split large ones, without computing anything again.
 
-    Pass a collection (a folder that `captionlib init` created), or a manifest followed by all datasets that were made
-    from it: later stages refuse a dataset that still has the old shards. Each dataset is written anew and then replaced
-    in one step, so it temporarily takes twice the space. If the command is interrupted, run it again. Until it has
-    finished, use no other command except `serve` on the datasets. An index stays valid; the next `build-index` or
-    `update` switches it to the new shards.
+    Pass a collection (a folder that `captionlib init` created), or a manifest (list of images) followed by all datasets
+    that were made from it. Datasets that you leave out keep the old shards, and later commands reject them. Each
+    dataset is written anew and then replaced in one step, so it temporarily takes twice the space. If the command is
+    interrupted, run it again. Until it has finished, use no other command except `serve` on the datasets. An index
+    stays valid; the next `build-index` or `update` switches it to the new shards.
 
     \b
     Examples:
@@ -35,8 +35,10 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.compaction import plan_compaction
     from captionlib.data.shards.dataset import open_dataset
+    from captionlib.data.shards.markers import DESCRIPTION_FILE
+    from captionlib.errors import DatasetError
     from captionlib.progress import progress_bar
-    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.index_folder import INDEX_FILE
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
 
@@ -46,9 +48,13 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
             if is_collection(folder):
                 collection = open_collection(folder)
                 stack.enter_context(lock_folder(collection.folder, "captionlib compact"))
-                addresses += [address for address in collection.list_datasets() if Folder(address).list()]
-            elif not Folder(folder).exists(DESCRIPTION):  # an index has no shards to compact
+                addresses += [
+                    address for address in collection.list_datasets() if Folder(address).exists(DESCRIPTION_FILE)
+                ]
+            elif not Folder(folder).exists(INDEX_FILE):  # an index has no shards to compact
                 addresses.append(folder)
+        if not addresses:
+            raise DatasetError(f"{folders[0]}: expected datasets to compact, got none; run `captionlib update` first")
         for address in addresses:
             stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib compact"))
         plans = plan_compaction([open_dataset(address) for address in addresses], shard_size)

@@ -20,12 +20,14 @@ __all__ = ["command"]
 @click.option("--overwrite", is_flag=True, help="Replace an output that has a different threshold.")
 @progress_option
 def command(embeddings: tuple[str, ...], output: str, threshold: float, overwrite: bool, progress: bool) -> None:
-    """Group the duplicates among the images of EMBEDDINGS, or of all sources of COLLECTION.
+    """Group the duplicates among the images of EMBEDDINGS.
+
+    COLLECTION is a folder that `captionlib init` created, and stands for the embeddings of all its images.
 
     Exact copies have files with equal bytes. Near-duplicates are resized, recompressed or slightly cropped copies: the
-    cosine similarity of their embeddings is at least the threshold. The largest image of a group is kept, and every
-    other image of the group is similar to it. Writes a Parquet dataset of image_id, group (id of the kept image), kept
-    and similarity, with a row for each image of a group. No image is deleted.
+    cosine similarity of their embeddings is at least the threshold. Writes a Parquet dataset with a row for each image
+    of a group: image_id, group, kept and similarity. The largest image of a group is kept: group is its
+    id, and similarity is the cosine similarity to it. No image is deleted.
 
     \b
     Examples:

@@ -35,7 +35,7 @@ _QUERY = "red ring"
     help="The weights of VGG-16, such as IMAGENET1K_V1. Random weights need no download.",
 )
 @click.option("--train-images", default=1000, show_default=True, help="The number of training images.")
-@click.option("--test-images", default=200, show_default=True, help="The number of images to caption.")
+@click.option("--test-images", default=200, show_default=True, help="The number of test images.")
 @click.option("--overwrite", is_flag=True, help="Start again instead of resuming an earlier run.")
 @progress_option
 def command(output: str, weights: str, train_images: int, test_images: int, overwrite: bool, progress: bool) -> None:
@@ -118,9 +118,9 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
 
 
 def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns scores as tuples of name, value and an empty detail.
+    """Returns the fraction of captions that state each scene attribute correctly, BLEU-4 and CIDEr.
 
-    They are the fraction of captions that state each scene attribute correctly, BLEU-4 and CIDEr.
+    Each score is a tuple of name, value and detail, for `write_report`. The details are empty.
     """
     from captionlib.data.synthetic_scenes import read_scenes, score_attributes
 

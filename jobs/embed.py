@@ -17,7 +17,7 @@ __all__ = ["command"]
     "-r",
     required=True,
     metavar="FOLDER",
-    help="Ranker that train-ranker wrote, or a model such as hf:FOLDER.",
+    help="Folder that train-ranker wrote, or hf:MODEL, such as a CLIP model of Hugging Face (name or folder).",
 )
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The embeddings dataset to write.")
 @weights_option
@@ -27,11 +27,11 @@ __all__ = ["command"]
 def command(
     source: str, ranker: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any
 ) -> None:
-    """Embed every image of SOURCE, a features dataset or a manifest (list of images).
+    """Embed every image of SOURCE: a dataset of image features, or a manifest (list of images).
 
     The ranker is a dual encoder: it maps images and sentences to unit vectors in the same space. The output is an
-    embeddings dataset, which contains the vector of each image. If SOURCE is a manifest, the images are encoded and
-    embedded in one pass.
+    embeddings dataset, which contains the vector of each image. If SOURCE is a manifest, the image features are
+    computed in the same pass.
 
     To caption the same images too, run `captionlib generate-captions` with --ranker and --embeddings instead. It writes
     captions and embeddings in one pass.

@@ -19,7 +19,9 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source", metavar="CAPTIONS|FEATURES")
-@click.option("--manifest", "-m", metavar="FOLDER", help="Manifest or features dataset with the references.")
+@click.option(
+    "--manifest", "-m", metavar="FOLDER", help="Manifest (list of images) or features dataset with the references."
+)
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Evaluate this split only. Repeatable.")
 @click.option("--output", "-o", metavar="FOLDER", help="Also write scores.json into this folder.")
 @click.option("--per-image", metavar="FILE.parquet", help="Also write the scores of each image.")
@@ -78,8 +80,8 @@ def command(
     CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which contains references
     and needs no manifest. The scores equal those of pycocoevalcap, and have 95% confidence intervals from a
     bootstrap over images. METEOR and the standard tokenizer need Java. A ranker (dual encoder for image-text
-    retrieval) is scored on a features dataset by Recall@1, 5 and 10 and the median and mean rank, from image to text
-    and from text to image.
+    retrieval) is scored on a features dataset, from image to text and from text to image: Recall@1, 5 and 10, and the
+    median and mean rank.
 
     \b
     Examples:

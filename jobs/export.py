@@ -37,7 +37,9 @@ _JSON = ("coco", "neuraltalk")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Export this split only. Repeatable.")
 @click.option("--where", metavar="CONDITION", help='SQL condition on the rows, such as "log_prob > -10".')
 @click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
-@click.option("--manifest", "-m", metavar="FOLDER", help="Manifest or features with references; for JSON files.")
+@click.option(
+    "--manifest", "-m", metavar="FOLDER", help="Manifest (list of images) or features with references; for JSON files."
+)
 @progress_option
 def command(
     captions: tuple[str, ...],
@@ -51,8 +53,9 @@ def command(
 ) -> None:
     """Export CAPTIONS for other programs, with or without the images.
 
-    CAPTIONS are captions datasets. COLLECTION stands for the captions of all its sources. Manifests and features
-    datasets are accepted too: their references are exported.
+    CAPTIONS are captions datasets, or manifests or features datasets, whose references are exported. COLLECTION is a
+    folder that `captionlib init` created, and stands for all its captions.
+
     webdataset, metadata and txt copy the images unchanged. Images that cannot be read are left out and counted. To
     resume an interrupted export, or to bring it up to date after CAPTIONS has changed, run the same command again.
 

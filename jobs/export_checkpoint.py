@@ -22,7 +22,9 @@ __all__ = ["command"]
 @click.option(
     "--without-encoder", is_flag=True, help="Leave out the encoder's weights; the model card names their file and hash."
 )
-@click.option("--with-datastore", is_flag=True, help="Include the datastore, which contains training captions.")
+@click.option(
+    "--with-datastore", is_flag=True, help="Include the captions of training images that `build-datastore` stored."
+)
 def command(
     checkpoint: str,
     output: str,
@@ -36,8 +38,8 @@ def command(
     """Copy CHECKPOINT (a captioner, ranker or language model) to a folder that others can load on any machine.
 
     The folder contains no paths of this machine. If the encoder was loaded from a weights file, its tensors are
-    included; weights of torchvision are downloaded by name. README.md is a model card with data, recipe, scores, limits
-    and license. Edit it before you publish the folder.
+    included. Torchvision's weights are not: they are downloaded by name when the folder is loaded. README.md is a model
+    card with data, training settings, scores, limits and license. Edit it before you publish the folder.
 
     \b
     Examples:

@@ -22,13 +22,13 @@ __all__ = ["command"]
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The captions dataset to write.")
 @captioner_option(
     "--checkpoint",
-    "generate-captions {source} -o {output}",
-    "Folder that train-captioner wrote, or a model such as hf:FOLDER.",
+    example_arguments="generate-captions {source} -o {output}",
+    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner of Hugging Face (name or folder).",
 )
 @click.option(
     "--ranker",
     metavar="FOLDER",
-    help="Ranker that scores how well each caption fits its image: a folder, or hf:FOLDER.",
+    help="Ranker that scores how well each caption fits its image: a folder that train-ranker wrote, or hf:MODEL.",
 )
 @click.option("--embeddings", metavar="FOLDER", help="The embeddings dataset to write; requires --ranker.")
 @weights_option

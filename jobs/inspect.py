@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -25,14 +26,15 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print all details as JSON.")
 @click.option("--verify", is_flag=True, help="Read every file of a dataset and verify its checksum.")
 @click.option("--html", metavar="FILE.html", help="Write a self-contained page about a dataset.")
-@click.option("--serve", is_flag=True, help="Serve a page about a dataset that follows the job that writes it.")
+@click.option("--serve", is_flag=True, help="Serve a page that shows the progress of the job that writes a dataset.")
 @click.option(
     "--port", type=click.IntRange(1, 65535), default=8001, show_default=True, help="The port to listen on with --serve."
 )
 def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: bool, port: int) -> None:
     """Summarize FOLDER, a dataset, search index or checkpoint.
 
-    For datasets, also show progress, speed and failed images. The command only reads the folder, so you can inspect a
+    For datasets, also show progress, speed and failed images. For a manifest, show the images that `captionlib remove`
+    removed. The command only reads the folder, so you can inspect a
     dataset that a job on another machine is writing.
 
     \b
@@ -46,7 +48,7 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
     from captionlib.collection import COLLECTION_FILE
     from captionlib.config import to_dict
     from captionlib.data.shards.markers import DESCRIPTION_FILE
-    from captionlib.search.index_folder import DESCRIPTION as INDEX_FILE, read_description
+    from captionlib.search.index_folder import INDEX_FILE, read_description
     from captionlib.storage.folders import Folder
 
     if serve and (html or as_json or verify):
@@ -72,7 +74,10 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
         )
         return
     if COLLECTION_FILE in names:
-        raise DatasetError(f"{folder} is a collection; see `captionlib status {folder}`, or inspect one of its folders")
+        raise DatasetError(
+            f"{folder} is a collection, which `captionlib init` created; see `captionlib status {folder}`, or inspect "
+            "one of its folders"
+        )
     if "_training" in names:
         raise DatasetError(
             f"{folder} is a training run without a checkpoint; wait until its first epoch ends, or run the training "
@@ -119,6 +124,12 @@ def _describe_dataset(report: DatasetReport, verified: bool) -> str:
     for reason, failure in report.failures.items():
         found = [f", such as {each.image_id} ({each.uri}): {each.message}" for each in failure.examples[:1]]
         lines.append(f"    {failure.count:>7,} {reason}{''.join(found)}")
+    if report.removed:
+        lines.append(
+            f"  removed      {len(report.removed):,} images, which updates skip; --json lists hashes of their ids"
+        )
+    for (reason, date), count in sorted(Counter(report.removed.values()).items(), key=lambda item: item[0][1]):
+        lines.append(f"    {count:>7,} on {date}: {' '.join(reason.split()) or 'no reason given'}")
     if report.temporary_files and not report.complete:
         lines.append(
             f"  temporary    {report.temporary_files:,} files of running or failed runs; a successful run removes them"
@@ -174,7 +185,7 @@ def _describe_index(folder: str, index: IndexDescription) -> str:
         *_format_values(to_dict(index.config), "    "),
     ]
     if index.embeddings:
-        lines.append(f"    ranker: {index.ranker}")
+        lines.append(f"    ranker: {index.ranker}")  # hash of the model that computed the embeddings
     return "\n".join(lines)
 
 

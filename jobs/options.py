@@ -57,12 +57,12 @@ class _NoCaptionerError(click.ClickException):
     exit_code = 2  # as for all usage errors
 
 
-def captioner_option(name: str, example: str, help_text: str) -> Callable[[Command], Command]:
+def captioner_option(name: str, *, example_arguments: str, help_text: str) -> Callable[[Command], Command]:
     """Returns the required option `-c`. If it is missing, the error says how to get a captioner.
 
     Args:
         name: the long name of the option.
-        example: arguments of the command without this option, with parameters in braces, such as `caption {images}`.
+        example_arguments: the rest of the command in that error, with parameters in braces, such as `caption {images}`.
         help_text: the help of the option.
     """
 
@@ -70,7 +70,7 @@ def captioner_option(name: str, example: str, help_text: str) -> Callable[[Comma
         if address is not None or context.resilient_parsing:
             return address
         values = {key: value if isinstance(value, str) else value[0] for key, value in context.params.items() if value}
-        arguments = example.format(**{key: shlex.quote(value) for key, value in values.items()})
+        arguments = example_arguments.format(**{key: shlex.quote(value) for key, value in values.items()})
         message = _NO_CAPTIONER.format(command=context.info_name, example=arguments, pretrained=_PRETRAINED)
         raise _NoCaptionerError(message)
 
@@ -168,8 +168,8 @@ def pipeline_options(command: Command) -> Command:
         click.option(
             "--accelerator",
             metavar="SPEC",
-            help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. Each worker "
-            "runs one process, which processes two shards at a time, and fails if it has no GPU.",
+            help="GPU of each Dataflow worker, such as 'type:nvidia-l4;count:1;install-nvidia-driver'. A worker "
+            "without a GPU fails. Each worker runs one process, which works on two shards at a time.",
         ),
         beam_argument,
     ]

@@ -91,7 +91,8 @@ __all__ = ["command"]
 @click.option(
     "--verify-content",
     metavar="FOLDER",
-    help="Dataset of features or captions. Images that seem unchanged are compared with its content_hash.",
+    help="Features or captions of the manifest. Images that seem unchanged are read and compared with the column "
+    "content_hash.",
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")
@@ -192,7 +193,7 @@ def command(
         verify_content,
     )
     summary = prepare(
-        sources, output, config, overwrite=overwrite, dry_run=dry_run, report=_echo_changes, progress=progress
+        sources, output, config, overwrite=overwrite, dry_run=dry_run, report_changes=_echo_changes, progress=progress
     )
     _echo_summary(output, summary, dry_run)
 

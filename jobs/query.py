@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ _SECTIONS = {
 
 
 class _SectionedCommand(click.Command):
-    """Groups its options in the help by what they query."""
+    """Shows its options in the sections `_SECTIONS` of the help."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
@@ -76,7 +76,12 @@ class _SectionedCommand(click.Command):
 @click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
 @click.option("--memory", default="2GB", show_default=True, help="Memory to use before spilling to disk.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
-@click.option("--limit", type=click.IntRange(min=0), metavar="N", help="Maximum number of rows. [default: 20, or all]")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Maximum number of rows. [default: 20 of an index, all of a dataset]",
+)
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -112,15 +117,19 @@ def command(
     overrides: tuple[str, ...],
     **queries_and_options: str | int | None,
 ) -> None:
-    """Search an index, or query captions or any other dataset in FOLDER. Several datasets are queried as one.
+    """Search an index, a collection, or captions or any other dataset in FOLDER. Several datasets are queried as one.
 
     An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob, tokens,
     image_text_score, width and height. A remote index is copied to this machine once.
 
     A dataset is queried with SQL. Its rows are in a view named after its kind: captions, features, manifest, embeddings
     or duplicates. A second view, named failures, contains the images that could not be processed. Both include only
-    finished shards. SQL from untrusted users is safe: a query cannot change the dataset or access anything else. A
-    query is stopped after --timeout, or when it uses 512 MiB more than --memory. The same limits apply to --where.
+    finished shards (files). SQL from untrusted users is safe: a query cannot change the dataset or access anything
+    else. A query is stopped after --timeout, or when it uses 512 MiB more than --memory. The same limits apply to
+    --where.
+
+    A collection stands for its index or its captions, depending on the query. If it leaves out duplicates, so do all
+    queries except --sql: its view has the rows of all images, and a column duplicate_of with the id of the kept image.
 
     \b
     Examples:
@@ -136,6 +145,7 @@ def command(
       captionlib query captions --image-id 391895
       captionlib query captions-2025 captions-2026 --contains frisbee
       captionlib query captions --contains dog --duplicates duplicates
+      captionlib query holidays --sql "SELECT count(*) FROM captions WHERE duplicate_of IS NULL"
       captionlib query captions --top 20 --format csv --output top.csv
       captionlib query captions --count-words 50
       captionlib query captions --sql "DESCRIBE captions"
@@ -145,7 +155,7 @@ def command(
       captionlib query s3://bucket/captions --sql "FROM captions" --format parquet --output all.parquet
     """
     from captionlib.collection import expand_collections, is_collection
-    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.index_folder import INDEX_FILE
     from captionlib.search.output import write_output
     from captionlib.search.sql.isolation import run_query
     from captionlib.search.sql.session import SqlLimits
@@ -156,12 +166,13 @@ def command(
     values: dict[str, Any] = {name: value for name, value in queries_and_options.items() if value is not None}
     if overrides:
         values["set"] = overrides
+    mark_duplicates = False
     if len(folders) == 1 and is_collection(folders[0]):
-        folders = _resolve_collection(folders[0], values)
+        folders, mark_duplicates = _resolve_collection(folders[0], values)
     else:
         folders = tuple(expand_collections(folders))
     folder, limits = folders[0], SqlLimits(memory, threads)
-    if len(folders) == 1 and Folder(folder).exists(DESCRIPTION):
+    if len(folders) == 1 and Folder(folder).exists(INDEX_FILE):
         advice = "a dataset; query the captions that the index was built from"
         query = _choose_query(values, _INDEX_QUERIES, (*_DATASET_QUERIES, "duplicates"), advice)
         open_rows: OpenRows = partial(_query_index, folder, query, values, 20 if limit is None else limit)
@@ -170,7 +181,7 @@ def command(
     else:
         advice = f"an index, but {' '.join(folders)} is not an index; see `captionlib build-index`"
         query = _choose_query(values, _DATASET_QUERIES, (*_INDEX_QUERIES, *_INDEX_OPTIONS), advice)
-        open_rows = partial(_query_dataset, folders, query, values, limit, limits)
+        open_rows = partial(_query_dataset, folders, query, values, limit, limits, mark_duplicates)
         result = run_query(open_rows, limits.memory_bytes, timeout)
     with result as rows:
         if output is None:
@@ -181,16 +192,39 @@ def command(
         click.echo(f"{output}: {count:,} rows")
 
 
-def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[str, ...]:
-    """Returns the index of a collection, or its captions for a query over a dataset. Adds the ranker to `values`."""
+def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[tuple[str, ...], bool]:
+    """Returns the index in a collection (folder of `captionlib init`), or its captions datasets for a dataset query.
+
+    Adds the ranker and the duplicates of the collection to `values`, if the query needs them. Also returns whether the
+    query marks duplicates instead of leaving them out.
+    """
     from captionlib.collection import open_collection
+    from captionlib.data.shards.markers import SUCCESS_FILE
+    from captionlib.errors import DatasetError
+    from captionlib.search.index_folder import INDEX_FILE
+    from captionlib.storage.folders import Folder
 
     collection = open_collection(folder)
+    config = collection.config
+    all_queries = dict.fromkeys([*_INDEX_QUERIES, *_DATASET_QUERIES])
+    if not values.keys() & all_queries:
+        _choose_query(values, list(all_queries), (), "")  # raises an error that names all queries
     if values.keys() & set(_DATASET_QUERIES) - set(_INDEX_QUERIES):
-        return tuple(collection.list_captions())
-    if "captioner" not in values and values.keys() & {"sentence", "hybrid", "image"} and collection.config.ranker:
-        values.setdefault("ranker", collection.config.ranker)
-    return (collection.index,)
+        keeps_all = "sql" in values or config.index.keep_duplicates
+        mark_duplicates = config.duplicates is not None and "duplicates" not in values and keeps_all
+        if config.duplicates is not None:
+            if not Folder(collection.duplicates).exists(SUCCESS_FILE):
+                raise DatasetError(
+                    f"{collection.duplicates} is not complete; run `captionlib update {folder}`, or query "
+                    f"{' '.join(collection.list_captions())}, which include duplicates"
+                )
+            values.setdefault("duplicates", collection.duplicates)
+        return tuple(collection.list_captions()), mark_duplicates
+    if not Folder(collection.index).exists(INDEX_FILE):
+        raise DatasetError(f"{folder} has no index yet; run `captionlib update {folder}`")
+    if "captioner" not in values and values.keys() & {"sentence", "hybrid", "image"} and config.ranker:
+        values.setdefault("ranker", config.ranker)
+    return (collection.index,), False
 
 
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], refused: Sequence[str], advice: str) -> str:
@@ -215,12 +249,18 @@ def _flag(name: str) -> str:
 
 @contextmanager
 def _query_dataset(
-    folders: tuple[str, ...], query: str, values: Mapping[str, Any], limit: int | None, limits: SqlLimits
+    folders: tuple[str, ...],
+    query: str,
+    values: Mapping[str, Any],
+    limit: int | None,
+    limits: SqlLimits,
+    mark_duplicates: bool,
 ) -> Iterator[pa.RecordBatchReader]:
     from captionlib.search.sql.queries import count_words, find_captions, find_image, find_top_captions
     from captionlib.search.sql.session import open_sql
 
-    with open_sql(folders, limits=limits, duplicates=values.get("duplicates")) as session:
+    duplicates = values.get("duplicates")
+    with open_sql(folders, limits=limits, duplicates=duplicates, mark_duplicates=mark_duplicates) as session:
         queries: dict[str, Callable[[Any], pa.RecordBatchReader]] = {
             "sql": session.stream,
             "contains": partial(find_captions, session),
@@ -232,10 +272,9 @@ def _query_dataset(
         yield rows if limit is None else limit_rows(rows, limit)
 
 
-def _query_index(
-    folder: str, query: str, values: Mapping[str, Any], limit: int
-) -> AbstractContextManager[pa.RecordBatchReader]:
-    return nullcontext(_search_index(folder, query, values, limit).to_reader())
+@contextmanager
+def _query_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> Iterator[pa.RecordBatchReader]:
+    yield _search_index(folder, query, values, limit).to_reader()
 
 
 def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int) -> pa.Table:

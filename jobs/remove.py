@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from captionlib.errors import ConfigError, DatasetError
+from captionlib.errors import CaptionlibError, ConfigError, DatasetError
 
 if TYPE_CHECKING:
     from captionlib.data.shards.removal import Removal
@@ -41,10 +41,10 @@ def command(
 ) -> None:
     """Remove images from each FOLDER: a collection, a manifest (list of images), another dataset, or an index.
 
-    Afterwards, no FOLDER contains the ids. Later updates of the manifest skip the images, because its file
-    `_removed.json` lists hashes of their ids. The image files themselves are not deleted. Models that were trained on
-    the images do not change. To remove the images from a model, train it again, and run `build-datastore` again, which
-    stores training captions for decoding.
+    A collection is a folder that `captionlib init` created. Afterwards, no FOLDER contains the ids. Later updates of
+    the manifest skip the images, because its file `_removed.json` lists hashes of their ids. The image files themselves
+    are not deleted. Models that were trained on the images do not change. To remove the images from a model, train it
+    again, and run `build-datastore` again, which stores training captions for decoding.
 
     \b
     Examples:
@@ -62,7 +62,7 @@ def command(
     if invalid := [image_id for image_id in wanted if not is_unicode(image_id)]:
         raise ConfigError(f"--id: expected text in UTF-8, got {invalid[0]!a}")
     with ExitStack() as stack:
-        datasets, indexes = _find_datasets(folders, stack, "captionlib remove", dry_run)
+        datasets, indexes = _find_datasets(folders, stack, dry_run)
         plans = [plan_removal(open_dataset(address), wanted, reason) for address in datasets]
         plans.sort(key=lambda plan: _ORDER.index(plan.dataset.kind))
         for plan in plans:
@@ -74,7 +74,13 @@ def command(
         for plan in plans:
             plan.run()
         for address in indexes:
-            _rebuild_index(address)
+            try:
+                _rebuild_index(address, wanted)
+            except CaptionlibError as error:
+                raise DatasetError(
+                    f"{address} still contains the images, because it cannot be updated: {error}. Correct this, then "
+                    "run the same command again"
+                ) from error
     _remove_thumbnails(plans, thumbnails)
     if not any(plan.dataset.kind == "manifest" for plan in plans):
         click.echo("No manifest was specified, so the next update of the manifest adds the images again.", err=True)
@@ -89,13 +95,11 @@ def _read_ids(file: str) -> list[str]:
         ) from error
 
 
-def _find_datasets(
-    folders: Sequence[str], stack: ExitStack, command_name: str, dry_run: bool
-) -> tuple[list[str], list[str]]:
-    """Returns the addresses of datasets and indexes. Locks the datasets and collections until `stack` is closed."""
+def _find_datasets(folders: Sequence[str], stack: ExitStack, dry_run: bool) -> tuple[list[str], list[str]]:
+    """Returns the addresses of datasets and indexes. Unless `dry_run`, locks the datasets until `stack` is closed."""
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.dataset import open_dataset
-    from captionlib.search.index_folder import DESCRIPTION
+    from captionlib.search.index_folder import INDEX_FILE
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
 
@@ -105,31 +109,34 @@ def _find_datasets(
         if is_collection(folder):
             collection = open_collection(folder)
             if not dry_run:
-                stack.enter_context(lock_folder(collection.folder, command_name))
+                stack.enter_context(lock_folder(collection.folder, "captionlib remove"))
             found = collection.find_datasets()
             if not found:
                 raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
             datasets += found
-            indexes += [collection.index] if Folder(collection.index).exists(DESCRIPTION) else []
-        elif Folder(folder).exists(DESCRIPTION):
+            indexes += [collection.index] if Folder(collection.index).list() else []
+        elif Folder(folder).exists(INDEX_FILE):
             indexes.append(folder)
         else:
             datasets.append(folder)
     if not dry_run:
         for address in datasets:
-            stack.enter_context(lock_folder(open_dataset(address).folder, command_name))
+            stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib remove"))
     return datasets, indexes
 
 
-def _rebuild_index(address: str) -> None:
+def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:
+    """Removes images from an index after they were removed from its datasets."""
     from captionlib.search.index_folder import read_description
     from captionlib.storage.folders import Folder
     from pipelines.build_index import build_index
     from pipelines.run import RunConfig
 
     description = read_description(Folder(address))
-    if description is None:
-        raise ConfigError(f"{address} is not an index; build it with `captionlib build-index`")
+    if description is None:  # the first build was interrupted
+        for name in Folder(address).list():
+            Folder(address).remove(name)
+        return
     captions, embeddings = (
         [dataset.folder for dataset in datasets] for datasets in (description.captions, description.embeddings)
     )
@@ -139,6 +146,7 @@ def _rebuild_index(address: str) -> None:
         description.config,
         embeddings=embeddings or None,
         duplicates=_regroup_duplicates(description),
+        removed_ids=removed_ids,
         run=RunConfig(progress=False),
     )
     build.remove_previous_version()

@@ -21,7 +21,9 @@ __all__ = ["command"]
 @click.command()
 @click.argument("captions")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The folder to write. Its page is index.html.")
-@click.option("--manifest", "-m", metavar="FOLDER", help="Manifest or features dataset with the references.")
+@click.option(
+    "--manifest", "-m", metavar="FOLDER", help="Manifest (list of images) or features dataset with the references."
+)
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Show this split only. Repeatable.")
 @click.option("--checkpoint", "-c", metavar="FOLDER", help="Folder of the captioner, to show its training curves.")
 @click.option("--images", metavar="FOLDER", help="The folder that image paths are relative to.")
@@ -123,7 +125,7 @@ def _shorten(address: str) -> str:
 
 
 def _shorten_both(address: str, other: str) -> tuple[str, str]:
-    """Returns the shortest ends of two addresses that differ. Equal addresses are returned whole."""
+    """Returns as few last parts of two addresses as tell them apart. Equal addresses are returned whole."""
     parts, others = _split_address(address), _split_address(other)
     length = 1
     while parts[-length:] == others[-length:] and length < max(len(parts), len(others)):
@@ -168,13 +170,13 @@ def _describe(
 def _summarize(comparison: Comparison | None) -> str:
     if comparison is None or not comparison.scores:
         return ""
-    better, ties, worse = comparison.wins
+    better, ties, worse = comparison.wins_ties_losses
     first, second = comparison.names
     return f"; better caption by CIDEr: {first} {better:,}, {second} {worse:,}, equal {ties:,}"
 
 
 def _format_scores(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns names, values and confidence intervals of the scores, followed by the counts."""
+    """Returns names, values and confidence intervals of the scores, and the numbers of distinct captions and words."""
     scores = []
     for name, score in evaluation.scores.overall.items():
         low, high = evaluation.scores.intervals[name]

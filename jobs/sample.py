@@ -22,7 +22,8 @@ _DEFAULT_LENGTHS = {
 @click.option(
     "--length",
     type=click.IntRange(min=1),
-    help="Maximum number of tokens (words, characters or subwords) after the prefix; exact for continuous text.",
+    metavar="N",
+    help="Maximum number of tokens (words, characters or subwords) after the prefix. Continuous text has exactly N.",
 )
 @click.option("--temperature", type=float, help="A lower value makes texts more predictable.  [default: 1]")
 @click.option("--top-k", type=int, help="Sample from the k most probable tokens.")

@@ -1,12 +1,13 @@
 """The command `captionlib serve`."""
 
+import copy
 import json
 import os
 import resource
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +75,11 @@ def command(
 ) -> None:
     """Serve an index, or the index of a collection, as a web application with a JSON API.
 
-    By default, only this machine can connect. There is no authentication: anyone who can connect can view every image
-    in the index, and save its original file. To restrict access, put a proxy with authentication in front of the
-    server. The server shows only images in the index, and does not accept SQL. It downloads images only from public
-    hosts, unless --allow-private-hosts is set. /docs describes the API, /health reports the state, and /metrics is for
-    Prometheus.
+    A collection is a folder that `captionlib init` created. By default, only this machine can connect. There is no
+    authentication: anyone who can connect can view every image in the index, and save its original file. To restrict
+    access, put a proxy with authentication in front of the server. The server shows only images in the index, and does
+    not accept SQL. It downloads images only from public hosts, unless --allow-private-hosts is set. /docs describes the
+    API, /health reports the state, and /metrics is for Prometheus.
 
     \b
     Examples:
@@ -91,20 +92,24 @@ def command(
     from captionlib.collection import is_collection, open_collection
     from captionlib.config import to_dict
     from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
-    from captionlib.search.index_folder import DESCRIPTION, user_cache_folder
+    from captionlib.search.index_folder import INDEX_FILE, user_cache_folder
     from captionlib.serving.config import ServingConfig
     from captionlib.serving.server import listen
     from captionlib.serving.startup import AppConfig
     from captionlib.storage.folders import Folder
 
+    defaults: dict[str, Any] = {}
     if is_collection(index):
         collection = open_collection(index)
-        index, settings = collection.index, collection.config
+        settings = collection.config
+        if not Folder(collection.index).exists(INDEX_FILE):
+            raise DatasetError(f"{index} has no index yet; run `captionlib update {index}`")
+        index, weights = collection.index, weights or settings.weights
+        defaults = settings.generation if captioner is None and config is None else {}
         ranker, captioner = ranker or settings.ranker, captioner or settings.captioner
-        weights = weights or settings.weights
-    if not Folder(index).exists(DESCRIPTION):
+    if not Folder(index).exists(INDEX_FILE):
         raise DatasetError(
-            f"{index} is not an index: expected a folder with {DESCRIPTION}; see `captionlib build-index`"
+            f"{index} is not an index: expected a folder with {INDEX_FILE}; see `captionlib build-index`"
         )
     for checkpoint in filter(None, (captioner, ranker)):
         require_checkpoint_files(checkpoint, weights)
@@ -116,7 +121,7 @@ def command(
         log_requests=log_requests,
     )
     folder = thumbnails or str(user_cache_folder() / "thumbnails")
-    generation = _load_generation(captioner, config, overrides)
+    generation = _load_generation(captioner, config, overrides, defaults)
     app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, generation, device, serving)
     os.environ[_APP_CONFIG] = json.dumps(to_dict(app_config))
     _raise_file_limit()
@@ -156,8 +161,8 @@ def _run_server(listening: socket.socket, workers: int, message: str) -> None:
 
     from captionlib.serving.server import configure_server
 
-    # With several workers, this copy of the application does not serve. Errors are reported only once, and a remote
-    # index is copied only once.
+    # With several workers, this copy of the application does not serve. It is loaded first, so errors are reported only
+    # once, and a remote index is copied only once.
     app = create()
     click.echo(message)
     server = configure_server(app if workers == 1 else "jobs.serve:create", factory=workers > 1, workers=workers)
@@ -189,9 +194,14 @@ def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
         signal.raise_signal(received[0])
 
 
-def _load_generation(captioner: str | None, config: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the configuration for captioning uploaded images, or an empty mapping without a captioner."""
-    from captionlib.config import load_config, to_dict
+def _load_generation(
+    captioner: str | None, config: str | None, overrides: tuple[str, ...], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the configuration for captioning uploaded images, or an empty mapping without a captioner.
+
+    `defaults` are the settings of a collection. They apply if there is no file `config`.
+    """
+    from captionlib.config import apply_overrides, build_config, load_config, to_dict
 
     if captioner is None:
         if config is not None or overrides:
@@ -199,7 +209,11 @@ def _load_generation(captioner: str | None, config: str | None, overrides: tuple
         return {}
     from captionlib.models.inference.captioning import GenerationConfig  # imports torch, which takes seconds
 
-    return to_dict(load_config(GenerationConfig, config, overrides))
+    if config is not None:
+        return to_dict(load_config(GenerationConfig, config, overrides))
+    values = copy.deepcopy(dict(defaults))
+    apply_overrides(values, overrides)
+    return to_dict(build_config(GenerationConfig, values, "options"))
 
 
 def _raise_file_limit() -> None:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from captionlib.errors import DatasetError
-
 if TYPE_CHECKING:
     from captionlib.collection import Collection
 
@@ -20,7 +18,8 @@ __all__ = ["command"]
 def command(collection: str) -> None:
     """Show what is finished and what failed in COLLECTION, and what an update still has to do.
 
-    The command does not read the sources. `captionlib update COLLECTION --dry-run` shows what has changed in them.
+    COLLECTION is a folder that `captionlib init` created. The command does not look for new and changed images;
+    `captionlib update COLLECTION --dry-run` does.
 
     \b
     Examples:
@@ -44,18 +43,17 @@ def command(collection: str) -> None:
 def _show_dataset(address: str) -> bool:
     """Shows the state of a dataset, and returns whether it is finished."""
     from captionlib.data.shards.inspection import inspect_dataset
+    from captionlib.data.shards.markers import DESCRIPTION_FILE
     from captionlib.storage.folders import Folder
 
-    try:
-        report = inspect_dataset(address)
-    except DatasetError:
-        if Folder(address).list():
-            raise
+    if not Folder(address).exists(DESCRIPTION_FILE):
         click.echo(f"{address}: not started")
         return False
+    report = inspect_dataset(address)
     complete = report.complete and report.shards_done == report.shards  # a file may have been deleted since
     progress = "complete" if complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
-    cost = f", {timedelta(seconds=round(report.seconds))} of computing time" if report.kind != "manifest" else ""
+    computing_time = timedelta(seconds=round(report.total_seconds))
+    cost = f", {computing_time} of computing time in all updates" if report.kind != "manifest" else ""
     click.echo(f"{address}: {report.rows:,} images, {progress}{cost}")
     if report.stale:
         click.echo(f"  {report.stale:,} shards of its input have changed since it was written")
@@ -66,7 +64,7 @@ def _show_dataset(address: str) -> bool:
 
 
 def _show_duplicates(collection: Collection, threshold: float, embedded: bool) -> bool:
-    """Shows the number of duplicates if they are those of the embeddings. Returns whether they are.
+    """Shows the number of duplicates, and returns whether they are up to date.
 
     `embedded` says whether the embeddings are finished.
     """
@@ -85,8 +83,8 @@ def _show_duplicates(collection: Collection, threshold: float, embedded: bool) -
     return True
 
 
-def _show_index(collection: Collection, finished: bool) -> bool:
-    """Shows the state of the index, and returns whether it is finished. `finished` says whether its inputs are."""
+def _show_index(collection: Collection, has_finished_inputs: bool) -> bool:
+    """Shows the state of the index, and returns whether it is up to date."""
     from captionlib.search.index_folder import read_description
     from captionlib.storage.folders import Folder
 
@@ -95,7 +93,7 @@ def _show_index(collection: Collection, finished: bool) -> bool:
         click.echo(f"{collection.index}: not started")
         return False
     click.echo(f"{collection.index}: {description.captions_count:,} captions")
-    if not finished:
+    if not has_finished_inputs:
         return False
     if not _is_current(collection):
         click.echo("  its datasets or settings have changed since it was built")
@@ -104,7 +102,7 @@ def _show_index(collection: Collection, finished: bool) -> bool:
 
 
 def _is_current(collection: Collection) -> bool:
-    """Returns whether the index contains all shards of its datasets, which are finished."""
+    """Returns whether the index contains all rows of its datasets. The datasets must be finished."""
     from captionlib.errors import FingerprintError
     from captionlib.search.build import plan_build  # imports Faiss, which is slow
 
@@ -113,5 +111,5 @@ def _is_current(collection: Collection) -> bool:
     captions, embeddings = collection.list_captions(), collection.list_embeddings() or None
     try:
         return plan_build(captions, embeddings, collection.index, config.index, duplicates=duplicates).is_done()
-    except FingerprintError:  # collection.yaml names another captioner or ranker now
+    except FingerprintError:  # collection.yaml names other models now
         return False

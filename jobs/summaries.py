@@ -32,9 +32,9 @@ def print_remaining_cost(source: str, outputs: Sequence[str], workers: int) -> N
         workers: number of worker processes of the run.
     """
     from captionlib.data.shards.dataset import open_dataset
-    from captionlib.data.shards.sampling import estimate_rest
+    from captionlib.data.shards.sampling import estimate_remaining
 
-    estimate = estimate_rest(open_dataset(source), [open_dataset(output) for output in outputs], workers)
+    estimate = estimate_remaining(open_dataset(source), [open_dataset(output) for output in outputs], workers)
     if not estimate.images:
         click.echo(f"The sample contains all images of {source}, at {estimate.images_per_second:,.1f} images/s")
         return

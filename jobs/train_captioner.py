@@ -38,9 +38,11 @@ def command(
       captionlib train-captioner features -o better --init-from captioner --set objective=self_critical
 
     A recipe (--config) is a built-in configuration; --set overrides single values. talk-lstm and talk-rnn have the
-    settings of Karpathy & Li's talk, and finetune-encoder is for manifests. Small datasets are trained in three stages,
-    each starting from the previous one (--init-from): flickr8k-bag-of-words, flickr8k-attention or flickr8k-pooled, and
-    flickr8k-self-critical.
+    settings of Karpathy & Li's talk "Automated Image Captioning with ConvNets and Recurrent Nets", and finetune-encoder
+    is for manifests. Small datasets are trained in three stages, each starting from the previous one (--init-from):
+    first flickr8k-bag-of-words, which learns the words of a caption without their order, then flickr8k-attention or
+    flickr8k-pooled, and last flickr8k-self-critical. In the examples, `maps` are features with a vector for each
+    position of the image.
 
     A run stops with an error if its loss is not finite. It also stops if its perplexity stays above that of a unigram
     model (word frequencies) for training.unigram_patience epochs. In both cases, the best checkpoint is kept.

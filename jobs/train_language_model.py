@@ -13,12 +13,13 @@ __all__ = ["command"]
 @click.argument("source")
 @training_options
 def command(source: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
-    """Train a language model on SOURCE: a text file, or the captions of a features dataset or a manifest.
+    """Train a language model on SOURCE: a text file, or the captions of a features dataset or manifest.
 
-    The model is a captioner without image input. A text file has one sentence per line, or is one continuous text
-    (--set layout=continuous). Tokens are words or characters (--set level=characters). The checkpoint of the epoch
-    with the lowest perplexity on val or dev, or on a held-out part of the text file, is kept. Ctrl-C saves the state
-    and stops; the same command resumes.
+    extract-features writes features datasets; prepare writes manifests (lists of images). The model is a captioner
+    without image input. A text file has one sentence per line, or is one continuous text (--set layout=continuous).
+    Tokens are words or characters (--set level=characters). The checkpoint of the epoch with the lowest perplexity on
+    val or dev, or on a held-out part of the text file, is kept. Ctrl-C saves the state and stops; the same command
+    resumes.
 
     \b
     Examples:
@@ -26,8 +27,9 @@ def command(source: str, output: str, config: str | None, overrides: tuple[str, 
       captionlib train-language-model sentences.txt -o language-model --set min_count=2
       captionlib train-language-model author.txt -o author --config characters
 
-    A recipe (--config) is a built-in configuration; --set overrides single values. The recipe `characters` has the
-    settings that Karpathy & Li's talk uses for the text of one author.
+    A recipe (--config) is a built-in configuration; --set overrides single values. The recipe `characters` is for the
+    text of one author. Its settings are from Karpathy & Li's talk "Automated Image Captioning with ConvNets and
+    Recurrent Nets".
 
     The output folder contains the checkpoint (model.safetensors, config.json, training.json), resolved.json with all
     settings of the run, metrics.jsonl and curves.png, tensorboard/, and the state to resume from in _training/.

@@ -11,11 +11,15 @@ from jobs.options import device_option, pipeline_options
 from jobs.summaries import print_totals
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Mapping
+
     from captionlib.collection import Collection, SourceConfig
     from captionlib.models.inference.captioning import GenerationConfig
     from pipelines.run import RunConfig
 
 __all__ = ["command"]
+
+_INDEX = "index"  # no source has this name
 
 
 @click.command()
@@ -27,7 +31,9 @@ __all__ = ["command"]
 def command(collection: str, dry_run: bool, allow_removal: bool, device: str, run: RunConfig) -> None:
     """Caption and index the new and changed images of COLLECTION.
 
-    Images that are gone from the sources are removed, and all others stay as they are. To resume an interrupted update,
+    COLLECTION is a folder that `captionlib init` created, with sources such as folders or tables of images. Images that
+    are gone from the sources are removed, and all others stay as they are. If a source cannot be read, its images stay
+    as they are too, the other sources are updated, and the command ends with an error. To resume an interrupted update,
     run the same command again. `captionlib serve` shows the result without a restart.
 
     \b
@@ -37,20 +43,85 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
       captionlib update s3://bucket/archive -- --runner=FlinkRunner --flink_master=localhost:8081 --parallelism=2
     """
     from captionlib.collection import open_collection
+    from captionlib.data.shards.removal import share_removed
+    from captionlib.errors import DuplicateIdError
+    from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
 
     opened = open_collection(collection)
     if dry_run:
-        for source in opened.config.sources:
-            _prepare(opened, source, allow_removal, run.progress, dry_run=True)
+        _raise_failed(_prepare_sources(opened, allow_removal, run.progress, dry_run=True))
         return
     generation = _check_models(opened)
     with lock_folder(opened.folder, "captionlib update"):
-        for source in opened.config.sources:
-            _prepare(opened, source, allow_removal, run.progress)
-            _caption(opened, source, generation, device, run)
-        _index(opened, run)
+        share_removed([Folder(address) for address in opened.find_manifests()])
+        failed = _prepare_sources(opened, allow_removal, run.progress)
+        try:
+            _check_ids_differ(opened)
+        except DuplicateIdError as error:
+            _raise_failed({**failed, _INDEX: error})
+        failed |= _caption_sources(opened, failed, generation, device, run)
+        if len(failed) < len(opened.config.sources):
+            failed |= _index(opened, failed, run)
+    _raise_failed(failed)
     click.echo(f"Next: captionlib serve {collection}")
+
+
+def _raise_failed(failed: Mapping[str, Exception]) -> None:
+    """Raises DatasetError if a source or the index was not updated. `failed` contains the error of each, by name."""
+    from captionlib.errors import DatasetError
+
+    if failed:
+        names = {name: "the index" if name == _INDEX else f"source {name}" for name in failed}
+        raise DatasetError("; ".join(f"{names[name]} was not updated: {error}" for name, error in failed.items()))
+
+
+def _prepare_sources(
+    collection: Collection, allow_removal: bool, progress: bool, dry_run: bool = False
+) -> dict[str, Exception]:
+    """Updates the manifests. Returns the errors of the sources that cannot be read, whose manifests do not change."""
+    from captionlib.errors import CaptionlibError
+
+    failed: dict[str, Exception] = {}
+    for source in collection.config.sources:
+        try:
+            _prepare(collection, source, allow_removal, progress, dry_run)
+        except (CaptionlibError, OSError) as error:
+            failed[source.name] = error
+    return failed
+
+
+def _check_ids_differ(collection: Collection) -> None:
+    """Raises DuplicateIdError if an image id occurs in several sources, before any image is captioned."""
+    from captionlib.data.ingestion.staging import check_ids_differ
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.data.shards.markers import SUCCESS_FILE
+    from captionlib.storage.folders import Folder
+
+    addresses = {source.name: collection.manifest(source) for source in collection.config.sources}
+    complete = {name: address for name, address in addresses.items() if Folder(address).exists(SUCCESS_FILE)}
+    if len(complete) > 1:
+        check_ids_differ({name: open_dataset(address) for name, address in complete.items()})
+
+
+def _caption_sources(
+    collection: Collection, failed: Container[str], generation: GenerationConfig, device: str, run: RunConfig
+) -> dict[str, Exception]:
+    """Captions the images of all sources that are not in `failed`. Returns the errors of those with too many failures.
+
+    The sources in `failed` are left out even if some of their images have no captions yet. Such images probably cannot
+    be read either, and would be recorded as failures.
+    """
+    from captionlib.errors import FailureRatioError
+
+    errors: dict[str, Exception] = {}
+    for source in collection.config.sources:
+        if source.name not in failed:
+            try:
+                _caption(collection, source, generation, device, run)
+            except FailureRatioError as error:
+                errors[source.name] = error
+    return errors
 
 
 def _check_models(collection: Collection) -> GenerationConfig:
@@ -66,15 +137,16 @@ def _check_models(collection: Collection) -> GenerationConfig:
     from captionlib.models.inference.embedding import SHARED_RANKERS
 
     # The models stay in memory for the pipeline.
-    SHARED_CAPTIONERS.load_version(config.captioner)
+    SHARED_CAPTIONERS.load_with_version(config.captioner)
     if config.ranker is not None:
-        SHARED_RANKERS.load_version(config.ranker)
+        SHARED_RANKERS.load_with_version(config.ranker)
     return build_config(GenerationConfig, config.generation, collection.folder.address(COLLECTION_FILE))
 
 
 def _prepare(
     collection: Collection, source: SourceConfig, allow_removal: bool, progress: bool, dry_run: bool = False
 ) -> None:
+    """Updates the manifest (table of images) of a source, and prints how many images have changed."""
     from captionlib.data.ingestion.prepare import prepare
 
     manifest = collection.manifest(source)
@@ -98,7 +170,10 @@ def _prepare(
 def _caption(
     collection: Collection, source: SourceConfig, generation: GenerationConfig, device: str, run: RunConfig
 ) -> None:
-    """Writes captions and embeddings, in one pass if the captioner and the ranker have the same encoder."""
+    """Writes the captions and, if there is a ranker (image-text retrieval model), the embeddings of a source.
+
+    If the captioner and the ranker have the same encoder, both are written in one pass.
+    """
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS
     from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
     from pipelines.embed_images import embed_images
@@ -109,8 +184,8 @@ def _caption(
         address(source) for address in (collection.manifest, collection.captions, collection.embeddings)
     )
     same_encoder = config.ranker is not None and (
-        SHARED_RANKERS.load_version(config.ranker)[0].encoder
-        == SHARED_CAPTIONERS.load_version(config.captioner)[0].encoder
+        SHARED_RANKERS.load_with_version(config.ranker)[0].encoder
+        == SHARED_CAPTIONERS.load_with_version(config.captioner)[0].encoder
     )
     embedding_options: dict[str, Any] = {"ranker": config.ranker, "embeddings": embeddings} if same_encoder else {}
     totals = generate_captions(
@@ -130,22 +205,41 @@ def _caption(
         print_totals(embeddings, totals)
 
 
-def _index(collection: Collection, run: RunConfig) -> None:
+def _index(collection: Collection, failed: Container[str], run: RunConfig) -> dict[str, Exception]:
+    """Indexes the sources that have captions. Of sources in `failed`, these are the captions of an earlier update.
+
+    Returns the error if the index cannot be updated because of the sources in `failed`.
+    """
+    from captionlib.errors import DatasetError
     from pipelines.build_index import build_index
 
     config = collection.config
-    duplicates = None
-    if config.duplicates is not None:
-        duplicates = _deduplicate(collection, config.duplicates, run.progress)
-    _, index = build_index(
-        collection.list_captions(),
-        collection.index,
-        config.index,
-        embeddings=collection.list_embeddings() or None,
-        duplicates=duplicates,
-        run=run,
-    )
+    sources = [source for source in config.sources if source.name not in failed or _has_captions(collection, source)]
+    collection = replace(collection, config=replace(config, sources=tuple(sources)))
+    try:
+        _, index = build_index(
+            collection.list_captions(),
+            collection.index,
+            config.index,
+            embeddings=collection.list_embeddings() or None,
+            duplicates=None if config.duplicates is None else _deduplicate(collection, config.duplicates, run.progress),
+            run=run,
+        )
+    except DatasetError as error:
+        if not failed:
+            raise
+        return {_INDEX: error}
     click.echo(f"{collection.index}: {index.captions_count:,} captions")
+    return {}
+
+
+def _has_captions(collection: Collection, source: SourceConfig) -> bool:
+    """Returns whether a source has the datasets that an index is built from. They may be incomplete."""
+    from captionlib.data.shards.markers import DESCRIPTION_FILE
+    from captionlib.storage.folders import Folder
+
+    needed = [collection.captions(source), *([collection.embeddings(source)] if collection.config.ranker else [])]
+    return all(Folder(address).exists(DESCRIPTION_FILE) for address in needed)
 
 
 def _deduplicate(collection: Collection, threshold: float, progress: bool) -> str:

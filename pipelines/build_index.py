@@ -1,6 +1,7 @@
-"""Builds a search index from captions and embeddings: workers index shards, and one worker merges the results."""
+"""Builds a search index from captions and embeddings: workers index shards (files), and one merges the results."""
 
 import os
+from collections.abc import Collection
 
 import apache_beam as beam
 from apache_beam.metrics.metric import Metrics
@@ -24,6 +25,7 @@ def build_index(
     *,
     embeddings: Addresses | None = None,
     duplicates: str | os.PathLike[str] | None = None,
+    removed_ids: Collection[str] = (),
     run: RunConfig = RunConfig(),
 ) -> tuple[IndexBuild, IndexDescription]:
     """Builds a search index, or updates an existing index after its datasets have changed.
@@ -39,7 +41,10 @@ def build_index(
         config: the configuration of the index.
         embeddings: the embeddings of the same images: one dataset for each captions dataset, in the same order. If
             None, the index is text-only.
-        duplicates: a duplicates dataset. If set, only the kept image of each group of duplicates is indexed.
+        duplicates: a dataset of groups of duplicates, from `find_duplicates`. If set, only one image of each group is
+            indexed.
+        removed_ids: ids of images that were removed from the datasets. They are removed from the index even if their
+            shard of the captions or embeddings is not finished.
         run: how to run the pipeline.
 
     Returns:
@@ -51,7 +56,12 @@ def build_index(
         DatasetError: see `plan_build`; also raised if a concurrent build has replaced the index.
         FingerprintError: see `plan_build`.
     """
-    build = plan_build(captions, embeddings, output, config, duplicates=duplicates, overwrite=run.overwrite)
+    build = plan_build(
+        *(captions, embeddings, output, config),
+        duplicates=duplicates,
+        overwrite=run.overwrite,
+        removed_ids=removed_ids,
+    )
     choose_runner(run)  # checks the options before the index is changed
     if build.is_done():
         build.remove_unused_files()

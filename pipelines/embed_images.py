@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import Totals
-from captionlib.data.shards.sampling import Sample
+from captionlib.data.shards.sampling import StageInput
 from captionlib.data.shards.stages import ShardJob
 from captionlib.models.inference.embedding import (
     SHARED_RANKERS,
@@ -39,9 +39,11 @@ def embed_images(
     Args:
         source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
         ranker: the ranker's folder, or the address of a model from another library, such as `hf:FOLDER`.
-        output: folder of the embeddings dataset to write. `generate_captions` with `embeddings` writes it too.
+        output: folder of the embeddings dataset to write. `generate_captions` also writes such a dataset if its
+            argument `embeddings` is set.
         config: settings for image loading.
-        weights: path of the image encoder's weights file; required if the encoder was loaded from a file.
+        weights: path of the image encoder's weights file; required if the ranker was trained
+            with an encoder whose weights came from a file.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 
@@ -55,11 +57,11 @@ def embed_images(
     """
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
-    driver_device, worker_device = run.resolve_devices(device)
-    loaded_ranker, ranker_version = SHARED_RANKERS.load_version(ranker)
+    driver_device, worker_device = run.choose_devices(device)
+    loaded_ranker, ranker_version = SHARED_RANKERS.load_with_version(ranker)
     ranker_input_transform = choose_input_transform(
         dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
     )
-    embeddings = create_embeddings_dataset(output, Sample(dataset), loaded_ranker, run.overwrite)
+    embeddings = create_embeddings_dataset(output, StageInput(dataset), loaded_ranker, run.overwrite)
     stage = ImageEmbedding(config, ranker_version, ranker_input_transform, worker_device, run.threads_per_worker)
     return run_job(ShardJob(dataset, (embeddings,), stage, run.retry_failures, run.verify), "embed", run)

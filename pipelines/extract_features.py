@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
-from captionlib.data.shards.sampling import open_sample
+from captionlib.data.shards.sampling import open_stage_input
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.models.inference.extraction import ExtractionConfig, FeatureExtraction, load_shared_encoder
@@ -53,18 +53,18 @@ def extract_features(
         config, encoder=config.encoder.resolve_paths(), loading=run.limit_decoder_processes(config.loading)
     )
     source = open_dataset(manifest, "manifest").require_complete()
-    driver_device, worker_device = run.resolve_devices(device)
+    driver_device, worker_device = run.choose_devices(device)
     encoder = load_shared_encoder(config.encoder, driver_device, run.threads_per_worker)
     stage = FeatureExtraction(config, encoder.description, worker_device, run.threads_per_worker)
-    with open_sample(source, output, limit, run.workers) as sample:
+    with open_stage_input(source, output, limit, run.workers) as stage_input:
         features = create_dataset(
             output,
             "features",
             features_schema(math.prod(encoder.shape), config.encoder.stored_dtype),
-            config={"encoder": encoder.description, **sample.config},
-            **sample.input_arguments,
+            config={"encoder": encoder.description, **stage_input.config},
+            **stage_input.input_arguments,
             encoder_weights=config.encoder.find_weights_location(),
             overwrite=run.overwrite,
         )
-        job = ShardJob(sample.dataset, (features,), stage, run.retry_failures, run.verify)
+        job = ShardJob(stage_input.dataset, (features,), stage, run.retry_failures, run.verify)
         return run_job(job, "extract-features", run)

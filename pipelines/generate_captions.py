@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from captionlib.data.shards.dataset import create_dataset, open_dataset
 from captionlib.data.shards.markers import Totals
-from captionlib.data.shards.sampling import open_sample
+from captionlib.data.shards.sampling import open_stage_input
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.stages import ShardJob
 from captionlib.errors import ConfigError
@@ -16,7 +16,7 @@ from captionlib.models.inference.captioning import (
     require_attention,
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
-from captionlib.models.inference.image_text_scores import check_needs_no_ranker
+from captionlib.models.inference.image_text_scores import check_works_without_ranker
 from captionlib.models.inference.model_inputs import choose_input_transform
 from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
@@ -71,22 +71,22 @@ def generate_captions(
         FailureRatioError: more images failed than `run` allows.
     """
     if ranker is None:
-        check_needs_no_ranker(config.decoding)
+        check_works_without_ranker(config.decoding)
         if embeddings is not None:
             raise ConfigError("--embeddings requires --ranker, the model that computes them; specify both")
     if embeddings is not None and resolve_address(embeddings) == resolve_address(output):
         raise ConfigError(f"--output and --embeddings: expected different folders, got {os.fspath(output)} twice")
     config = replace(config, loading=run.limit_decoder_processes(config.loading))
     dataset = open_dataset(source).require_complete()
-    driver_device, worker_device = run.resolve_devices(device)
-    captioner, captioner_version = SHARED_CAPTIONERS.load_version(checkpoint)
+    driver_device, worker_device = run.choose_devices(device)
+    captioner, captioner_version = SHARED_CAPTIONERS.load_with_version(checkpoint)
     attention_positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
     description = captioner.describe_generation(config)
     input_transform = choose_input_transform(dataset, captioner, weights, driver_device, run.threads_per_worker)
     loaded_ranker, ranker_version, ranker_input_transform = None, None, None
     ranker_config = {}
     if ranker is not None:
-        loaded_ranker, ranker_version = SHARED_RANKERS.load_version(ranker)
+        loaded_ranker, ranker_version = SHARED_RANKERS.load_with_version(ranker)
         ranker_config = {"ranker": loaded_ranker.fingerprint, "sentence_template": loaded_ranker.sentence_template}
         ranker_input_transform = choose_input_transform(
             dataset, loaded_ranker, weights, driver_device, run.threads_per_worker
@@ -102,7 +102,7 @@ def generate_captions(
         ranker_input_transform,
         embed=embeddings is not None,
     )
-    with open_sample(dataset, output, limit, run.workers) as sample:
+    with open_stage_input(dataset, output, limit, run.workers) as stage_input:
         captions = create_dataset(
             output,
             "captions",
@@ -112,13 +112,13 @@ def generate_captions(
                 "encoder": captioner.encoder,
                 **description,
                 **ranker_config,
-                **sample.config,
+                **stage_input.config,
             },
-            **sample.input_arguments,
+            **stage_input.input_arguments,
             overwrite=run.overwrite,
         )
         outputs = [captions]
         if loaded_ranker is not None and embeddings is not None:
-            outputs.append(create_embeddings_dataset(embeddings, sample, loaded_ranker, run.overwrite))
-        job = ShardJob(sample.dataset, tuple(outputs), stage, run.retry_failures, run.verify)
+            outputs.append(create_embeddings_dataset(embeddings, stage_input, loaded_ranker, run.overwrite))
+        job = ShardJob(stage_input.dataset, tuple(outputs), stage, run.retry_failures, run.verify)
         return run_job(job, "generate-captions", run)

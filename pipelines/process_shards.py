@@ -62,7 +62,7 @@ class _ProcessShard(beam.DoFn):
         self._process_rows: ProcessRows = self._exit_stack.enter_context(self._job.stage.open())
 
     def process(self, shard: int) -> list[Marker]:
-        """Processes a shard. Returns its marker, which marks it as complete and counts rows and failures."""
+        """Processes a shard. Returns its marker, which records that it is complete and counts rows and failures."""
         marker = self._job.run(shard, self._process_rows)
         self._images.inc(marker.rows + marker.failures)
         self._failures.inc(marker.failures)
@@ -74,7 +74,7 @@ class _ProcessShard(beam.DoFn):
 
 def _finish(shard_count: int, job: ShardJob, max_failure_ratio: float | None) -> list[int]:
     """Marks the outputs as complete. Runs on a worker, so it works even if the submitting process has died."""
-    # Beam would retry if this raised an error. The submitting process raises the error instead.
+    # An error would make Beam retry this step. The submitting process raises it instead.
     with suppress(DatasetError):
         job.finish(max_failure_ratio)
     return [shard_count]

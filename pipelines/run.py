@@ -43,7 +43,7 @@ from captionlib.errors import CaptionlibError, ConfigError, RunnerError
 from pipelines.beam_options import expand_option_files
 from pipelines.process_shards import ProcessShards
 
-__all__ = ["RunConfig", "run_job", "run_pipeline"]
+__all__ = ["RunConfig", "choose_runner", "run_job", "run_pipeline"]
 
 _BEAM_COPY = "_tagged_with_step"  # attribute that Beam adds to its copies of errors
 _RAISED_ERROR = re.compile(r"captionlib\.errors\.(\w+): (.*?)(?: \[while running [^\n]*)?$", re.MULTILINE)
@@ -51,7 +51,7 @@ _STEP = re.compile(r" \[while running .*")
 _TRACEBACK = "Traceback (most recent call last)"
 
 _RUN_FILE = Path(tempfile.gettempdir()) / f"captionlib-run-{uuid.uuid4().hex}"  # local workers run while it exists
-_IN_PROCESS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner"}
+_IN_PROCESS_RUNNERS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner"}
 
 
 @configclass
@@ -65,7 +65,7 @@ class RunConfig:
             None, the run fails only if all images failed.
         retry_failures: process the failed images of finished shards (dataset files) again.
         verify: verify the checksums of finished shards, and process damaged ones again.
-        overwrite: replace an output with a different configuration.
+        overwrite: replace an output that was written with a different configuration.
         progress: show a progress bar.
         accelerator: Beam's resource hint for a GPU in each worker. If set, models run on that GPU only.
     """
@@ -91,7 +91,7 @@ class RunConfig:
         """The number of compute threads per local worker, or None (PyTorch's default) if there is only one worker."""
         return max(1, available_cpus() // self.workers) if self.workers > 1 else None
 
-    def resolve_devices(self, device: str) -> tuple[str, str]:
+    def choose_devices(self, device: str) -> tuple[str, str]:
         """Returns the device of the submitting process, and the device of the workers.
 
         The submitting process only reads properties of models. With an accelerator, `auto` selects a GPU on the
@@ -119,9 +119,9 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     """
     _, options = choose_runner(run)  # checks the options before any dataset is changed
     name = options.view_as(StandardOptions).runner
-    if run.progress and name in _IN_PROCESS - {None, "FnApiRunner"}:
+    if run.progress and name in _IN_PROCESS_RUNNERS - {None, "FnApiRunner"}:
         print(f"{label}: runs in this process with Beam's FnApiRunner, which replaces {name}", file=sys.stderr)
-    for shards in job.plan():
+    for shards in job.plan():  # first the missing shards, then those that are out of date or have failures to retry
         job.mark_incomplete()
         with show_progress(job, shards, label, run.progress):
             run_pipeline(ProcessShards(job, shards, run.max_failure_ratio, run.accelerator), label, run)
@@ -225,7 +225,7 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
     flags = expand_option_files(run.beam_options)
     options = PipelineOptions(flags)
     name = options.view_as(StandardOptions).runner
-    if name not in _IN_PROCESS:
+    if name not in _IN_PROCESS_RUNNERS:
         if run.workers > 1:
             raise ConfigError(
                 f"--workers {run.workers} applies to this machine; {name} has its own option, such as --parallelism"

@@ -7,8 +7,7 @@
       __export/export.json                      what is exported
       __export/part-00000.json                  counts of a finished shard
 
-A shard of a dataset becomes one tar or folder. A second run exports only the shards that are unfinished or have
-changed, so it resumes an interrupted run and follows an update of the datasets.
+A shard (Parquet file) of a dataset becomes one tar or folder. A second run exports only unfinished and changed shards.
 """
 
 import io
@@ -43,8 +42,8 @@ EXPORT_COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "cap
 """The columns of an exported row."""
 
 _THREADS = 16
-_METADATA_FOLDER = "__export"  # `datasets` ignores folders whose names begin with two underscores
-_DESCRIPTION = f"{_METADATA_FOLDER}/export.json"
+_STATE_FOLDER = "__export"  # `datasets` ignores folders whose names begin with two underscores
+_DESCRIPTION = f"{_STATE_FOLDER}/export.json"
 _PART = re.compile(r"part-([0-9]+)(\.tar)?")
 
 
@@ -96,6 +95,7 @@ def export_images(
         if dataset.kind not in ("manifest", "features", "captions"):
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
     export = _Export(Folder(output), to, selection)
+    # A dataset is identified by its list of images (manifest) and by a hash (fingerprint) of its configuration.
     identities = [f"{dataset.manifest_id} {dataset.fingerprint}" for dataset in opened]
     images, failures = 0, Counter[str]()
     # The marker of a shard is the file that records that the shard is complete.
@@ -124,28 +124,29 @@ def export_images(
 
 @dataclass(frozen=True)
 class _Export:
-    """An export to a folder. A `part` is the number of a tar or subfolder of the export."""
+    """An export to a folder. `part` is the number of a tar or subfolder of the export."""
 
     folder: Folder
     to: ExportFormat
     selection: ImageSelection
 
     def claim_folder(self, description: Mapping[str, Any]) -> None:
-        """Writes the description of the export, unless the folder has it.
+        """Writes the description of the export, unless it exists. If it is damaged, the export starts again.
 
-        Rejects a folder with other files, and one with a different export. If the description is missing or damaged,
-        the export starts again.
+        Raises:
+            DatasetError: the folder contains other files.
+            FingerprintError: the folder contains a different export.
         """
         names = [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]
-        others = [name for name in names if _find_part(name) is None and name != _METADATA_FOLDER]
-        if others or (names and _METADATA_FOLDER not in names):
+        others = [name for name in names if _find_part(name) is None and name != _STATE_FOLDER]
+        if others or (names and _STATE_FOLDER not in names):
             raise DatasetError(
                 f"{self.folder.uri}: expected a new or empty folder or an earlier export, got other files "
                 f"({(others or names)[0]}); choose a new folder"
             )
         existing = self._read_record(_DESCRIPTION)
         if existing is None:
-            for name in reversed(names):  # `__export` last: until then, the folder can be identified as an export
+            for name in reversed(names):  # `__export` last, because it identifies the folder as an export
                 self.folder.remove(name)
             self.folder.write(_DESCRIPTION, encode_record(description))
         elif existing != description:
@@ -187,7 +188,7 @@ class _Export:
             return None
 
     def _counts_file(self, part: int) -> str:
-        return f"{_METADATA_FOLDER}/{part_name(part)}.json"
+        return f"{_STATE_FOLDER}/{part_name(part)}.json"
 
     def _data_file(self, part: int) -> str:
         endings = {"webdataset": ".tar", "metadata": "/metadata.jsonl", "txt": ""}
@@ -281,7 +282,7 @@ def add_sample(tar: tarfile.TarFile, key: str, row: Mapping[str, Any], content: 
 
 
 def _find_part(name: str) -> int | None:
-    """Returns the number of the part that a file or folder belongs to, or None if it does not belong to a part."""
+    """Returns the number of the part that a file or folder contains; None for other files."""
     match = _PART.fullmatch(name)
     return None if match is None else int(match[1])
 

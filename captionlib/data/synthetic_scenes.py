@@ -161,7 +161,7 @@ def parse_attributes(caption: str) -> dict[str, str | None]:
 
 
 def score_attributes(scenes: Sequence[Scene], captions: Sequence[str]) -> dict[str, float]:
-    """Returns the fraction of captions with the correct value by attribute. Key `all` requires that all are correct."""
+    """Returns the fraction of captions with the correct value, by attribute; `all` is for all attributes together."""
     pairs = [(asdict(scene), parse_attributes(caption)) for scene, caption in zip(scenes, captions, strict=True)]
     correct = {name: [actual[name] == parsed[name] for actual, parsed in pairs] for name in _PHRASES}
     correct["all"] = [actual == parsed for actual, parsed in pairs]

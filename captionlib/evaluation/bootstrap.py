@@ -47,7 +47,7 @@ class Scores:
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
-    """Computes scores from metrics, whose rows are in the order of `image_ids`.
+    """Computes scores from metrics, which have one row of statistics per image, in the order of `image_ids`.
 
     Scores that are undefined for the whole set are omitted.
     """
@@ -74,8 +74,8 @@ def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: 
 def compare_scores(scores: Scores, baseline: Scores, config: BootstrapConfig) -> dict[str, tuple[float, float]]:
     """Returns the confidence interval of the difference `scores - baseline` of each score that both have.
 
-    Both must be scores of the same images in the same order, computed with this configuration. Then both use the same
-    resamples (paired bootstrap), so differences between images, which affect both scores alike, cancel out.
+    Both must be scores of the same images in the same order, computed with this configuration. Both then use the same
+    resamples (paired bootstrap). Differences between images affect both scores alike and cancel out.
     """
     return {
         name: _compute_interval(resampled - baseline.resampled[name], config)

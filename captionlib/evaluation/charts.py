@@ -89,7 +89,7 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Sparkline:
-    """An area chart of non-negative values at equal distances, in an SVG image that is stretched to the page's width.
+    """An area chart of equally spaced, non-negative values, in an SVG image that is stretched to the page's width.
 
     `path` ends at the last value, and `area` closes it along the bottom. The highest value is plotted at the top.
     """

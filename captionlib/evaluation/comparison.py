@@ -49,7 +49,7 @@ class Comparison:
     """Captions and, as their baseline, other captions of the same images.
 
     Attributes:
-        names: names of the captions and of the baseline.
+        names: name of the captions, and name of the baseline.
         predictions: the captions of the images that both have.
         baseline: the captions of the baseline by image id.
         scores: the scores of both, over the images with references; empty if there are no references.
@@ -70,7 +70,7 @@ class Comparison:
     notes: Sequence[str]
 
     @property
-    def wins(self) -> tuple[int, int, int]:
+    def wins_ties_losses(self) -> tuple[int, int, int]:
         """The numbers of images whose caption has a higher, an equal and a lower CIDEr than that of the baseline."""
         differences = [value - self.baseline_cider[image_id] for image_id, value in self.cider.items()]
         better, worse = (sum(sign * each >= _TIE for each in differences) for sign in (1, -1))
@@ -90,8 +90,8 @@ def compare_predictions(
 ) -> Comparison:
     """Compares captions with a baseline, on the images that both have.
 
-    The references of an image are those of the captions or, if there are none, those of the baseline. Images without
-    references are compared, but not scored.
+    References come from the captions, or from the baseline if the captions have none. Images without references are
+    compared, but not scored.
 
     Raises:
         DatasetError: the two have no image in common.
@@ -104,8 +104,8 @@ def compare_predictions(
             f"{each[0].image_id!r} in {name}" for name, each in zip(names, (predictions, baseline), strict=True) if each
         ]
         raise DatasetError(
-            f"expected captions of the same images, got no image in both {names[0]} and {names[1]}, such as "
-            f"{' and '.join(examples)}; compare captions that were generated from the same manifest"
+            f"{names[0]} and {names[1]} have no image in common: expected the same image ids, got for example "
+            f"{' and '.join(examples)}; compare captions that were generated for the same images"
         )
     shared = [replace(each, references=each.references or others[each.image_id].references) for each in shared]
     others = {each.image_id: replace(others[each.image_id], references=each.references) for each in shared}

@@ -1,4 +1,4 @@
-"""Renders a web page that describes a dataset. While a job writes the dataset, the page also shows its progress."""
+"""Renders a web page about a dataset (a folder of Parquet shards), with the progress of the job that writes it."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from captionlib.storage.folders import write_file
 
 __all__ = ["render_dataset_page", "write_dataset_page"]
 
-_MAX_CELLS = 600  # cells of the map of shards; a cell of a larger dataset stands for several shards
+_MAX_CELLS = 600  # of the grid that shows the states of shards; with more shards, a cell shows several
 
 
 def write_dataset_page(path: str | os.PathLike[str], report: DatasetReport) -> None:
@@ -26,8 +26,8 @@ def render_dataset_page(report: DatasetReport, *, live: bool = False) -> bytes:
 
     Args:
         report: the result of `inspect_dataset`.
-        live: if True, the page loads its style and a script that updates the page, from the server that shows it. If
-            False, the page is self-contained and has no script.
+        live: if True, the page contains links to a style sheet and to a script that updates the page. If False, the
+            page is self-contained and has no script.
     """
     return render_page(
         "dataset.html",
@@ -66,7 +66,7 @@ def _compute_fraction(report: DatasetReport) -> float:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A cell of the map of shards: the state of one or several neighboring shards."""
+    """A cell of the grid that shows the states of shards, for one or several neighboring shards."""
 
     state: str
     title: str

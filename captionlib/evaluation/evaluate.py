@@ -85,10 +85,10 @@ def evaluate_captions(
         manifest: the dataset that contains the references: a manifest (list of images), or features. Optional if the
             source contains references.
         splits: the splits to evaluate. If empty, all splits are evaluated.
-        train_splits: the splits that the captioner was trained on. A caption is novel if it is not among their
-            references.
+        train_splits: the splits that the captioner was trained on. A caption that is not among the references of these
+            splits is novel.
         checkpoint: folder or address of the captioner, to compute the perplexity of the references.
-        features: the dataset of the images' encoder features, for the perplexity; requires `checkpoint`. If None, the
+        features: a dataset of image features (encoder outputs), for the perplexity; requires `checkpoint`. If None, the
             images of the manifest are encoded.
         bootstrap: how confidence intervals are computed.
         require_all: raise an error if an image with references in these splits has no caption.

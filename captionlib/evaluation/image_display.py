@@ -1,4 +1,4 @@
-"""Reads how a page displays images: cropped as the encoder received them, with the attention map of each token."""
+"""Reads what a page needs to display images: the crop that the encoder received, and an attention map per token."""
 
 import math
 import os
@@ -37,7 +37,10 @@ class ImageDisplay:
 
 
 def read_image_display(source: str | os.PathLike[str], image_ids: Collection[str]) -> ImageDisplay:
-    """Reads the crop and the attention maps of these images from a captions dataset. JSON files contain neither."""
+    """Reads the crop and the attention maps of images from a captions dataset.
+
+    A JSON file of captions contains neither.
+    """
     if not is_dataset(source):
         return ImageDisplay()
     dataset = open_dataset(source, "captions").require_complete()
@@ -57,7 +60,10 @@ def read_image_display(source: str | os.PathLike[str], image_ids: Collection[str
 
 
 def build_image_display(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> ImageDisplay:
-    """Converts rows of a captions dataset, in which `attention` is optional, and the description of the encoder."""
+    """Creates the display of captions from the description of their encoder, and from their attention weights, if any.
+
+    `rows` are rows of a captions dataset, in which the column `attention` is optional.
+    """
     maps = {row["image_id"]: _to_maps(np.array(row["attention"], np.float32)) for row in rows if "attention" in row}
     return ImageDisplay(_parse_preprocessing(encoder), maps)
 

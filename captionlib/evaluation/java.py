@@ -46,8 +46,8 @@ def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[
     Columns 0 and 1 count the words of the caption and of the reference, and columns 2 and 3 count their function words.
     Columns 4 to 19 count the matches of four kinds (exact, stem, synonym, paraphrase). Each kind has four columns: the
     content words of the caption and of the reference, then the function words of both. Column 20 is the number of
-    chunks of adjacent matches, or 0 if all words of both match in one chunk, as in METEOR. Columns 21 and 22 count the
-    matched words of both.
+    chunks of adjacent matches. It is 0 if all words of both match in one chunk, because the score then has no penalty
+    for fragmentation. Columns 21 and 22 count the matched words of both.
 
     Args:
         pairs: captions with their references, tokenized and joined by spaces.

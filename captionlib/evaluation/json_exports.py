@@ -35,14 +35,13 @@ def export_json(
     """Writes captions as one JSON file and returns the number of images in it.
 
     Args:
-        sources: captions datasets, or JSON files of COCO or NeuralTalk. For `coco`, also manifests or features, whose
-            references are written.
+        sources: captions datasets, or JSON files of COCO or NeuralTalk. For `coco`, also manifests (lists of images) or
+            features datasets, whose references are written.
         output: file to write.
         to: `coco` writes COCO's annotations if all sources are manifests or features (see `to_coco_captions`), and
             otherwise COCO's results. `neuraltalk` writes `result_struct.json`.
         selection: the images to export.
-        manifest: dataset with references and splits that are added to the captions: a manifest (list of images), or
-            features.
+        manifest: manifest or features dataset whose references and splits are added to the captions.
 
     Raises:
         DatasetError: a source cannot be read, two sources contain the same image, or no image is selected.
@@ -108,5 +107,8 @@ def _check_ids(ids: Sequence[str], addresses: Sequence[str]) -> None:
     seen = set[str]()
     for image_id in ids:
         if image_id in seen:
-            raise DatasetError(f"{names}: expected one row per image, got two for image {image_id}; export only one")
+            raise DatasetError(
+                f"{names}: expected one row per image, got two for image {image_id}; export only sources that have no "
+                "image in common"
+            )
         seen.add(image_id)

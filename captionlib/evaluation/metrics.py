@@ -2,7 +2,7 @@
 
 BLEU and METEOR of a set of captions are not means over images but are computed from summed counts. Each metric here
 therefore has one row of statistics per image, and a formula that maps a sum of rows to a score. The sum of all rows
-gives the score of the set, a single row gives the score of one image, and the sum over a bootstrap resample gives the
+gives the score of the set, and a single row gives the score of one image. The sum over a bootstrap resample gives the
 score of that resample. The formula is vectorized and scores thousands of resamples at once.
 
 The statistics come from pycocoevalcap, and the scores equal those that it computes.
@@ -99,7 +99,8 @@ def _meteor(sums: Numbers) -> Numbers:
     total = _DELTA * (lengths - function_words) + (1 - _DELTA) * function_words
     precision, recall = np.moveaxis(_divide(matched, total), -1, 0)
     mean = _divide(precision * recall, _ALPHA * precision + (1 - _ALPHA) * recall)
-    fragmentation = _divide(sums[..., 20], (sums[..., 21] + sums[..., 22]) / 2)
+    chunks, matched_words = sums[..., 20], sums[..., 21:23]
+    fragmentation = _divide(chunks, matched_words.mean(-1))
     scores: Numbers = (mean * (1 - _GAMMA * fragmentation**_BETA))[..., None]
     return scores
 

@@ -37,7 +37,7 @@ def measure_perplexity(
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
-        A metric whose statistics are those of each image, in the order of `references`.
+        A metric with one row of statistics per image, in the order of `references`.
 
     Raises:
         CheckpointError: the folder is not a captioner, the captioner cannot score sentences, or the features come from

@@ -13,7 +13,7 @@ from typing import Any
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.sources.locations import get_uncompressed_extension, load_json, locate
 from captionlib.data.sources.values import (
-    describe,
+    describe_value,
     is_unicode,
     parse_id,
     parse_list,
@@ -155,7 +155,7 @@ def _parse_neuraltalk_entry(value: object, origin: str) -> Prediction:
     candidate = parse_object(entry.get("candidate"), f"{origin}, candidate")
     text, log_prob = _parse_caption(candidate, "text", f"{origin}, candidate"), candidate.get("logprob")
     if log_prob is not None and (isinstance(log_prob, bool) or not isinstance(log_prob, int | float)):
-        raise DatasetError(f"{origin}, candidate: logprob: expected a number, got {describe(log_prob)}")
+        raise DatasetError(f"{origin}, candidate: logprob: expected a number, got {describe_value(log_prob)}")
     id_field = "imgid" if "imgid" in entry else "img_path"
     references = parse_list(entry.get("references", []), origin, "references")
     return Prediction(
@@ -178,7 +178,7 @@ def _parse_caption(entry: Mapping[str, Any], field: str, origin: str) -> str:
     """Returns the text of a field. It may be empty because a model can generate an empty caption."""
     value = entry.get(field)
     if not isinstance(value, str) or not is_unicode(value):
-        raise DatasetError(f"{origin}: {field}: expected valid Unicode text, got {describe(value)}")
+        raise DatasetError(f"{origin}: {field}: expected valid Unicode text, got {describe_value(value)}")
     return value
 
 

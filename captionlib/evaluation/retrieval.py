@@ -136,8 +136,8 @@ def score_retrieval(
     equal therefore scores at chance level.
 
     `images` and `references` are unit vectors, `[images, joint_embedding_size]` and `[references,
-    joint_embedding_size]`. `image_of_reference`, `[references]`, contains the row in `images` that each reference
-    belongs to, in ascending order. Images without references are ignored.
+    joint_embedding_size]`. `image_of_reference`, `[references]`, contains the row in `images` of each reference's
+    image, in ascending order. Images without references are ignored.
 
     Raises:
         ConfigError: there are fewer images than a fold needs.

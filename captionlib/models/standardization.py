@@ -7,7 +7,9 @@ __all__ = ["Standardization"]
 
 
 class Standardization(nn.Module):
-    """Computes (x - mean) / std with statistics of the training images; returns x unchanged until `set_statistics`.
+    """Computes (x - mean) / std with statistics of the training images, which `set_statistics` sets.
+
+    Until then, it returns x unchanged.
 
     Args:
         size: dimensions of a feature vector.

@@ -1,11 +1,12 @@
 """Builds a search index: plans the build, trains centroids, adds shards in parallel, and publishes the result.
 
-Every step can run on any machine and can safely be repeated.
+A shard is one Parquet file of a dataset of captions, with the embeddings of the same images. Every step can run on any
+machine and can safely be repeated.
 """
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import cached_property, lru_cache
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captionlib.config import describe_differences, to_dict
@@ -23,6 +25,7 @@ from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import Marker, decode_record, encode_record, part_name
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
 from captionlib.search.config import IndexConfig, VectorLayout
+from captionlib.search.facet_groups import FacetGrouper
 from captionlib.search.index_folder import (
     SUBFOLDERS,
     IndexDescription,
@@ -52,7 +55,6 @@ from captionlib.search.inputs import (
     read_embeddings,
     sample_embeddings,
 )
-from captionlib.search.row_groups import RowGrouper
 from captionlib.search.rows import (
     find_repeated_id,
     number_rows,
@@ -80,16 +82,19 @@ class IndexBuild:
         captions: captions datasets, with one row per captioned image.
         embeddings: one embeddings dataset per captions dataset, in the same order. If empty, the index is text-only.
         config: configuration of the index.
-        duplicates: the duplicates that are left out or marked; None if no duplicates are known.
-        manifests: the manifests that the captions were generated from, in the same order; None if not available.
+        duplicates: dataset of groups of similar images, each with one kept image. The other images are left out or
+            marked; None if no duplicates are known.
+        manifests: for each captions dataset, the manifest (table of images and reference captions) that it was
+            generated from; None if it is not available.
         shards: all shards of the index, in the order of their rows.
         base: version of the index whose files are reused. If None, the index is built from scratch.
         added: positions in `shards` of the shards that `base` does not contain.
         removed: number of shards that only `base` contains.
         pending: number of shards that are not finished. The index keeps their earlier rows, if `base` contains them.
         layout: type of the Faiss index of the embeddings, or None for a text-only index.
-        outgrown: layout of the existing index if it does not suit the new number of rows. Centroids are trained again.
-        replaced: creation time of an existing index that is replaced even if its content is the same.
+        outgrown: layout of the existing index if it does not suit the new number of rows, so centroids must be trained
+            again; otherwise None.
+        replaced: creation time of an existing index that is replaced even if its content is the same; otherwise None.
     """
 
     folder: Folder
@@ -227,7 +232,7 @@ class IndexBuild:
         """Removes the files of interrupted builds, and of versions before the previous one."""
         current = self._read_current()
         used = {*current.files, *current.previous} if current is not None else set()
-        names = [name for name in self.folder.list() if is_index_file(name) and "-" in name]
+        names = [name for name in self.folder.list() if is_index_file(name) and "-" in name]  # without index.json
         names += [f"{subfolder}/{name}" for subfolder in SUBFOLDERS for name in self.folder.list(subfolder)]
         for name in [TEMPORARY_FOLDER, *(name for name in names if name not in used)]:
             self.folder.remove(name)
@@ -243,14 +248,14 @@ class IndexBuild:
         shards = self._list_indexed_shards()
         text = vectors = trained = ""
         vectors_count = 0
-        grouper = RowGrouper()
+        grouper = FacetGrouper()  # numbers the groups of rows that have the same values of all facets
         with temporary_folder(self.folder) as local:
             files = [self._fetch(shard.rows_file, local) for shard in shards]
             self._check_unique_ids(files)
             batches = (
                 batch
                 for file, shard in zip(files, shards, strict=True)
-                for batch in grouper.add_numbers(shard.dataset, read_rows(file))
+                for batch in grouper.add_group_numbers(shard.dataset, read_rows(file))
             )
             write_text_index(local / "text", self.config.language, number_rows(batches))
             text = publish_path(self.folder, local / "text", "text-")
@@ -283,7 +288,9 @@ class IndexBuild:
         base = {shard.content: shard for shard in self.base.shards} if self.base else {}
         results = {position: decode_record(self.folder.read(self._result_file(position))) for position in self.added}
         return [
-            IndexedShard(**asdict(shard), **(results.get(position) or _list_files(base[shard.content])))
+            IndexedShard(**asdict(shard), **results[position])
+            if position in results
+            else replace(base[shard.content], **asdict(shard))
             for position, shard in enumerate(self.shards)
         ]
 
@@ -353,14 +360,6 @@ class IndexBuild:
         return f"{self._temporary}/{part_name(position)}.json"
 
 
-def _list_files(shard: IndexedShard) -> dict[str, str]:
-    return {
-        "rows_file": shard.rows_file,
-        "details_file": shard.details_file,
-        "failures_file": shard.failures_file,
-    }
-
-
 def plan_build(
     captions: Addresses,
     embeddings: Addresses | None,
@@ -369,6 +368,7 @@ def plan_build(
     *,
     duplicates: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    removed_ids: Collection[str] = (),
 ) -> IndexBuild:
     """Compares an index with the datasets it is built from and plans what to build.
 
@@ -376,13 +376,17 @@ def plan_build(
     if their content has not changed. Centroids are trained again only if the index has too many rows for its layout. If
     `overwrite` is True, the index is built from scratch, whatever the folder contains.
 
-    The dataset `duplicates` contains groups of duplicates. Only one image of each group is indexed or, if
-    `config.keep_duplicates` is set, the others are marked as its duplicates. If that dataset changes, the affected
-    shards are indexed again.
+    `duplicates` is a dataset that contains groups of similar images. Only one image of each group, the kept image, is
+    indexed. If `config.keep_duplicates` is set, the others are indexed too, and marked as its duplicates. If
+    `duplicates` changes, the affected shards are indexed again.
+
+    While a shard of the datasets is not finished, the index keeps its earlier rows, unless they contain an image in
+    `removed_ids`.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
-        DatasetError: a dataset is missing or has no finished shard, datasets do not match, or `output` has other files.
+        DatasetError: a dataset is missing or has no finished shard, captions and embeddings cover different images, or
+            `output` contains other files.
         FingerprintError: the index has different datasets or a different configuration, and `overwrite` is False.
     """
     captions_datasets = tuple(open_dataset(address, "captions") for address in list_addresses(captions))
@@ -396,7 +400,7 @@ def plan_build(
     manifests = tuple(map(find_manifest, captions_datasets))
     build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config, described, manifests)
     base = _read_base(build, overwrite)
-    shards = _find_duplicates(build, base, _list_shards(build))
+    shards = _apply_duplicates(build, base, _list_shards(build))
     pending = sum(dataset.shards for dataset in captions_datasets) - len(shards)
     for captions_dataset, embeddings_dataset in zip(captions_datasets, embeddings_datasets, strict=False):
         check_datasets_match(captions_dataset, embeddings_dataset)
@@ -406,10 +410,11 @@ def plan_build(
     build = replace(build, pending=pending)
     if overwrite and base is not None:
         return _plan_shards(replace(build, replaced=base.created), None, shards)
-    return _plan_shards(build, base, _keep_unfinished(build, base, shards) if base else shards)
+    return _plan_shards(build, base, _keep_unfinished(build, base, shards, removed_ids) if base else shards)
 
 
 def _read_base(build: IndexBuild, overwrite: bool) -> IndexDescription | None:
+    """Returns the existing index, or None. Checks that the build may update or replace it."""
     folder = build.folder
     try:
         base = read_description(folder)
@@ -478,12 +483,12 @@ def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
     return DatasetError(f"{name} changed while the index was being built; run the command again")
 
 
-def _find_duplicates(
+def _apply_duplicates(
     build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
 ) -> list[InputShard]:
-    """Adds to each shard the hash of its duplicates, and subtracts the images that are left out from its row count.
+    """Adds to each shard the hash of its duplicates, and subtracts the left-out images from its number of rows.
 
-    If the duplicates have not changed, the ids of the shards that the existing index contains are not read again.
+    If the duplicates have not changed since the last build, shards of the existing index are not read again.
     """
     kept_images = _read_kept_images(build.duplicates)
     if not kept_images:
@@ -507,19 +512,42 @@ def _find_duplicates(
     return changed
 
 
-def _keep_unfinished(build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard]) -> list[InputShard]:
-    """Adds the shards of `base` that are being written again, so their images stay in the index."""
+def _keep_unfinished(
+    build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard], removed_ids: Collection[str]
+) -> list[InputShard]:
+    """Adds the shards of `base` that are being written again, so their images stay in the index.
+
+    Shards with images in `removed_ids` are not added.
+    """
     finished = {(shard.dataset, shard.shard) for shard in shards}
     names = [each.name for each in fields(InputShard)]
-    kept = [
-        InputShard(**{name: getattr(shard, name) for name in names})
-        for shard in base.shards
-        if (shard.dataset, shard.shard) not in finished
-        and shard.dataset < len(build.captions)
-        and shard.shard < build.captions[shard.dataset].shards
-        and base.captions[shard.dataset].fingerprint == build.captions[shard.dataset].fingerprint
-    ]
+    positions = {resolve_address(dataset.folder.uri): position for position, dataset in enumerate(build.captions)}
+    kept = []
+    for shard in base.shards:
+        position = positions.get(base.captions[shard.dataset].folder)
+        if (
+            position is not None
+            and (position, shard.shard) not in finished
+            and shard.shard < build.captions[position].shards
+            and base.captions[shard.dataset].fingerprint == build.captions[position].fingerprint
+            and not _contains(build.folder, shard, removed_ids)
+        ):
+            kept.append(InputShard(**{**{name: getattr(shard, name) for name in names}, "dataset": position}))
     return sorted([*shards, *kept], key=lambda shard: (shard.dataset, shard.shard))
+
+
+def _contains(folder: Folder, shard: IndexedShard, image_ids: Collection[str]) -> bool:
+    """Returns whether any of the images is in a shard of an index, with or without a caption."""
+    if not image_ids:
+        return False
+    wanted = pa.array(sorted(image_ids), pa.string())
+    with temporary_folder(folder) as local:
+        for name in filter(None, (shard.rows_file, shard.failures_file)):
+            with pa.ipc.open_file(pa.memory_map(str(fetch_path(folder, name, local / name)))) as file:
+                ids = (file.get_batch(index)["image_id"] for index in range(file.num_record_batches))
+                if any(pc.any(pc.is_in(each, value_set=wanted)).as_py() for each in ids):
+                    return True
+    return False
 
 
 def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
@@ -546,6 +574,7 @@ def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
 
 
 def _plan_shards(build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]) -> IndexBuild:
+    """Chooses the layout, and finds the shards to add to `base`."""
     rows = sum(shard.rows for shard in shards)
     layout = base.layout if base is not None else None
     outgrown = layout if layout is not None and layout.is_outgrown(build.config, rows) else None

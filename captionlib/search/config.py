@@ -18,8 +18,8 @@ LANGUAGES = (
 )
 
 # Below this number of rows, exhaustive search is as fast as inverted lists; see benchmarks/README.md.
-_FLAT_ROWS = 20_000
-_SQ8_ROWS = 20_000_000  # with more rows, one byte per dimension exceeds the memory of most machines
+_MAX_FLAT_ROWS = 20_000
+_MAX_SQ8_ROWS = 20_000_000  # with more rows, one byte per dimension exceeds the memory of most machines
 _PQ_DIMENSIONS_PER_BYTE = 4
 
 
@@ -33,7 +33,8 @@ class IndexConfig:
             stores one byte per dimension, `pq` one byte per four dimensions. `auto` chooses by the number of rows.
         nlist: number of inverted lists. If None, it is about twice the square root of the number of rows.
         nprobe: number of inverted lists to search per query. If None, it is chosen for a recall@10 of about 0.95.
-        keep_duplicates: whether images that `deduplicate` found to be duplicates are indexed, with a mark, or left out.
+        keep_duplicates: whether to index and mark the images that `captionlib deduplicate` found to be duplicates. If
+            False, they are left out.
     """
 
     language: str = "english"
@@ -74,7 +75,7 @@ class VectorLayout:
         """
         kind = config.vectors
         if kind == "auto":
-            kind = "flat" if rows < _FLAT_ROWS else "sq8" if rows < _SQ8_ROWS else "pq"
+            kind = "flat" if rows < _MAX_FLAT_ROWS else "sq8" if rows < _MAX_SQ8_ROWS else "pq"
         if kind == "flat" or rows == 0:
             return cls(dimension, "Flat", 1, 1, rows)
         if kind == "pq" and dimension % _PQ_DIMENSIONS_PER_BYTE:
@@ -88,10 +89,10 @@ class VectorLayout:
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
-        This is the case if `auto` would choose a different encoding for `rows`. It is also the case if there are
-        inverted lists and `rows` exceeds four times the number of rows that the layout was chosen for. A layout is kept
-        when the number of rows decreases, so that an index whose size varies around a limit is not built again with
-        every update.
+        This is the case if `auto` would choose a different encoding. It is also the case if there are inverted lists,
+        and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows
+        decreases, the layout is kept, so that an index whose size varies around a limit is not built again at every
+        update.
         """
         if rows <= self.rows:
             return False

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA
@@ -25,20 +24,20 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError
 from captionlib.progress import ProgressBar, progress_bar
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.inputs import check_same_ranker
+from captionlib.search.inputs import check_same_ranker, to_unit_vectors
 from captionlib.storage.folders import Addresses, Folder, list_addresses
 
 __all__ = ["DEFAULT_THRESHOLD", "DuplicateSummary", "find_duplicates", "read_duplicate_summary"]
 
 DEFAULT_THRESHOLD = 0.94  # see `near-duplicates` in benchmarks/README.md
 
-_QUERY_ROWS = 256
+_QUERY_BATCH_ROWS = 256
 _TRAINING_VECTORS_PER_LIST = 50
 _TRAINING_SHARDS = 64
 _MIN_NPROBE = 8  # near-duplicates are in the same inverted list or in adjacent ones
 _SEED = 1
 
-Positions = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 Shard = tuple[ShardedDataset, int]
 
 
@@ -69,7 +68,7 @@ class _Images:
 
     ids: pa.StringArray
     hashes: pa.StringArray
-    positions: Positions
+    positions: Indices
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class _Groups:
         similarity: cosine similarity to the kept image.
     """
 
-    kept_image: Positions
+    kept_image: Indices
     similarity: npt.NDArray[np.float32]
 
 
@@ -111,56 +110,57 @@ def find_duplicates(
 
     Raises:
         ConfigError: `threshold` is out of range.
-        DatasetError: `embeddings` are not complete embeddings datasets of one ranker.
+        DatasetError: `embeddings` are not complete embeddings datasets of one ranker (image-text retrieval model).
         FingerprintError: the output contains a dataset with a different threshold, and `overwrite` is False.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
-    sources = _open_sources(embeddings)
-    check_same_ranker(sources)
-    manifest_ids = "+".join(source.manifest_id for source in sources)
+    inputs = _open_inputs(embeddings)
+    check_same_ranker(inputs)
+    # Identifies the manifests (tables of images) that the embeddings were computed from.
+    manifest_ids = "+".join(each.manifest_id for each in inputs)
     dataset = create_dataset(
         output,
         "duplicates",
         DUPLICATES_SCHEMA,
         config={"threshold": threshold},
         shards=1,
-        source=sources[0] if len(sources) == 1 else None,
+        source=inputs[0] if len(inputs) == 1 else None,
         manifest_id=manifest_ids,
         overwrite=overwrite,
     )
-    checksum = _compute_checksum(sources)
+    checksum = _compute_checksum(inputs)
     if not _is_current(dataset, checksum):
-        table = _group_duplicates(_list_shards(sources), sources[0], threshold, progress)
+        table = _group_duplicates(_list_shards(inputs), inputs[0], threshold, progress)
         dataset.mark_incomplete()
         with write_shard(dataset, 0, table.num_rows, checksum) as writer:
             writer.write(table)
     dataset.finish()
-    return _summarize(dataset, sources)
+    return _summarize(dataset, inputs)
 
 
 def read_duplicate_summary(
     embeddings: Addresses, duplicates: str | os.PathLike[str], threshold: float
 ) -> DuplicateSummary | None:
-    """Returns the counts that `find_duplicates` wrote. Returns None if it would write others now, or has not run.
+    """Returns the counts that `find_duplicates` wrote. Returns None if they are missing or out of date.
 
     Raises:
         DatasetError: `embeddings` are not complete embeddings datasets.
     """
-    sources = _open_sources(embeddings)
+    inputs = _open_inputs(embeddings)
     if not Folder(duplicates).exists(DESCRIPTION_FILE):
         return None
     dataset = open_dataset(duplicates, "duplicates")
-    current = dataset.config.get("threshold") == threshold and _is_current(dataset, _compute_checksum(sources))
-    return _summarize(dataset, sources) if current and dataset.is_complete() else None
+    current = dataset.config.get("threshold") == threshold and _is_current(dataset, _compute_checksum(inputs))
+    return _summarize(dataset, inputs) if current and dataset.is_complete() else None
 
 
-def _open_sources(embeddings: Addresses) -> list[ShardedDataset]:
+def _open_inputs(embeddings: Addresses) -> list[ShardedDataset]:
     return [open_dataset(address, "embeddings").require_complete() for address in list_addresses(embeddings)]
 
 
-def _compute_checksum(sources: Sequence[ShardedDataset]) -> str:
-    return "+".join(source.compute_content_checksum() for source in sources)
+def _compute_checksum(inputs: Sequence[ShardedDataset]) -> str:
+    return "+".join(each.compute_content_checksum() for each in inputs)
 
 
 def _is_current(dataset: ShardedDataset, checksum: str) -> bool:
@@ -169,30 +169,27 @@ def _is_current(dataset: ShardedDataset, checksum: str) -> bool:
     return marker is not None and marker.input_checksum == checksum
 
 
-def _summarize(dataset: ShardedDataset, sources: Sequence[ShardedDataset]) -> DuplicateSummary:
+def _summarize(dataset: ShardedDataset, inputs: Sequence[ShardedDataset]) -> DuplicateSummary:
     kept = dataset.read(0, ["kept"])["kept"].to_numpy()
-    images = sum(source.compute_totals().rows for source in sources)
+    images = sum(each.compute_totals().rows for each in inputs)
     return DuplicateSummary(images, int(kept.sum()), int((~kept).sum()))
 
 
-def _list_shards(sources: Sequence[ShardedDataset]) -> list[Shard]:
-    """Returns the shards that have rows, as pairs of a dataset and the number of a shard."""
+def _list_shards(inputs: Sequence[ShardedDataset]) -> list[Shard]:
+    """Returns the shards (Parquet files) that have rows, as pairs of a dataset and the number of a shard."""
     return [
-        (source, shard)
-        for source in sources
-        for shard, marker in sorted(source.require_all_markers().items())
-        if marker.rows
+        (each, shard) for each in inputs for shard, marker in sorted(each.require_all_markers().items()) if marker.rows
     ]
 
 
 def _group_duplicates(
-    shards: Sequence[Shard], first_source: ShardedDataset, threshold: float, progress: bool
+    shards: Sequence[Shard], first_input: ShardedDataset, threshold: float, progress: bool
 ) -> pa.Table:
-    images = _read_images(shards, first_source.schema)
+    images = _read_images(shards, first_input.schema)
     groups = _Groups(np.arange(len(images.ids)), np.ones(len(images.ids), np.float32))
     first = _find_first_copies(images.hashes)
     unique = np.flatnonzero(first == groups.kept_image)  # images that are not exact copies of earlier ones
-    dimension = first_source.schema.field("embedding").type.list_size
+    dimension = first_input.schema.field("embedding").type.list_size
     if threshold < 1:
         with progress_bar("deduplicate", len(unique), "images", progress) as bar:
             index = _index_vectors(shards, len(images.ids), dimension)
@@ -204,7 +201,7 @@ def _group_duplicates(
 def _read_images(shards: Sequence[Shard], schema: pa.Schema) -> _Images:
     columns = ["image_id", "width", "height", "content_hash"]
     empty = pa.schema([schema.field(name) for name in columns]).empty_table()
-    tables = [source.read(shard, columns).select(columns) for source, shard in shards]
+    tables = [each.read(shard, columns).select(columns) for each, shard in shards]
     table = pa.concat_tables([empty, *tables]).combine_chunks()
     pixels = pc.multiply(table["width"].cast(pa.int64()), table["height"].cast(pa.int64()))
     order = pc.sort_indices(
@@ -214,10 +211,10 @@ def _read_images(shards: Sequence[Shard], schema: pa.Schema) -> _Images:
     return _Images(ids, hashes, order.to_numpy().astype(np.int64))
 
 
-def _find_first_copies(hashes: pa.StringArray) -> Positions:
+def _find_first_copies(hashes: pa.StringArray) -> Indices:
     """Returns, for each image, the index of the first image with the same hash. A null hash equals no other."""
     indices = np.arange(len(hashes))
-    first: Positions = pc.index_in(hashes, value_set=hashes).to_numpy().astype(np.int64)
+    first: Indices = pc.index_in(hashes, value_set=hashes).to_numpy().astype(np.int64)
     return np.where(hashes.is_valid().to_numpy(zero_copy_only=False), first, indices)
 
 
@@ -239,26 +236,23 @@ def _index_vectors(shards: Sequence[Shard], rows: int, dimension: int) -> Any:
     return index
 
 
-def _read_vectors(source: ShardedDataset, shard: int) -> npt.NDArray[np.float32]:
-    """Returns the vectors of a shard, `[rows, dimension]`, rescaled to unit length because float16 rounds them."""
-    vectors = vectors_to_numpy(source.read(shard, ["embedding"])["embedding"]).astype(np.float32)
-    unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return unit
+def _read_vectors(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.float32]:
+    return to_unit_vectors(embeddings.read(shard, ["embedding"])["embedding"])
 
 
 def _group_similar(
-    index: Any, positions: Positions, unique: Positions, groups: _Groups, threshold: float, bar: ProgressBar
+    index: Any, positions: Indices, unique: Indices, groups: _Groups, threshold: float, bar: ProgressBar
 ) -> None:
     """Adds each image in `unique` to the group of the first kept image that is similar enough. Changes `groups`.
 
-    `unique` contains the indices in `_Images` of one image per content, and `positions` is `_Images.positions`.
+    `unique` contains the indices of the images in `_Images`, without exact copies. `positions` is `_Images.positions`.
     """
     image_of_row = np.empty_like(positions)
     image_of_row[positions] = np.arange(len(positions))
     is_unique = np.zeros(len(positions), np.bool_)
     is_unique[unique] = True
-    for start in range(0, len(unique), _QUERY_ROWS):
-        batch = unique[start : start + _QUERY_ROWS]
+    for start in range(0, len(unique), _QUERY_BATCH_ROWS):
+        batch = unique[start : start + _QUERY_BATCH_ROWS]
         batch = batch[groups.kept_image[batch] == batch]  # the rest are already in a group
         vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
         # The margin allows for rounding, which makes the product of a vector with itself slightly less than 1.
@@ -270,7 +264,7 @@ def _group_similar(
             members, scores = image_of_row[found[matches]], similarity[matches]
             joins = (members > image) & is_unique[members] & (groups.kept_image[members] == members)
             groups.kept_image[members[joins]], groups.similarity[members[joins]] = image, scores[joins]
-        bar.update(min(_QUERY_ROWS, len(unique) - start))
+        bar.update(min(_QUERY_BATCH_ROWS, len(unique) - start))
 
 
 def _build_table(ids: pa.StringArray, groups: _Groups) -> pa.Table:

@@ -1,4 +1,7 @@
-"""Restricts searches to matching images, and counts the matches by split, source, month and duplicates (facets)."""
+"""Restricts searches to matching images, and counts the matches by facet.
+
+The facets are the split, the source (captions dataset), the month, and whether an image is a duplicate.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captionlib.data.splits import add_split_aliases
-from captionlib.search.row_groups import RowGroup
+from captionlib.search.facet_groups import FacetGroup
 
 __all__ = ["FacetCounts", "Facets", "Filter", "name_sources"]
 
@@ -20,11 +23,11 @@ class Filter:
 
     Attributes:
         where: SQL condition over the columns of a row. It can be slow, so do not accept it from untrusted users.
-        split: dataset split of the images, such as `val`.
+        split: dataset split of the images, such as `test`; `val` and `dev` are the same split.
         min_log_prob: minimum log-probability of a caption.
-        source: name of the captions dataset; see `Index.sources`.
+        source: name of the captions dataset; see `name_sources`.
         date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`.
-        kept_only: whether to leave out the duplicates of kept images.
+        kept_only: whether to leave out images that are marked as duplicates of another image.
     """
 
     where: str | None = None
@@ -35,7 +38,7 @@ class Filter:
     kept_only: bool = False
 
     def to_sql(self) -> tuple[str, list[Any]]:
-        """Returns the filter, except for `source`, as one SQL condition and its parameters."""
+        """Returns one SQL condition and its parameters. `source` is omitted, because it is not a column."""
         splits = None if self.split is None else sorted(add_split_aliases([self.split]))
         parameters = {
             "list_contains(?, split)": splits,
@@ -52,8 +55,7 @@ class Filter:
 class FacetCounts:
     """Numbers of images by the values of each facet.
 
-    Each facet counts the images that match all conditions of a filter except for its own, so the numbers show what
-    another value of that facet would find.
+    The counts of a facet ignore the filter's condition on that facet, so they show what its other values would match.
 
     Attributes:
         total: number of images that match all conditions.
@@ -73,13 +75,13 @@ class FacetCounts:
 
 
 class Facets:
-    """The facets of one version of an index.
+    """The facets of one version of an index. Rows in the same group have the same value of every facet.
 
     Attributes:
         sources: the names of the captions datasets.
     """
 
-    def __init__(self, groups: Sequence[RowGroup], sources: Sequence[str]) -> None:
+    def __init__(self, groups: Sequence[FacetGroup], sources: Sequence[str]) -> None:
         self.sources = sources
         self._groups = groups
         self._rows = np.array([group.rows for group in groups], np.int64)
@@ -115,9 +117,9 @@ class Facets:
         by_split, by_source, by_month = (dict(sorted(counter.items())) for counter in (splits, sources, months))
         return FacetCounts(total, by_split, by_source, by_month, kept, duplicates)
 
-    def _make_tests(self, where: Filter) -> dict[str, Callable[[RowGroup], bool]]:
+    def _make_tests(self, where: Filter) -> dict[str, Callable[[FacetGroup], bool]]:
         """Returns the conditions of a filter by the name of the facet."""
-        tests: dict[str, Callable[[RowGroup], bool]] = {}
+        tests: dict[str, Callable[[FacetGroup], bool]] = {}
         if where.split is not None:
             splits = add_split_aliases([where.split])
             tests["split"] = lambda group: group.split in splits

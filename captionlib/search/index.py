@@ -1,4 +1,7 @@
-"""Searches an index of images by caption text, by embedding vector, or by both."""
+"""Searches an index of images by caption text, by embedding vector, or by both.
+
+A ranker, a dual encoder for image-text retrieval, computes the embeddings of the images and of sentences to search for.
+"""
 
 import bisect
 import copy
@@ -19,13 +22,13 @@ from captionlib.data.sources.values import is_unicode
 from captionlib.errors import CaptionlibError, CheckpointError, DatasetError, QueryError
 from captionlib.search.filters import FacetCounts, Facets, Filter, name_sources
 from captionlib.search.index_folder import (
-    DESCRIPTION,
+    INDEX_FILE,
     IndexDescription,
     IndexedDataset,
     fetch_locally,
     read_description,
 )
-from captionlib.search.rows import COLUMNS, DetailStore, FailureStore, RowStore
+from captionlib.search.rows import RESULT_COLUMNS, DetailStore, FailureStore, RowStore
 from captionlib.search.text_index import Sort, TextIndex
 from captionlib.search.vector_index import Hits, RowNumbers, VectorIndex, Vectors
 from captionlib.storage.folders import Folder
@@ -39,7 +42,8 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _CACHED_FILTERS = 16
-_FUSION_DEPTH = 200  # rankings are fused to a multiple of this depth, so consecutive pages share a ranking
+# Fusion uses the first 200, 400, ... rows of each ranking, so consecutive pages show parts of one fused ranking.
+_FUSION_DEPTH = 200
 _RANK_CONSTANT = 60  # see `fuse_rankings`
 _LOGGER = logging.getLogger("captionlib")
 
@@ -54,6 +58,7 @@ class _Version:
         self.description = description
         self.rows = RowStore(path / shard.rows_file for shard in description.shards)
         self.details = DetailStore([path / shard.details_file for shard in description.shards], description.first_rows)
+        # `description.groups` describes the groups of rows that have the same values of all facets.
         self.facets = Facets(description.groups, name_sources([dataset.folder for dataset in description.captions]))
         self.failures = FailureStore(
             (path / shard.failures_file, self.facets.sources[shard.dataset])
@@ -124,7 +129,7 @@ class Index:
         self._cache = cache
         self._refresh_seconds = refresh_seconds
         self._refresh_lock = threading.Lock()
-        self._failure = ""
+        self._logged_error = ""
         self._checked_at = time.monotonic()
         self._state = self._read_state()
         self._version = self._open(self._read_description())
@@ -143,7 +148,7 @@ class Index:
 
     @property
     def supports_sentences(self) -> bool:
-        """Whether the index has vectors and their ranker, a dual encoder for image-text retrieval, is loaded."""
+        """Whether the index has vectors, and the ranker that computed them is loaded."""
         return self.has_vectors and self._ranker is not None
 
     def snapshot(self) -> "Index":
@@ -167,16 +172,16 @@ class Index:
             return self._refresh()
 
     def try_refresh(self) -> None:
-        """Refreshes the index, unless another thread is doing so. If it fails, logs a warning and keeps the version."""
+        """Works like `refresh`, but logs errors, and does nothing if another thread is refreshing the index."""
         if not self._refresh_lock.acquire(blocking=False):
             return
         try:
             self._refresh()
-            self._failure = ""
+            self._logged_error = ""
         except (CaptionlibError, OSError) as error:
-            if str(error) != self._failure:
+            if str(error) != self._logged_error:
                 _LOGGER.warning("%s; searches continue on the version of %s", error, self.description.created)
-            self._failure = str(error)
+            self._logged_error = str(error)
         finally:
             self._checked_at = time.monotonic()
             self._refresh_lock.release()
@@ -193,8 +198,9 @@ class Index:
         return has_changed
 
     def _read_state(self) -> str:
+        """Returns a string that changes when a new version is published; empty if the index no longer exists."""
         try:
-            return self._folder.fetch_state(DESCRIPTION)
+            return self._folder.fetch_version(INDEX_FILE)
         except (FileNotFoundError, NotADirectoryError):
             return ""
 
@@ -219,8 +225,7 @@ class Index:
         description = read_description(self._folder)
         if description is None:
             raise DatasetError(
-                f"{self._folder.uri} is not an index: expected a folder with {DESCRIPTION}; "
-                "see `captionlib build-index`"
+                f"{self._folder.uri} is not an index: expected a folder with {INDEX_FILE}; see `captionlib build-index`"
             )
         if self._ranker is not None and description.ranker not in ("", self._ranker.fingerprint):
             raise CheckpointError(
@@ -246,7 +251,7 @@ class Index:
             offset: number of rows to skip.
             where: restricts the search to matching images.
             sort: `relevance` sorts by BM25 score, `log_prob` by log-probability, and `image_text_score` by the
-                similarity of caption and image, without captions that have no such score.
+                similarity of caption and image. Captions that lack the score to sort by are omitted.
 
         Raises:
             QueryError: the query contains no words other than stop words, or the condition is invalid.
@@ -359,8 +364,8 @@ class Index:
     def get_details(self, image_id: str) -> dict[str, Any]:
         """Returns the candidate captions of an image, best first, its references and its attention weights.
 
-        The references are None if the manifest was not available when the index was built. The attention weights,
-        `[tokens, positions]`, are None if the captions were generated without them.
+        The references are None if the manifest, the table that contains them, was not available to the build. The
+        attention weights, `[tokens, positions]`, are None if the captions were generated without them.
 
         Raises:
             QueryError: the image is not in the index.
@@ -390,10 +395,7 @@ class Index:
 
     @_on_one_version
     def suggest_query(self, query: str) -> str | None:
-        """Returns a query in which the words that no caption contains are replaced by similar words of captions.
-
-        Returns None if no word is replaced.
-        """
+        """Replaces words that no caption contains by similar words; returns None if no word was replaced."""
 
         def find_captions(rows: RowNumbers) -> list[str]:
             captions: list[str] = self._version.rows.take(rows)["caption"].to_pylist()
@@ -403,7 +405,7 @@ class Index:
 
     @_on_one_version
     def count_facets(self, where: Filter | None = None) -> FacetCounts:
-        """Returns the number of images by facet, regardless of the SQL condition and log-probability of `where`."""
+        """Counts images by facet. The SQL condition and the minimum log-probability of `where` are ignored."""
         return self._version.facets.count(where or Filter())
 
     def list_uris(self) -> Iterator[str]:
@@ -488,7 +490,7 @@ class Index:
         return vectors
 
     def _to_table(self, hits: Hits) -> pa.Table:
-        rows = self._version.rows.take(hits.rows).select(COLUMNS)
+        rows = self._version.rows.take(hits.rows).select(RESULT_COLUMNS)
         return rows.append_column(pa.field("score", pa.float32(), nullable=False), pa.array(hits.scores, pa.float32()))
 
 

@@ -3,7 +3,7 @@
     folder/
       index.json              the description, replaced atomically
       rows/HASH.arrow         the columns that search results show, one file per shard
-      details/HASH.arrow      candidate captions, references and attention, one file per shard
+      details/HASH.arrow      candidate captions, reference captions and attention weights, one file per shard
       failures/HASH.arrow     the images without a caption, one file per shard that has any
       text-HASH/              the Tantivy index
       vectors-HASH.faiss      the Faiss index
@@ -33,12 +33,12 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.shards.markers import compute_checksum, from_json, to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.row_groups import RowGroup
+from captionlib.search.facet_groups import FacetGroup
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, convert_full_disk_errors
 from captionlib.storage.retries import convert_os_errors
 
 __all__ = [
-    "DESCRIPTION",
+    "INDEX_FILE",
     "IndexDescription",
     "IndexedDataset",
     "IndexedDuplicates",
@@ -57,7 +57,7 @@ __all__ = [
     "write_description",
 ]
 
-DESCRIPTION = "index.json"
+INDEX_FILE = "index.json"
 FORMAT_VERSION = 4
 SUBFOLDERS = ("rows", "details", "failures")
 
@@ -72,8 +72,8 @@ class IndexedDataset:
 
     Attributes:
         fingerprint: hash of everything that determines the rows of the dataset.
-        shards: number of shards of the complete dataset.
-        config: everything that determines the rows, except for the input, such as the encoder and the captioner.
+        shards: number of shards (Parquet files) of the complete dataset.
+        config: configuration that the dataset was written with, such as the encoder and the captioner.
     """
 
     folder: str
@@ -106,7 +106,8 @@ class InputShard:
         embeddings: checksum of the embeddings file; empty if the index is text-only.
         duplicates: hash of the duplicates that are left out or marked; empty if there are none.
         failures: checksum of the failures file of the captions; empty if there is none.
-        manifest: checksum of the manifest file that contains the references; empty if it is not available.
+        manifest: checksum of the shard of the manifest (table of images) that contains the reference captions; empty
+            if it is not available.
     """
 
     dataset: int
@@ -152,8 +153,7 @@ class IndexDescription:
         duplicates: the duplicates that are left out or marked; None if no duplicates are known.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, in the order of their rows.
-        groups: the groups of rows with the same values of all facets. The text index has the number of each row's
-            group.
+        groups: groups of rows, by which search results are counted. The text index contains each row's group number.
         captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.
@@ -169,7 +169,7 @@ class IndexDescription:
     embeddings: tuple[IndexedDataset, ...]
     layout: VectorLayout | None
     shards: tuple[IndexedShard, ...]
-    groups: tuple[RowGroup, ...]
+    groups: tuple[FacetGroup, ...]
     captions_count: int
     vectors_count: int
     text: str
@@ -197,7 +197,7 @@ class IndexDescription:
 
     @property
     def ranker(self) -> str:
-        """Fingerprint of the ranker that computed the embeddings; empty if it is unknown or the index is text-only."""
+        """Hash of the ranker (image-text retrieval model) of the embeddings; empty if unknown or without embeddings."""
         return str(self.embeddings[0].config.get("ranker", "")) if self.embeddings else ""
 
 
@@ -207,9 +207,9 @@ def read_description(folder: Folder) -> IndexDescription | None:
     Raises:
         DatasetError: the description is damaged or has a different format version.
     """
-    address = folder.address(DESCRIPTION)
+    address = folder.address(INDEX_FILE)
     try:
-        content: dict[str, Any] = from_json(folder.read(DESCRIPTION))
+        content: dict[str, Any] = from_json(folder.read(INDEX_FILE))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
@@ -233,7 +233,7 @@ def write_description(folder: Folder, description: IndexDescription) -> None:
     """Replaces the description. Readers that open the index afterwards use the new version."""
     content = {"kind": "index", "format_version": FORMAT_VERSION, **to_dict(description)}
     content = json.loads(to_json(content))
-    folder.write(DESCRIPTION, to_json({**content, "checksum": hash_json(content)}))
+    folder.write(INDEX_FILE, to_json({**content, "checksum": hash_json(content)}))
 
 
 def hash_json(content: Mapping[str, Any]) -> str:
@@ -244,7 +244,7 @@ def hash_json(content: Mapping[str, Any]) -> str:
 
 def is_index_file(name: str) -> bool:
     """Returns whether a build may have written a file or folder of this name."""
-    return name in (TEMPORARY_FOLDER, DESCRIPTION, *SUBFOLDERS) or name.startswith(_PREFIXES)
+    return name in (TEMPORARY_FOLDER, INDEX_FILE, *SUBFOLDERS) or name.startswith(_PREFIXES)
 
 
 @contextmanager
@@ -274,7 +274,7 @@ def check_hash(path: Path, name: str, address: str) -> Path:
     """Checks that the content of `path` has the checksum in `name`, its name in the index. Returns `path`.
 
     Raises:
-        DatasetError: the checksums differ. The message calls the file or folder `address`.
+        DatasetError: the checksums differ. The message contains `address`.
         FileNotFoundError: the file does not exist.
     """
     if compute_hash(path) != Path(name).stem.rpartition("-")[-1]:
@@ -321,9 +321,8 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
     All files are compared with their checksums, except the details of a local index: `DetailStore` checks these when it
-    reads them. The cache contains one version of each index. Files that it already contains are not copied
-    again. If `cache` is None, it is `$CAPTIONLIB_CACHE`, or `captionlib/indexes` in the user's cache folder if that is
-    not set.
+    reads them. The cache contains one version of each index. Files that it already contains are not copied again. The
+    default of `cache` is `$CAPTIONLIB_CACHE` if it is set, or else `captionlib/indexes` in the user's cache folder.
 
     Raises:
         DatasetError: a file is damaged.
@@ -346,7 +345,7 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
 
 
 def _fetch_to_cache(folder: Folder, index_copy: Path, name: str) -> None:
-    """Copies a file or folder to a folder in the cache, unless that already contains an undamaged copy."""
+    """Copies a file or folder to the cache, unless the cache already contains an undamaged copy."""
     cached = index_copy / name
     with suppress(FileNotFoundError, DatasetError):
         check_hash(cached, name, str(cached))

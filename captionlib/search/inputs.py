@@ -19,7 +19,7 @@ from captionlib.data.shards.schemas import add_missing_columns
 from captionlib.data.sources.versions import find_modified_times
 from captionlib.errors import DatasetError, StorageError
 from captionlib.search.index_folder import InputShard
-from captionlib.search.rows import COLUMNS, DETAILS_BATCH_ROWS, DETAILS_SCHEMA, ROW_SCHEMA
+from captionlib.search.rows import DETAILS_BATCH_ROWS, DETAILS_SCHEMA, RESULT_COLUMNS, ROW_SCHEMA
 from captionlib.storage.folders import Folder, scratch_folder
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "read_details",
     "read_embeddings",
     "sample_embeddings",
+    "to_unit_vectors",
 ]
 
 _VECTOR_BATCH_ROWS = 8192
@@ -43,7 +44,7 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Compares the numbers of images in the markers of both datasets. A marker records that a shard is complete.
+    """Compares the numbers of images in each shard, which are recorded in the marker files of the shards.
 
     Raises:
         DatasetError: the datasets cover different images.
@@ -110,7 +111,7 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
 
 
 def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.NDArray[np.bool_]:
-    """Returns, for each row of a captions shard, whether its image is indexed, `[rows]`."""
+    """Returns, for each row of a captions shard, whether its image id is not in `left_out`, `[rows]`."""
     if not left_out:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
@@ -118,17 +119,20 @@ def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.ND
 
 
 def read_caption_rows(
-    parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], kept_images: Mapping[str, str]
+    parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], representatives: Mapping[str, str]
 ) -> Iterator[pa.RecordBatch]:
     """Yields the rows of a captions shard for which `kept`, `[rows]`, is true, with the columns of `ROW_SCHEMA`.
 
-    `kept_images` has the id of the kept image for each duplicate.
+    `representatives` maps the id of each duplicate image to the id of the image that represents its group.
     """
-    stored = pa.schema([ROW_SCHEMA.field(name) for name in (*COLUMNS, "version")])
+    stored = pa.schema([ROW_SCHEMA.field(name) for name in (*RESULT_COLUMNS, "version")])
     for batch in _read_kept(parquet, stored.names, kept, _TEXT_BATCH_ROWS):
         rows = add_missing_columns(batch, stored)
-        kept_ids = [kept_images.get(image_id) for image_id in rows["image_id"].to_pylist()] if kept_images else None
-        duplicate_of = pa.nulls(rows.num_rows, pa.string()) if kept_ids is None else pa.array(kept_ids, pa.string())
+        duplicate_of = pa.nulls(rows.num_rows, pa.string())
+        if representatives:
+            kept_ids = [representatives.get(image_id) for image_id in rows["image_id"].to_pylist()]
+            duplicate_of = pa.array(kept_ids, pa.string())
+        # The version of an image is a string that changes with its file, and can contain the modification time.
         columns = [*rows.columns, find_modified_times(rows["version"]), duplicate_of]
         yield pa.RecordBatch.from_arrays(columns, schema=ROW_SCHEMA)
 
@@ -138,7 +142,8 @@ def read_details(
 ) -> Iterator[pa.RecordBatch]:
     """Yields the details of the rows for which `kept`, `[rows]`, is true, with the columns of `DETAILS_SCHEMA`.
 
-    `references` has the columns image_id and captions of the manifest; None if the manifest is not available.
+    `references` has the columns image_id and captions of the manifest (table of images with reference captions). It
+    is None if the manifest is not available.
     """
     ids = None if references is None else references["image_id"].combine_chunks()
     for batch in _read_kept(parquet, ["image_id", *DETAILS_SCHEMA.names], kept, DETAILS_BATCH_ROWS):
@@ -146,7 +151,7 @@ def read_details(
         if references is not None:
             columns["references"] = references["captions"].take(pc.index_in(batch["image_id"], value_set=ids))
             columns["references"] = columns["references"].combine_chunks()
-        # Casting adds missing image-text scores as nulls, and removes the number of positions from the type of maps.
+        # Casting adds missing image-text scores as nulls, and converts fixed-size lists of attention weights to lists.
         yield pa.RecordBatch.from_arrays(
             [
                 columns[field.name].cast(field.type) if field.name in columns else pa.nulls(batch.num_rows, field.type)
@@ -167,21 +172,21 @@ def _read_kept(
 
 
 def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
-    """Returns the manifest that captions were generated from, or None if it cannot be read.
+    """Returns the manifest (table of images) that captions were generated from, or None if it cannot be read.
 
-    The captions may have been generated from features. A path on a machine is not used if the captions are remote, as
-    another worker may not be able to read it.
+    The captions may have been generated from a features dataset that was extracted from the manifest. If the captions
+    are remote, a local manifest is ignored, because workers on other machines cannot read it.
     """
-    stages = [captions]
-    while stages[-1].kind != "manifest":
-        address = stages[-1].source
+    datasets = [captions]
+    while datasets[-1].kind != "manifest":
+        address = datasets[-1].source
         if not address or Folder(address).is_local != captions.folder.is_local:
             return None
         try:
-            stages.append(open_dataset(address))
+            datasets.append(open_dataset(address))
         except (DatasetError, StorageError, OSError):
             return None
-    return ManifestShards(stages[-1], _match_shards(stages))
+    return ManifestShards(datasets[-1], _match_shards(datasets))
 
 
 @dataclass(frozen=True)
@@ -190,8 +195,7 @@ class ManifestShards:
 
     Attributes:
         dataset: the manifest.
-        checksums: the checksum of each shard from which the shard of the captions with the same number was generated.
-            Shards that have changed since then are missing.
+        checksums: checksums by shard number, of the shards that have not changed since the captions were generated.
     """
 
     dataset: ShardedDataset
@@ -203,17 +207,17 @@ class ManifestShards:
             return parquet.read(columns=["image_id", "captions"])
 
 
-def _match_shards(stages: Sequence[ShardedDataset]) -> dict[int, str]:
-    """Returns the checksums of the shards of the manifest, for the captions shards that were made from them.
+def _match_shards(datasets: Sequence[ShardedDataset]) -> dict[int, str]:
+    """Returns the checksums of the manifest's shards that have not changed since the captions were made from them.
 
-    `stages` begin with the captions and end with the manifest; each dataset was made from the next one.
+    `datasets` begin with the captions and end with the manifest; each dataset was made from the next one.
     """
-    markers = [stage.read_markers() for stage in stages]
+    markers = [dataset.read_markers() for dataset in datasets]
     matches = {}
     for shard in markers[0]:
-        path = [each[shard] for each in markers if shard in each]
-        if len(path) == len(markers) and all(made.input_checksum == given.checksum for made, given in pairwise(path)):
-            matches[shard] = path[-1].checksum
+        chain = [each[shard] for each in markers if shard in each]
+        if len(chain) == len(markers) and all(made.input_checksum == given.checksum for made, given in pairwise(chain)):
+            matches[shard] = chain[-1].checksum
     return matches
 
 
@@ -245,7 +249,7 @@ def match_embeddings_to_captions(
 
 
 def read_embeddings(parquet: pq.ParquetFile, dimension: int) -> npt.NDArray[np.float32]:
-    """Reads the vectors of a shard, `[rows, dimension]`. Rescales them to unit length, because float16 rounds them."""
+    """Reads the vectors of a shard, `[rows, dimension]`, scaled to unit length."""
     return np.concatenate([np.empty((0, dimension), np.float32), *_read_vector_batches(parquet)])
 
 
@@ -269,8 +273,14 @@ def sample_embeddings(
 
 def _read_vector_batches(parquet: pq.ParquetFile) -> Iterator[npt.NDArray[np.float32]]:
     for batch in parquet.iter_batches(_VECTOR_BATCH_ROWS, columns=["embedding"]):
-        vectors = vectors_to_numpy(batch["embedding"]).astype(np.float32)
-        yield vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        yield to_unit_vectors(batch["embedding"])
+
+
+def to_unit_vectors(column: pa.FixedSizeListArray | pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    """Converts vectors to `[rows, dimension]` and rescales them to unit length, because float16 is imprecise."""
+    vectors = vectors_to_numpy(column).astype(np.float32)
+    unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def _read_image_ids(parquet: pq.ParquetFile) -> pa.Array:

@@ -20,7 +20,7 @@ from captionlib.models.families.model import Arrays, ImageModel
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import PixelPassthrough
-from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
+from captionlib.models.inference.image_text_scores import check_works_without_ranker, score_captions
 
 __all__ = ["ImageQueryModels", "read_sentences"]
 
@@ -31,7 +31,7 @@ _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
 def read_sentences(path: str) -> list[str]:
-    """Reads the sentences to compare images with from a text file, one per line.
+    """Reads sentences, one per line, from a text file. Images are compared with them.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -49,10 +49,10 @@ class ImageQueryModels:
     Args:
         ranker: a dual encoder for image-text retrieval. Without it, images cannot be embedded.
         captioner: folder of a captioner, or an address such as `hf:FOLDER`. If None, images cannot be captioned.
-        weights: weights file of the encoder. It is required only if the models were trained with an encoder from a
-            file, and the captioner does not contain the weights.
+        weights: weights file of the image encoder. It is required only if the models were trained with an encoder whose
+            weights come from a file, and the captioner does not contain them.
         device: device of the models, such as `cuda`.
-        decoding: limits for decoding images.
+        image_decoding: limits for decoding image files.
         generation: how images are captioned.
 
     Raises:
@@ -66,11 +66,11 @@ class ImageQueryModels:
         captioner: str | None = None,
         weights: str | None = None,
         device: str = "auto",
-        decoding: DecoderConfig = DecoderConfig(),
+        image_decoding: DecoderConfig = DecoderConfig(),
         generation: GenerationConfig = GenerationConfig(),
     ) -> None:
         self._ranker = ranker
-        self._decoding = decoding
+        self._image_decoding = image_decoding
         self._device = device
         self._lock = threading.Lock()  # a model uses all cores for one image
         self._resources = ExitStack()
@@ -79,7 +79,7 @@ class ImageQueryModels:
         self._generation = generation
         if captioner is not None:
             if ranker is None:
-                check_needs_no_ranker(generation.decoding)
+                check_works_without_ranker(generation.decoding)
             model = open_captioner(captioner, device)
             self._generate = model.prepare(generation)
             self._caption_encoder = self._load(model, weights)
@@ -135,9 +135,9 @@ class ImageQueryModels:
         return pa.Table.from_pydict(columns, _SENTENCES)
 
     def caption(self, content: bytes) -> pa.Table:
-        """Returns the candidates for an image file, best first, in the columns caption, log_prob and tokens.
+        """Returns candidate captions for an image file, best first, in the columns caption, log_prob and tokens.
 
-        With a ranker, they also have the column image_text_score.
+        With a ranker, the table also has the column image_text_score.
 
         Raises:
             DecodeError: the file is not an image, or exceeds the limits.
@@ -182,6 +182,6 @@ class ImageQueryModels:
             model.require_encoder(encoder.description)
         else:
             encoder = PixelPassthrough(transform)  # the model takes pixels
-        decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._decoding))
+        decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._image_decoding))
         self._loaded.append((encoder_description, (encoder, decoders)))
         return encoder, decoders

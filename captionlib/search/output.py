@@ -90,7 +90,7 @@ def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: Bin
     names = [_escape_control_characters(name) for name in schema.names]
     numeric = [_is_number(field.type) for field in schema]
     widths: list[int] = []
-    for batch in _merge_first_rows(batches):
+    for batch in _merge_single_rows(batches):
         cells = [[_to_cell(value) for value in _to_json_values(column)] for column in batch.columns]
         if not widths:
             widths = [max(map(cell_len, [name, *column])) for name, column in zip(names, cells, strict=True)]
@@ -106,8 +106,11 @@ def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: Bin
         sink.write(f"{_GAP.join(names)}\n".encode())
 
 
-def _merge_first_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yields batches. Merges the first ones until they have two rows, so a single row is the only row in total."""
+def _merge_single_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Merges batches so that each, except for the last, has at least two rows.
+
+    If the first batch has only one row, there are thus no other rows.
+    """
     pending: pa.RecordBatch | None = None
     for batch in batches:
         merged = batch if pending is None else pa.concat_batches([pending, batch])
@@ -204,7 +207,7 @@ def _to_json_value(value: Any, kind: pa.DataType) -> Any:
 
 
 def _to_json_scalar(value: Any, kind: pa.DataType) -> Any:
-    """Converts a scalar. A float becomes the shortest decimal that restores it; NaN and infinity become null."""
+    """Converts a scalar. A float becomes a short decimal that restores it; NaN and infinity become null."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

@@ -1,7 +1,7 @@
 """Stores the rows of an index, one per captioned image, in memory-mapped Arrow files and filters them with SQL.
 
-Row numbers identify rows throughout the index. Reading 20 rows takes microseconds. With
-Parquet, each of them could require decoding a whole row group.
+Row numbers identify rows throughout the index. Reading 20 rows takes microseconds. With Parquet, each of them could
+require decoding a whole row group.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from captionlib.search.sql.session import SqlLimits, connect, restrict_connectio
 from captionlib.search.sql.statements import check_condition, check_reads_only, to_query_error
 
 __all__ = [
-    "COLUMNS",
     "DETAILS_BATCH_ROWS",
     "DETAILS_SCHEMA",
     "FAILURE_SCHEMA",
+    "RESULT_COLUMNS",
     "ROW_SCHEMA",
     "DetailStore",
     "FailureStore",
@@ -40,7 +40,7 @@ __all__ = [
     "write_rows",
 ]
 
-COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score", "width", "height")
+RESULT_COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score", "width", "height")
 """The columns of a captions dataset that search results show.
 
 `tokens` is the number of tokens of the caption. The last three columns are null if they are not known.
@@ -49,15 +49,16 @@ COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_t
 _CAPTIONS = captions_schema(has_scores=True)
 ROW_SCHEMA = pa.schema(
     [
-        *(_CAPTIONS.field(name) for name in (*COLUMNS, "version")),
+        *(_CAPTIONS.field(name) for name in (*RESULT_COLUMNS, "version")),
         pa.field("modified", pa.timestamp("s")),
         pa.field("duplicate_of", pa.string()),
     ]
 )
 """The columns of a row.
 
-`modified` is the time, in UTC, at which the file of the image was last modified; null if it is unknown. `duplicate_of`
-is the id of the kept image if the image is a duplicate of it, and null otherwise.
+`version` is a string that changes when the file of the image does. `modified` is the time, in UTC, at which the file of
+the image was last modified; null if it is unknown. For duplicates, `duplicate_of` is the id of the image that
+represents their group; for other images, it is null.
 """
 
 _REFERENCES = pa.field("references", pa.list_(pa.string()))
@@ -91,7 +92,7 @@ def write_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
 
 
 def write_details(path: Path, batches: Iterator[pa.RecordBatch]) -> None:
-    """Writes details to a compressed Arrow file, in batches of equal size, so that `DetailStore` finds a row."""
+    """Writes details to a compressed Arrow file, in batches of equal size, so `DetailStore` can find a row."""
     buffer = RowBuffer(batches)
     compressed = pa.ipc.IpcWriteOptions(compression="zstd")
     with (
@@ -132,7 +133,7 @@ def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def find_repeated_id(paths: Iterable[Path]) -> RepeatedId | None:
-    """Returns an image id that several rows of the files have; None if ids are unique. Spills to disk if needed."""
+    """Returns an image id that occurs in several rows of the files, or None. Spills to disk if needed."""
     ids = pa.schema([ROW_SCHEMA.field("image_id")])
     batches = (batch.select(ids.names) for path in paths for batch in read_rows(path))
     with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(SqlLimits(), spill)) as connection:
@@ -234,7 +235,7 @@ class FailureStore:
     """The images without a caption, with the reasons. This class is thread-safe.
 
     Args:
-        files: for each file, its path and the name of the source of its images.
+        files: for each file, its path and the name of the captions dataset of its images (their source).
     """
 
     def __init__(self, files: Iterable[tuple[Path, str]]) -> None:
@@ -253,7 +254,7 @@ class FailureStore:
         return {each["values"]: each["counts"] for each in sorted(counts, key=lambda each: -each["counts"])}
 
     def find(self, error: str | None = None, source: str | None = None) -> pa.Table:
-        """Returns the images with a reason and of a source; None for all."""
+        """Returns the images that failed with the given error and belong to the given source; None matches all."""
         found = self._failures
         for column, value in (("error", error), ("source", source)):
             if value is not None:

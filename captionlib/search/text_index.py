@@ -28,12 +28,12 @@ Sort = Literal["relevance", "log_prob", "image_text_score"]
 
 _COLUMNS = ["row", "group", "image_id", "caption", "log_prob", "image_text_score"]
 _ANALYZER = "captions"
-_WRITER_BYTES = 128_000_000
+_WRITER_MEMORY_BYTES = 128_000_000
 _MAX_WORD_LENGTH = 40
 _MAX_CLAUSES = 64
 _MIN_CORRECTED_LENGTH = 4
 _MIN_SIMILARITY = 0.6  # `difflib.SequenceMatcher.ratio`
-_SUGGESTION_CAPTIONS = 20
+_CAPTIONS_PER_SUGGESTION = 20
 _QUOTES = str.maketrans("“”„«»", '"' * 5)  # phones and word processors replace plain quotation marks
 _CLAUSE = re.compile(r'([+-]?)(?:"([^"]*)"?|([^\s"]+))')
 
@@ -51,7 +51,8 @@ class _Clause(NamedTuple):
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     """Writes a text index to a new folder.
 
-    `rows` have the columns of `ROW_SCHEMA`, and the numbers `row` of the row and `group` of its `RowGroup`.
+    `rows` have the columns of `ROW_SCHEMA`, the row number `row`, and `group`, the number of the row's group. Rows with
+    the same values of all facets, such as the split and the month, form a group.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.
@@ -72,7 +73,7 @@ def _write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch])
     index = tantivy.Index(_make_schema(), path=str(path))
     index.register_tokenizer(_ANALYZER, _make_analyzer(language))
     # One thread, so that the same captions in the same order give the same scores.
-    writer = index.writer(_WRITER_BYTES, 1)
+    writer = index.writer(_WRITER_MEMORY_BYTES, 1)
     for batch in rows:
         for row in batch.select(_COLUMNS).to_pylist():
             values = {name: value for name, value in row.items() if value is not None}
@@ -138,8 +139,8 @@ class TextIndex:
     ) -> Hits:
         """Returns the best captions for a query.
 
-        `matching` are the row numbers to search, ascending, and `groups` the numbers of the groups of rows to search;
-        None for all.
+        `matching` contains the row numbers to search, ascending. `groups` contains the numbers of the groups
+        to search; see `write_text_index`. If an argument is None, it does not restrict the search.
 
         Raises:
             QueryError: the query contains only stop words, or too many words and phrases.
@@ -160,7 +161,7 @@ class TextIndex:
                 return hits[is_match][:limit]
 
     def count_groups(self, query: str, groups: int, min_log_prob: float | None = None) -> npt.NDArray[np.int64]:
-        """Returns the number of captions in each of `groups` groups that match a query, `[groups]`; see `search`."""
+        """Counts the captions that match a query, by group, `[groups]`; see `search`."""
         parsed = self._restrict(self._parse(query), None, min_log_prob)
         counts = np.zeros(groups, np.int64)
         if groups:
@@ -196,13 +197,13 @@ class TextIndex:
         ]
 
     def to_sentence(self, query: str) -> str:
-        """Returns a query without its signs and excluded words."""
+        """Returns a query without `+`, `-`, quotation marks and excluded words."""
         return " ".join(phrase or word for sign, phrase, word in _find_clauses(query) if sign != "-")
 
     def suggest_query(self, query: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
-        """Returns a query in which the words that no caption contains are replaced by similar words of captions.
+        """Replaces words that no caption contains by similar words; returns None if no word was replaced.
 
-        `find_captions` returns the captions of rows. Returns None if no word is replaced.
+        `find_captions` returns the captions of rows.
         """
         replacements: dict[str, str] = {}
         for clause in self._parse_clauses(query):
@@ -225,7 +226,7 @@ class TextIndex:
         for distance in (1, 2):
             similar = Query.fuzzy_term_query(self._schema, "caption", word, distance)
             counts = Counter[str]()
-            for caption in find_captions(self._search(similar, _SUGGESTION_CAPTIONS, "relevance").rows):
+            for caption in find_captions(self._search(similar, _CAPTIONS_PER_SUGGESTION, "relevance").rows):
                 tokens = self._analyzer.pre_tokenize(caption).tokens
                 spelled = {token.text: caption[token.char_offset_from : token.char_offset_to] for token in tokens}
                 counts.update(spelled[match] for match in get_close_matches(word, spelled, 1, _MIN_SIMILARITY))

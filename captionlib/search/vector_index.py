@@ -38,7 +38,7 @@ _MAX_TIES = 4096  # if more vectors have the same score, their order is not defi
 
 
 class RowMove(NamedTuple):
-    """In the new version of an index, rows `start` to `end` (exclusive) are numbered from `new_start`."""
+    """Rows `start` to `end` (exclusive) of an index are renumbered from `new_start` in its new version."""
 
     start: int
     end: int
@@ -69,7 +69,7 @@ class Hits:
 
 
 def write_trained_index(layout: VectorLayout, sample: Vectors, path: Path) -> None:
-    """Trains centroids and codes on unit vectors, `[rows, dimension]`, and writes an empty index with them."""
+    """Trains centroids and quantizers on unit vectors, `[rows, dimension]`, and writes an index without vectors."""
     index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.niter = _KMEANS_ITERATIONS
@@ -77,7 +77,7 @@ def write_trained_index(layout: VectorLayout, sample: Vectors, path: Path) -> No
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
-    missing = max(0, layout.nlist - len(sample))  # k-means needs a vector per list; many images may have failed
+    missing = max(0, layout.nlist - len(sample))  # random vectors to add, as k-means needs one per list
     random = np.random.default_rng(_SEED).normal(size=(missing, layout.dimension))
     vectors = np.concatenate([sample, random / np.linalg.norm(random, axis=1, keepdims=True)])
     index.train(np.ascontiguousarray(vectors, np.float32))
@@ -132,8 +132,8 @@ def _write_index(index: Any, path: Path) -> None:
 
 
 def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
-    """Changes row numbers, and removes the vectors of all other rows. `moves` must be sorted."""
-    # The zeros are for an empty `moves`.
+    """Renumbers the rows in `moves`, which must be sorted, and removes the vectors of all other rows."""
+    # Without the zeros, there would be nothing to unpack if `moves` is empty.
     starts, ends, new_starts = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
     last_row = max(int(ids.max(initial=0)) for ids, _ in _iter_lists(index))
     is_kept = np.zeros(max(int(ends.max()), last_row + 1), np.bool_)
@@ -184,8 +184,8 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors. Equal scores are ordered by row number.
 
-        If `matching` is not None, only these rows are searched. The fewer they are, the more inverted lists are
-        searched. While there are fewer than `limit` hits, more lists are searched, up to all of them.
+        If `matching` is not None, only these rows are searched. The fewer rows match, the more inverted lists are
+        searched. If there are fewer than `limit` hits, the search continues in more lists, up to all of them.
         """
         searchable = len(self) if matching is None else len(matching)
         if not min(limit, searchable):
@@ -193,7 +193,7 @@ class VectorIndex:
         depth = min(limit + 1, searchable)
         selector, _bitmap = self._make_selector(matching)
         hits = self._search_lists(vector, depth, searchable, selector)
-        # Hits with equal scores are ordered by row number, so search deeper while more rows may have the last score.
+        # Ties are ordered by row number, so search deeper while rows that tie with the last hit may be missing.
         while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable:
             if depth > _MAX_TIES + limit:
                 break

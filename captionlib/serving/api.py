@@ -144,7 +144,7 @@ def search_images(
     ] = None,
     duplicates: Annotated[
         Literal["all", "kept"],
-        Query(description="kept: leave out the duplicates of kept images, if the index has any.", examples=["all"]),
+        Query(description="kept: leave out images that are marked as duplicates of another image.", examples=["all"]),
     ] = "all",
     min_log_prob: Annotated[
         float | None,
@@ -180,7 +180,8 @@ def search_images(
 def list_failures(
     service: Service,
     reason: Annotated[
-        str | None, Query(max_length=100, description="Return only images with this reason.", examples=["Truncated"])
+        str | None,
+        Query(max_length=100, description="Return only images with this failure.", examples=["Truncated"]),
     ] = None,
     source: SourceName = None,
     cursor: Annotated[
@@ -206,7 +207,7 @@ def get_image(service: Service, image_id: ImageId) -> ImageResponse:
 
 @router.post(
     f"{API}/image-search",
-    summary="Caption an uploaded image, rank the configured sentences for it, and find similar images",
+    summary="Caption an uploaded image, rank the server's configured sentences for it, and find similar images",
     tags=["Search"],
     responses=describe_problems(400, 404, 408, 413, 422, 503),
 )

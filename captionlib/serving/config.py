@@ -27,8 +27,8 @@ class ServingConfig:
         image_timeout_seconds: timeout for fetching an image, and separately for decoding it.
         max_thumbnail_bytes: maximum total size of thumbnails on disk, enforced after every 200 new thumbnails.
         max_exported_images: maximum number of images that a visitor can select and save.
-        max_export_bytes: maximum total size of the images of a saved WebDataset. Further images are left out, and a
-            file in the tar lists them.
+        max_export_bytes: maximum total size of the images in a WebDataset (tar file) that a visitor saves. Further
+            images are left out, and a file in the tar lists them.
         max_concurrent_exports: maximum number of WebDatasets that are saved at once. Further requests fail with status
             503.
         allow_private_hosts: whether to also fetch images from hosts that are not public. Enable this only if you trust

@@ -63,7 +63,7 @@ class Exports:
         fetch: Callable[[str], Awaitable[bytes]],
         failures: list[dict[str, str]],
     ) -> AsyncIterator[tuple[int, Mapping[str, Any], bytes]]:
-        """Yields the position, row and bytes of each image. Adds images that cannot be exported to `failures`."""
+        """Yields the position, row and bytes of each image that can be exported, and adds the others to `failures`."""
         size = 0
         for start in range(0, len(rows), _BATCH):
             batch = rows[start : start + _BATCH]
@@ -80,7 +80,7 @@ class Exports:
 
 
 class _Buffer(io.RawIOBase):
-    """Collects what a tar writes."""
+    """A file that holds what was written until `take` is called."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -93,7 +93,7 @@ class _Buffer(io.RawIOBase):
         return len(data)
 
     def take(self) -> list[bytes]:
-        """Returns and forgets what was written."""
+        """Returns what was written since the last call."""
         parts, self._parts = self._parts, []
         return parts
 

@@ -93,7 +93,7 @@ class FairThreadPool:
         return next((key for key in self._waiting if self._running[key] < self._threads_per_key), None)
 
     def _reject_latest(self, newcomer: str) -> None:
-        """Rejects the latest call of the key with the most waiting calls. In a tie, `newcomer` is preferred."""
+        """Rejects the latest call of the key with the most waiting calls. In a tie, the key `newcomer` is chosen."""
         longest = max(self._waiting, key=lambda key: (len(self._waiting[key]), key == newcomer))
         turn = self._waiting[longest][-1]
         self._stop_waiting(longest, turn)

@@ -1,4 +1,4 @@
-"""A web page of the progress of a job, computed from the dataset that the job writes."""
+"""A web page of the progress of a job, computed from the dataset (folder of Parquet files) that the job writes."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ from captionlib.serving.middleware import SecurityHeaders
 __all__ = ["create_job_app"]
 
 _MIN_AGE_SECONDS = 2.0
-_MAX_SHARE = 0.05  # of the time, spent on reading the dataset; listing a large one on an object store takes long
+_MAX_BUSY_FRACTION = 0.05  # maximum fraction of the time spent on reading the dataset, which can be slow
 _ASSETS = {"page.css": "text/css", "failures.css": "text/css", "dataset.css": "text/css", "live.js": "text/javascript"}
 
 
@@ -65,5 +65,5 @@ class _Page:
                 except (CaptionlibError, OSError) as error:
                     self._rendered = 503, render_page("dataset_error.html", message=str(error))
                 seconds = time.monotonic() - started
-                self._expires = started + max(_MIN_AGE_SECONDS, seconds / _MAX_SHARE)
+                self._expires = started + max(_MIN_AGE_SECONDS, seconds / _MAX_BUSY_FRACTION)
             return self._rendered

@@ -92,7 +92,7 @@ class RequestLimits:
         return _LimitedBody(receive, self._config.body_timeout_seconds, self._max_body_bytes, self._too_large_message)
 
     async def _reject(self, error: "_RejectedError", scope: Scope, body: "_LimitedBody", send: Send) -> None:
-        """Sends an error, discards what arrives of the body for a few seconds, and then closes the connection.
+        """Sends an error, reads and discards the body for a few seconds, and then closes the connection.
 
         The body may be too large to read. If the connection was closed at once, a client that is still sending its body
         would not receive the error.

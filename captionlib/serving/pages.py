@@ -36,8 +36,8 @@ from captionlib.serving.service import (
 __all__ = ["Pages", "router"]
 
 _PAGE_RESULTS = 48
-_EXAMPLES = 12  # images that a page without results shows
-_TALLEST, _WIDEST = 0.5, 2.5  # aspect ratios; see page.css
+_EXAMPLES = 12  # example images on a page without results
+_TALLEST, _WIDEST = 0.5, 2.5  # limits of the aspect ratio of a search result; see page.css
 _DEFAULTS = {"mode": "text", "sort": "relevance", "duplicates": "all"}
 _MAX_MONTHS = 24  # more months are shown as years
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "June", "July", "Aug", "Sept", "Oct", "Nov", "Dec")
@@ -51,8 +51,7 @@ _ERROR_HEADINGS = {
     429: "Too busy",
     503: "Too busy",
 }
-
-
+# Descriptions of the reasons for which an image has no caption.
 _REASONS = {
     "BadAddress": "the address is not valid",
     "BadCertificate": "the certificate of the server is not valid",
@@ -127,7 +126,10 @@ def _read_search(
     duplicates: str = "all",
     like: str = "",
 ) -> Search:
-    """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default."""
+    """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default.
+
+    `source` is the name of a captions dataset. `like` is the id of an image, to find similar images.
+    """
     return Search(
         query=q,
         mode=next((available for available in service.modes if available == mode), "text"),
@@ -202,14 +204,14 @@ def show_failures(
 ) -> HTMLResponse:
     page = min(page, MAX_OFFSET // MAX_RESULTS)
     first = (page - 1) * MAX_RESULTS
-    key = make_failures_cursor(first, reason or None, source or None)
-    response = service.find_failures(reason or None, source or None, key, MAX_RESULTS)
+    cursor = make_failures_cursor(first, reason or None, source or None)
+    response = service.find_failures(reason or None, source or None, cursor, MAX_RESULTS)
     return pages.render("failures.html", service=service, response=response, reason=reason, source=source, page=page)
 
 
 @router.get("/static/attention_maps.js")
 def get_attention_script() -> Response:
-    """Returns the script of the report that shows attention maps."""
+    """Returns the script that shows attention maps. The HTML report contains the same script."""
     script = files("captionlib.evaluation") / "templates" / "attention_maps.js"
     return Response(script.read_bytes(), media_type="text/javascript")
 
@@ -278,7 +280,7 @@ class _Facet:
     """A choice among the values of a facet.
 
     Attributes:
-        name: name of the parameter in the address.
+        name: name of the parameter in the URL.
         label: name of the facet.
         unset: label of the choice that does not restrict the search.
         selected: the chosen value; empty if there is none.
@@ -299,7 +301,7 @@ def _list_facets(service: SearchService, search: Search, counts: FacetsResponse 
     facets = [
         _Facet("split", "Split", "All splits", search.split or "", _list_values(counts.splits)),
         _Facet("source", "Source", "All sources", search.source or "", _list_values(counts.sources)),
-        _Facet("date", "Date of the file", "Any date", search.date or "", _list_dates(counts.dates)),
+        _Facet("date", "File modified", "Any date", search.date or "", _list_dates(counts.dates)),
     ]
     shown = [facet for facet in facets if facet.selected or len(facet.options) > 1]
     if service.count_duplicates():
@@ -313,7 +315,7 @@ def _list_values(counts: Mapping[str, int]) -> list[tuple[str, str, int]]:
 
 
 def _list_dates(months: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    """Returns the months, latest first, or the years if there are many months."""
+    """Returns the months, latest first, or the years if there are many months or if only the year is known."""
     years = Counter[str]()
     for month, count in months.items():
         years[month[:4]] += count

@@ -40,7 +40,7 @@ def render_problem(problem: Problem) -> JSONResponse:
 
 
 def describe_problems(*status_codes: int) -> dict[int | str, dict[str, Any]]:
-    """Returns the error responses of a route, for FastAPI."""
+    """Returns descriptions of the error responses of a route, as FastAPI expects them."""
     return {code: {"model": Problem, "description": _DESCRIPTIONS[code]} for code in status_codes}
 
 

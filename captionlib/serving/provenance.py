@@ -11,14 +11,17 @@ from captionlib.serving.responses import Attention
 
 __all__ = ["describe_provenance", "make_attention"]
 
-_SHOWN_CHARACTERS = 12  # of a fingerprint
+_SHOWN_CHARACTERS = 12  # of the hash that identifies a model
 
 
 def describe_provenance(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns names and values that describe the configuration of a captions dataset. Paths are left out."""
+    """Returns the models and settings in the configuration of a captions dataset, without paths.
+
+    The ranker is the image-text retrieval model that scored the captions.
+    """
     encoder, decoding = config.get("encoder", {}), config.get("decoding", {})
     model = str(encoder.get("model", "")).rstrip("/").rpartition("/")[2]  # the path of a model is private
-    node = encoder.get("node")
+    node = encoder.get("node")  # the layer of the network whose output is used
     strategy = decoding.get("strategy")
     width = f", width {decoding['beam_width']}" if strategy == "beam" and "beam_width" in decoding else ""
     rerank = decoding.get("rerank", {}).get("method", "none")

@@ -24,6 +24,8 @@ __all__ = [
     "SearchResult",
 ]
 
+# `text` searches for words in captions, `sentence` for images whose embedding is similar to that of the query, and
+# `hybrid` combines both.
 SearchMode = Literal["text", "sentence", "hybrid"]
 
 
@@ -54,15 +56,19 @@ class SearchResult(CaptionCandidate):
 class FacetsResponse(BaseModel):
     """Numbers of images by the values of each facet.
 
-    Each facet counts the images that match all filters except for its own, so the numbers show what another value of
-    that facet would find. With mode=text, only matches of the query are counted.
+    The counts of a facet ignore the filter on that facet, so they show what its other values would match. With
+    mode=text, only matches of the query are counted.
     """
 
     splits: dict[str, int] = Field(description="Number of images by split.")
-    sources: dict[str, int] = Field(description="Number of images by source, the captions dataset.")
-    dates: dict[str, int] = Field(description="Number of images by the month of the file; unknown dates are left out.")
-    kept: int = Field(description="Number of images that are not duplicates of a kept image.")
-    duplicates: int = Field(description="Number of images that are duplicates of a kept image.")
+    sources: dict[str, int] = Field(
+        description="Number of images by the name of the captions dataset that contains them."
+    )
+    dates: dict[str, int] = Field(
+        description="Number of images by the month in which the file was last modified, if it is known."
+    )
+    kept: int = Field(description="Number of images that are not marked as duplicates.")
+    duplicates: int = Field(description="Number of images that are marked as duplicates of another image.")
 
 
 class SearchResponse(BaseModel):
@@ -73,13 +79,13 @@ class SearchResponse(BaseModel):
     total: int | None = Field(description="Number of matching captions; null if the mode ranks all images.")
     next_cursor: str | None = Field(description="The parameter `cursor` for the next page; null on the last page.")
     message: str | None = Field(description="Reason why the query cannot be executed; null otherwise.")
-    suggestion: str | None = Field(description="A query with similar words that finds images, if this one finds none.")
+    suggestion: str | None = Field(description="A query with corrected words, if this query finds no image.")
     facets: FacetsResponse | None = Field(description="Numbers of images; null if the query cannot be executed.")
     results: list[SearchResult]
 
 
 class Attention(BaseModel):
-    """The attention maps of a caption: where the captioner looked for each of its words."""
+    """The attention maps of a caption: the attention weights of each word over the image."""
 
     maps: list[str] = Field(
         description="A map for each word and the end of the caption: base64 of one byte per position, row by row, "
@@ -98,10 +104,10 @@ class ImageResponse(CaptionCandidate):
     width: int | None = Field(description="Width of the image in pixels; null if unknown.")
     height: int | None = Field(description="Height of the image in pixels; null if unknown.")
     modified: datetime | None = Field(description="When the file was last modified, in UTC; null if unknown.")
-    version: str | None = Field(description="Version of the file in its source; null if unknown.")
-    duplicate_of: str | None = Field(description="Id of the kept image that this image duplicates; null if none.")
+    version: str | None = Field(description="String that changes when the file does; null if unknown.")
+    duplicate_of: str | None = Field(description="Id of the image that this image duplicates; null if none.")
     source: str = Field(description="Name of the captions dataset that contains the image.")
-    provenance: dict[str, str] = Field(description="Models and settings that the caption comes from.")
+    provenance: dict[str, str] = Field(description="Models and settings that generated the caption.")
     references: list[str] | None = Field(description="Captions written by people; null if they are not known.")
     attention: Attention | None = Field(description="Attention maps of the caption; null if there are none.")
     thumbnail_url: str = Field(description="URL of a small JPEG of the image.")
@@ -123,8 +129,8 @@ class FailuresResponse(BaseModel):
     """A page of the images without a caption."""
 
     total: int = Field(description="Number of images with the requested reason and source.")
-    reasons: dict[str, int] = Field(description="Number of all images without a caption by reason.")
-    sources: dict[str, int] = Field(description="Number of all images without a caption by source.")
+    reasons: dict[str, int] = Field(description="Numbers of all images without a caption, by reason.")
+    sources: dict[str, int] = Field(description="Numbers of all images without a caption, by source.")
     next_cursor: str | None = Field(description="The parameter `cursor` for the next page; null on the last page.")
     images: list[FailedImage]
 

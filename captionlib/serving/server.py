@@ -33,7 +33,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def configure_server(app: Any, **options: Any) -> "uvicorn.Config":
-    """Configures uvicorn with limits on connections and without its log. `app` is an ASGI application or its name."""
+    """Configures uvicorn with connection limits and no log. `app` is an ASGI application or its import path."""
     import uvicorn
 
     from captionlib.serving.connections import LimitedConnection

@@ -16,7 +16,7 @@ import pyarrow as pa
 from captionlib.errors import QueryError
 from captionlib.search.filters import Filter
 from captionlib.search.index import Index
-from captionlib.search.rows import COLUMNS, ROW_SCHEMA
+from captionlib.search.rows import RESULT_COLUMNS, ROW_SCHEMA
 from captionlib.search.text_index import Sort
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.monitoring import MODEL_SECONDS
@@ -52,7 +52,7 @@ MAX_QUERY_CHARACTERS = 500
 MAX_RESULTS = 100
 MAX_OFFSET = 10_000
 
-_RESULT_COLUMNS = ("image_id", "caption", "log_prob", "image_text_score", "split", "width", "height", "score")
+_RESPONSE_COLUMNS = ("image_id", "caption", "log_prob", "image_text_score", "split", "width", "height", "score")
 _SIMILAR_IMAGES = 24
 _SIMILAR_SENTENCES = 10
 _REFRESH_SECONDS = 1.0
@@ -67,7 +67,7 @@ class Search:
     """What a visitor searches for.
 
     Attributes:
-        query: words, or a description.
+        query: words, or a description of the images.
         mode: what the query is compared with: words of captions (`text`), images (`sentence`), or both (`hybrid`).
         split: dataset split of the images; None for all splits.
         min_log_prob: minimum log-probability of a caption.
@@ -94,16 +94,17 @@ class Search:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to search for, although there may be a filter."""
+        """Whether the search has no query and no image. It may have a filter."""
         return not self.query.strip() and self.like is None
 
 
 class SearchService:
     """Searches an index by text and, with models, by image. Exiting the context closes the models.
 
-    This class is thread-safe. In the context, the service switches to a new version of the index within seconds after
-    its publication. If `models` is None, searching by image is disabled. Uploaded images are compared with `sentences`,
-    or with the captions of similar images if there are no sentences.
+    The models are a captioner, a ranker (dual encoder for image-text retrieval), or both. This class is thread-safe. In
+    the context, the service switches to a new version of the index within seconds after its publication. If `models` is
+    None, searching by image is disabled. Uploaded images are compared with `sentences`, or with the captions of similar
+    images if there are no sentences.
     """
 
     def __init__(
@@ -217,7 +218,7 @@ class SearchService:
         return _to_results(self.index.sample(limit, where))
 
     def count_duplicates(self) -> int:
-        """Returns the number of images in the index that are marked as duplicates of a kept image."""
+        """Returns the number of images in the index that are marked as duplicates of another image."""
         return self.index.count_facets().duplicates
 
     def find_failures(self, reason: str | None, source: str | None, cursor: str | None, limit: int) -> FailuresResponse:
@@ -274,7 +275,7 @@ class SearchService:
         for image_id in dict.fromkeys(image_ids):
             with suppress(QueryError):
                 rows.append(self.index.get_image(image_id))
-        return pa.Table.from_pylist(rows, ROW_SCHEMA).select(COLUMNS)
+        return pa.Table.from_pylist(rows, ROW_SCHEMA).select(RESULT_COLUMNS)
 
     def get_image_uri(self, image_id: str) -> str:
         """Returns the URI of an image, which must not be shown to visitors; see `Index.get_image`."""
@@ -335,7 +336,7 @@ class SearchService:
 def make_cursor(offset: int, search: object) -> str:
     """Returns the cursor that continues a search, or another list, at an offset.
 
-    The cursor contains a checksum of `search`, so a different search rejects it.
+    The cursor contains a checksum of `search`, so it is rejected for a different search.
     """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
@@ -362,7 +363,7 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
     """Converts rows of the index, omitting the URIs of the images."""
     return [
         SearchResult(
-            **{name: row[name] for name in _RESULT_COLUMNS},
+            **{name: row[name] for name in _RESPONSE_COLUMNS},
             word_probability=_compute_word_probability(row["log_prob"], row["tokens"]),
             thumbnail_url=_thumbnail_url(row["image_id"], "small"),
         )
@@ -373,8 +374,9 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
     """Converts the candidate captions of a row.
 
-    The index stores the number of tokens only for the best candidate. If it is the number of words plus an end token,
-    tokens are words, so the words of the other candidates are counted. Otherwise, `word_probability` is None.
+    Their `word_probability` requires the number of tokens, which the index stores only for the best candidate. If that
+    is its number of words plus one, for the end token, each token is a word, so the tokens of every candidate can be
+    counted as words. Otherwise, `word_probability` is None.
     """
     has_words = row["tokens"] == len(row["caption"].split()) + 1
     return [

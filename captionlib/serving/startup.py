@@ -29,7 +29,7 @@ class AppConfig:
         thumbnails: folder for thumbnails.
         ranker: folder of the ranker (dual encoder for image-text retrieval) that computed the embeddings of the index.
         captioner: folder of the captioner for uploaded images.
-        weights: weights file of the encoder, if the models were trained with an encoder from a file.
+        weights: weights file of the image encoder, if the models were trained with an encoder from a file.
         sentences: text file of sentences to compare uploaded images with, one per line.
         generation: how uploaded images are captioned: keys of the configuration of `captionlib generate-captions`, such
             as `decoding`.

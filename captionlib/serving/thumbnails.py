@@ -35,12 +35,12 @@ _PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {
     "small": SizeLimit(400),
     "large": SizeLimit(1280),
 }
-_FAILURE_SECONDS = 30.0
-_MAX_FAILURES = 10_000
-_PRUNE_EVERY = 200
-_BATCH = 200  # thumbnails that wait in the queue of the thread pool
+_FAILURE_CACHE_SECONDS = 30.0
+_MAX_CACHED_FAILURES = 10_000
+_PRUNE_EVERY = 200  # created thumbnails
+_BATCH = 200  # thumbnails that are submitted to the thread pool at once
 _HOST_DIVISOR = 4  # one host can use a quarter of the threads
-_WAITING_PER_THREAD = 4
+_MAX_WAITING_PER_THREAD = 4
 _MAX_WAIT_SECONDS = 5.0
 
 
@@ -55,12 +55,12 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names, so a server never shows thumbnails of images from private hosts that it must not fetch.
+        # Part of file names, so a server without `allow_private_hosts` does not show thumbnails of one with it.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches
         per_host = max(1, threads // _HOST_DIVISOR)
-        waiting = _WAITING_PER_THREAD * threads
+        waiting = _MAX_WAITING_PER_THREAD * threads
         self._threads = FairThreadPool("thumbnails", threads, per_host, waiting, _MAX_WAIT_SECONDS)
         self._resources.callback(self._threads.close)
         fetching = FetchConfig(
@@ -73,7 +73,7 @@ class Thumbnails:
             for size, preprocessing in _PREPROCESSING.items()
         }
         self._in_progress: dict[Path, asyncio.Task[bytes]] = {}
-        self._failures: TTLCache[Path, ImageError] = TTLCache(_MAX_FAILURES, _FAILURE_SECONDS, monotonic)
+        self._failures: TTLCache[Path, ImageError] = TTLCache(_MAX_CACHED_FAILURES, _FAILURE_CACHE_SECONDS, monotonic)
         self._created_count = 0
 
     def __enter__(self) -> "Thumbnails":

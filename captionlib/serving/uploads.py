@@ -1,4 +1,4 @@
-"""Processes uploaded images in threads, one client after another."""
+"""Processes uploaded images in threads that clients share fairly."""
 
 import asyncio
 from collections.abc import Callable

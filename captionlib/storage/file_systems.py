@@ -1,9 +1,9 @@
 """Opens the file system of an address (a local path or a URL) and rejects unsafe addresses.
 
-fsspec chains file systems with `::` (`zip://a.jpg::https://host/a.zip`), and some file systems interpret the files that
-they read: a `reference://` file lists further addresses to open. Untrusted addresses could make fsspec open arbitrary
-files or run code. In captionlib, an address refers to a single file system that returns the stored bytes. No other
-module passes an address to `fsspec.open` or `fsspec.core.url_to_fs`.
+Untrusted addresses could make fsspec open arbitrary files or run code. fsspec chains file systems with `::`
+(`zip://a.jpg::https://host/a.zip`). Some file systems interpret the files that they read: a `reference://` file lists
+further addresses to open. In captionlib, an address refers to a single file system that returns the stored bytes. No
+other module passes an address to `fsspec.open` or `fsspec.core.url_to_fs`.
 """
 
 import os
@@ -43,8 +43,7 @@ _DATA_URI = re.compile(r"data:[a-z0-9/+.;=-]*,", re.IGNORECASE)
 def split_protocol(address: str) -> tuple[str, str]:
     """Returns the protocol of an address in lower case, and the address with its protocol in lower case.
 
-    The protocol of a local path is an empty string. An address with `::` is also a local path if the text before the
-    first `::` is not a known protocol.
+    The protocol of a local path is an empty string. `NAME::REST` is also a local path, unless NAME is a known protocol.
     """
     if _DATA_URI.match(address):
         return "data", address
@@ -120,9 +119,9 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
         )
     try:
         file_system = get_filesystem_class(protocol or "file")
-        implied = file_system._get_kwargs_from_urls(url) if protocol else {}
+        url_options = file_system._get_kwargs_from_urls(url) if protocol else {}
         path = strip_local_protocol(url) if file_system is LocalFileSystem else file_system._strip_protocol(url)
-        return fsspec.filesystem(protocol or "file", **{**implied, **options}), path
+        return fsspec.filesystem(protocol or "file", **{**url_options, **options}), path
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{given} cannot be opened: {error}") from error
 

@@ -116,8 +116,8 @@ class Folder:
 
         return call_with_retries(self.path(name), check)
 
-    def fetch_state(self, name: str) -> str:
-        """Returns a string that changes whenever a file is replaced, without reading the file.
+    def fetch_version(self, name: str) -> str:
+        """Returns a string that changes whenever the file is replaced. Does not read the file.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -289,11 +289,11 @@ class Folder:
 
         call_with_retries(self.path(name), remove)
 
-    def remove_equal_file(self, name: str, content: bytes) -> None:
+    def remove_if_equal(self, name: str, content: bytes) -> None:
         """Removes a file if its content equals `content`.
 
-        On a local file system, several processes can call this at once. They take turns, and each one compares the
-        content again in its turn, so none removes a file that another process has just created.
+        On a local file system, several processes can call this at once. Each one locks the file before it compares the
+        content, so none removes a file that another process has just created.
         """
         if not self.is_local:
             with suppress(FileNotFoundError):
@@ -342,7 +342,7 @@ def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def convert_full_disk_errors(address: str) -> Iterator[None]:
-    """Converts OSErrors of the block whose cause is a full or read-only disk to StorageErrors that name `address`."""
+    """Converts OSErrors about a full or read-only disk to StorageErrors. Their messages contain `address`."""
     try:
         yield
     except OSError as error:
@@ -426,8 +426,8 @@ def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
 def _create_partial_file(destination: Path) -> Iterator[Path]:
     """Yields the path of a file beside `destination`, and removes the file when the block ends.
 
-    If a killed process left such a file, it is used again, so that killed processes do not leave several. If another
-    process is writing one, the file gets a unique name.
+    Its name is `NAME.partial`, so that a file left by a killed process is overwritten. While another process writes
+    this file, a unique name is used instead.
     """
     with ExitStack() as stack:
         for suffix in (".partial", f".{uuid.uuid4().hex}.partial"):
@@ -435,7 +435,7 @@ def _create_partial_file(destination: Path) -> Iterator[Path]:
             file = stack.enter_context(path.open("ab"))
             with suppress(OSError):  # another process has the lock, or the file system has no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # not published by another process
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # not just moved by another process
                     break
         try:
             yield path

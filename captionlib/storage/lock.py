@@ -1,7 +1,7 @@
 """Locks a folder on any file system, so that only one process at a time changes it.
 
-The lock is a file. The process that holds the lock rewrites the file every 20 seconds. A lock is stale if its file has
-not been rewritten for two minutes, or if its process ran on this machine and no longer holds it. Any process can take
+The lock is a file, which its owner (the process that holds the lock) rewrites every 20 seconds. The lock is stale if
+the file has not been rewritten for two minutes, or if the owner ran on this machine and has ended. Any process can take
 over a stale lock.
 """
 
@@ -33,16 +33,16 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
 
     Args:
         folder: folder to lock.
-        command: the name of this command, for the error messages of other processes that need the folder.
+        command: name of this command, shown in the error messages of other processes that need the folder.
 
     Raises:
         LockError: another process holds the lock.
     """
     lock_id = uuid.uuid4().hex
-    holder = {"owner": lock_id, "command": command, "host": socket.gethostname(), "process": os.getpid()}
+    owner = {"lock_id": lock_id, "command": command, "host": socket.gethostname(), "process": os.getpid()}
     _HELD_LOCKS.add(lock_id)
     try:
-        _acquire(folder, holder)
+        _acquire(folder, owner)
     except BaseException:
         _HELD_LOCKS.discard(lock_id)
         raise
@@ -51,8 +51,8 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
     def renew() -> None:
         while not stop.wait(_RENEW_SECONDS):
             with suppress(StorageError):  # the next attempt may succeed before the lock is stale
-                if _decode(_read(folder)).get("owner") == lock_id:
-                    folder.write(LOCK_FILE, _encode(holder))
+                if _decode(_read(folder)).get("lock_id") == lock_id:
+                    folder.write(LOCK_FILE, _encode(owner))
 
     thread = threading.Thread(target=renew, name="lock", daemon=True)
     thread.start()
@@ -62,28 +62,28 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
         stop.set()
         thread.join()
         _HELD_LOCKS.discard(lock_id)
-        if _decode(_read(folder)).get("owner") == lock_id:
+        if _decode(_read(folder)).get("lock_id") == lock_id:
             folder.remove_file(LOCK_FILE)
 
 
-def _acquire(folder: Folder, holder: Mapping[str, Any]) -> None:
+def _acquire(folder: Folder, owner: Mapping[str, Any]) -> None:
     while (content := _read(folder)) is not None:
         current = _decode(content)
         if not _is_stale(current):
             raise _locked_error(folder, current)
-        folder.remove_equal_file(LOCK_FILE, content)  # does nothing if another process has replaced the file
-    created = folder.create(LOCK_FILE, _encode(holder))
+        folder.remove_if_equal(LOCK_FILE, content)  # does nothing if another process has replaced the file
+    created = folder.create(LOCK_FILE, _encode(owner))
     winner = _decode(_read(folder))
-    if not created or winner.get("owner") != holder["owner"]:  # on some object stores, the last writer wins
+    if not created or winner.get("lock_id") != owner["lock_id"]:  # on some object stores, the last writer wins
         raise _locked_error(folder, winner)
 
 
-def _is_stale(holder: Mapping[str, Any]) -> bool:
-    if holder.get("host") == socket.gethostname():
-        process = holder.get("process")
-        if not _is_running(process) or (process == os.getpid() and holder.get("owner") not in _HELD_LOCKS):
+def _is_stale(owner: Mapping[str, Any]) -> bool:
+    if owner.get("host") == socket.gethostname():
+        process = owner.get("process")
+        if not _is_running(process) or (process == os.getpid() and owner.get("lock_id") not in _HELD_LOCKS):
             return True
-    renewed = holder.get("renewed")
+    renewed = owner.get("renewed")
     return not (isinstance(renewed, int | float) and time.time() - renewed <= _STALE_SECONDS)
 
 
@@ -106,23 +106,23 @@ def _read(folder: Folder) -> bytes | None:
 
 
 def _decode(content: bytes | None) -> dict[str, Any]:
-    """Returns the description of the holder in a lock file; empty if the file is missing or damaged."""
+    """Returns the description of the owner in a lock file; empty if the file is missing or damaged."""
     try:
-        holder = json.loads(content or b"{}")
+        owner = json.loads(content or b"{}")
     except (ValueError, RecursionError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    return owner if isinstance(owner, dict) else {}
 
 
-def _encode(holder: Mapping[str, Any]) -> bytes:
-    return json.dumps({**holder, "renewed": time.time()}).encode()
+def _encode(owner: Mapping[str, Any]) -> bytes:
+    return json.dumps({**owner, "renewed": time.time()}).encode()
 
 
-def _locked_error(folder: Folder, holder: Mapping[str, Any]) -> LockError:
-    if not holder:
+def _locked_error(folder: Folder, owner: Mapping[str, Any]) -> LockError:
+    if not owner:
         return LockError(f"{folder.uri}: another process removed the lock file just now; run the same command again")
     return LockError(
-        f"{folder.uri} is in use by `{holder.get('command')}` (process {holder.get('process')} on "
-        f"{holder.get('host')}); wait until it has finished. A lock whose process has ended is released "
+        f"{folder.uri} is in use by `{owner.get('command')}` (process {owner.get('process')} on "
+        f"{owner.get('host')}); wait until it has finished. A lock whose process has ended is released "
         f"automatically, after at most {_STALE_SECONDS / 60:.0f} minutes"
     )

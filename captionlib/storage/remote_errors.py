@@ -40,7 +40,7 @@ _TEMPORARY_ERRNO = {  # raised by network file systems, and by object store clie
 
 
 def is_temporary_error(error: BaseException) -> bool:
-    """Returns whether the same request may succeed if it is retried later. Fetches raise FetchError after retries."""
+    """Returns whether the same request may succeed later. A FetchError is permanent, because it follows retries."""
     if isinstance(error, FetchError | FileNotFoundError | PermissionError | ssl.SSLCertVerificationError):
         return False
     status = get_http_status(error)
@@ -50,7 +50,7 @@ def is_temporary_error(error: BaseException) -> bool:
 
 
 def get_http_status(error: BaseException) -> int | None:
-    """Returns the HTTP status, 400 or more, that caused an exception of any HTTP client, or None."""
+    """Returns the HTTP error status (400 or more) that caused an exception, or None if the cause is different."""
     for exception in (error, error.__cause__):
         response: Any = getattr(exception, "response", None)
         if isinstance(response, Mapping):  # botocore
@@ -67,7 +67,7 @@ def get_http_status(error: BaseException) -> int | None:
 
 
 def get_retry_after(error: BaseException) -> float | None:
-    """Returns the seconds to wait according to the response's header `Retry-After`, or None without this header."""
+    """Returns the wait in seconds from the response's header `Retry-After`, or None if it has no such header."""
     for exception in (error, error.__cause__):
         response: Any = getattr(exception, "response", None)
         if isinstance(response, Mapping):  # botocore

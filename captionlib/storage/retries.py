@@ -1,7 +1,7 @@
 """Retries requests to file systems after temporary errors.
 
-Object store clients give up after a second or two. The retries in this module continue for two minutes, long enough
-for an endpoint to restart or for a bucket to stop throttling (SlowDown) a thousand workers.
+Object store clients give up after a second or two. The retries in this module continue for two minutes, so that an
+endpoint can restart, or a bucket can stop throttling its clients.
 """
 
 import io
@@ -34,8 +34,8 @@ _retrying = Retrying(
 def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
     """Calls `action` and returns its result.
 
-    Retries temporary errors for two minutes, with exponential backoff of up to 15 seconds between attempts. Calling
-    `action` repeatedly must be safe. The error message names `address`, a path or URL.
+    Retries temporary errors for two minutes, with exponential backoff of up to 15 seconds between attempts. `action`
+    must be idempotent. Error messages contain `address`, a path or URL.
 
     Raises:
         FileNotFoundError: the file does not exist.

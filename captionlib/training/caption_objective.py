@@ -49,8 +49,8 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         self._smoothing = label_smoothing
         self._cider = cider
 
-    def batches(self, seed: int, epoch: int, first: int) -> Iterator[CaptionBatch | None]:
-        return self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first)
+    def batches(self, seed: int, epoch: int, first_batch: int) -> Iterator[CaptionBatch | None]:
+        return self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first_batch)
 
     def steps_per_epoch(self) -> int:
         return self._training.count(self._group.world_size)

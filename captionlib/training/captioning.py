@@ -12,7 +12,7 @@ from captionlib.config import configclass, to_dict
 from captionlib.data.batches.augmentation import FeatureMapAugmentation
 from captionlib.data.batches.captions import (
     CaptionBatches,
-    feature_shape,
+    get_feature_shape,
     make_caption_tokenizer,
     read_captions,
     read_references,
@@ -31,7 +31,7 @@ from captionlib.training.caption_objective import CaptioningObjective, CiderVali
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import (
     build_captioner,
-    describe_features,
+    describe_training_data,
     initialize_word_vectors,
     load_initial_captioner,
     require_other_folder,
@@ -71,7 +71,7 @@ class CaptionerTrainingConfig:
             (encoder layers that are fine-tuned with the captioner).
         encoder_top_learning_rate: the base learning rate of the layers of `encoder_top`; 0 freezes them.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
-        word_vectors: a word2vec, GloVe or fastText file of pre-trained vectors that initialize the word embeddings.
+        word_vectors: a word2vec, GloVe or fastText file with vectors that initialize the word embeddings.
         init_from: the checkpoint of a captioner to start from. Its weights, architecture, vocabulary and feature
             statistics are kept, and `level`, `min_count` and `vocabulary_size` have no effect.
         label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.
@@ -176,11 +176,15 @@ def train_captioner(
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
         if progress and group.is_first and "word_vectors" in provenance:
             print(f"word vectors: {provenance['word_vectors']}", file=sys.stderr)
-        resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
+        settings = {
+            "features": dataset.compute_content_checksum(),
+            "world_size": group.world_size,
+            **to_dict(config),
+        }
         if "init_from" in provenance:
-            resolved["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
+            settings["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
         objective = _make_objective(dataset, model.to(process_device), vocabulary, config, provenance)
-        return train(objective, config.training, folder, resolved, progress)
+        return train(objective, config.training, folder, settings, progress)
 
 
 def _initialize(
@@ -188,7 +192,7 @@ def _initialize(
 ) -> tuple[CaptionerNetwork, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
     """Builds or loads a captioner. Also returns its vocabulary, configuration and provenance (its training data)."""
     provenance: dict[str, Any] = {
-        **describe_features(dataset, config.train_splits, config.validation_splits),
+        **describe_training_data(dataset, config.train_splits, config.validation_splits),
         "objective": config.objective,
     }
     if config.init_from is not None:
@@ -250,14 +254,14 @@ def _make_batches(
     encode: Callable[[str], list[int]],
 ) -> tuple[CaptionBatches, CaptionBatches]:
     augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)
-    if augmentation and len(feature_shape(dataset)) == 1:
+    if augmentation and len(get_feature_shape(dataset)) == 1:
         raise DatasetError(
             f"{dataset.folder.uri}: random_crop and horizontal_flip need feature maps [positions, channels], got "
             "one vector per image; extract with pooling none at a node with spatial output, such as features.29 of "
             "vgg16, or leave both out"
         )
     buffer_bytes = config.shuffle_buffer_megabytes << 20
-    pooled = model.annotator is None and model.encoder_top is None
+    pooled = model.attention_module is None and model.encoder_top is None
     return (
         CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled, augmentation),
         CaptionBatches(dataset, config.validation_splits, encode, _VALIDATION_IMAGES, buffer_bytes, pooled),

@@ -131,7 +131,7 @@ def finetune_captioner(
         group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
-        resolved = {
+        settings = {
             "manifest": dataset.compute_content_checksum(),
             "world_size": group.world_size,
             "init_from_fingerprint": initial.fingerprint,
@@ -150,7 +150,7 @@ def finetune_captioner(
         with open_loader(config.loading, encoder.preprocessing) as load:
             objective = _make_objective(config, initial, encoder, provenance, training, validation, load, skipped)
             try:
-                return train(objective, config.training, folder, resolved, progress)
+                return train(objective, config.training, folder, settings, progress)
             finally:
                 skipped.write()
                 if len(skipped):

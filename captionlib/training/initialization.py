@@ -8,7 +8,13 @@ import numpy.typing as npt
 import torch
 
 from captionlib.config import describe_differences, to_dict
-from captionlib.data.batches.captions import describe_data, feature_shape, mean_and_std, pool_map, sample_features
+from captionlib.data.batches.captions import (
+    average_positions,
+    compute_mean_and_std,
+    count_training_data,
+    get_feature_shape,
+    sample_features,
+)
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.data.text.word_vectors import read_word_vectors
@@ -21,7 +27,7 @@ from captionlib.storage.folders import Folder
 
 __all__ = [
     "build_captioner",
-    "describe_features",
+    "describe_training_data",
     "initialize_word_vectors",
     "load_initial_captioner",
     "require_other_folder",
@@ -50,7 +56,7 @@ def build_captioner(
         ConfigError: `encoder_top` does not come after the node that the features were extracted at, or its weights are
             missing.
     """
-    shape = feature_shape(dataset)
+    shape = get_feature_shape(dataset)
     if config.attention_size and len(shape) == 1:
         raise DatasetError(
             f"{dataset.folder.uri}: attention needs feature maps [positions, channels], got one vector per image; "
@@ -69,13 +75,13 @@ def build_captioner(
     return model
 
 
-def describe_features(
+def describe_training_data(
     dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
 ) -> dict[str, Any]:
     """Returns the provenance (record of the training data) of a model that is trained on a features dataset."""
     provenance = {
         "features": dataset.compute_content_checksum(),
-        "data": describe_data(dataset, train_splits, validation_splits),
+        "data": count_training_data(dataset, train_splits, validation_splits),
     }
     return {**provenance, ENCODER_ADDRESS: dataset.encoder_weights} if dataset.encoder_weights else provenance
 
@@ -94,17 +100,17 @@ def _set_feature_statistics(model: CaptionerNetwork, dataset: ShardedDataset, sp
         return features.numpy()
 
     def compute_vectors(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
-        return model.power_normalize(torch.from_numpy(pool_map(compute_features(rows)))).numpy()
+        return model.power_normalize(torch.from_numpy(average_positions(compute_features(rows)))).numpy()
 
-    if model.annotator is not None:
+    if model.attention_module is not None:
         sample = torch.from_numpy(compute_features(sample_features(dataset, splits, _MAP_IMAGES)))
         annotation_vectors = model.power_normalize(sample).view(-1, model.feature_size)
-        model.annotator.standardization.set_statistics(annotation_vectors.mean(0), annotation_vectors.std(0))
+        model.attention_module.standardization.set_statistics(annotation_vectors.mean(0), annotation_vectors.std(0))
     if model.config.principal_components:
         vectors = compute_vectors(sample_features(dataset, splits, _COMPONENT_IMAGES))
         model.set_principal_components(torch.from_numpy(vectors))
     elif model.config.standardize_features:
-        statistics = mean_and_std(dataset, splits, compute_vectors)
+        statistics = compute_mean_and_std(dataset, splits, compute_vectors)
         model.standardization.set_statistics(*map(torch.from_numpy, statistics))
 
 
@@ -144,7 +150,7 @@ def initialize_word_vectors(model: CaptionerNetwork, vocabulary: Vocabulary, uri
     """Initializes word embeddings from a word2vec, GloVe or fastText file. The embeddings of other words stay random.
 
     Returns:
-        The file, the numbers of words that it contains and lacks, and the most frequent missing words, up to five.
+        `file`, the numbers of `found` and `missing` words, and `examples`: the five most frequent missing words.
 
     Raises:
         ConfigError: the file is unreadable, or its vectors do not have the size of the model's embeddings.

@@ -72,8 +72,8 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork])
         self._training = training
         self._validation = validation
 
-    def batches(self, seed: int, epoch: int, first: int) -> Iterator[npt.NDArray[np.int64]]:
-        return islice(self._training.shuffled(seed, epoch), first, None)
+    def batches(self, seed: int, epoch: int, first_batch: int) -> Iterator[npt.NDArray[np.int64]]:
+        return islice(self._training.shuffled(seed, epoch), first_batch, None)
 
     def steps_per_epoch(self) -> int:
         return self._training.count()
@@ -123,9 +123,11 @@ def train_language_model(
     folder = Folder(output)
     prepare_run_folder(folder, overwrite)
     model_device = resolve_device(device)
-    vocabulary = Vocabulary.from_captions(corpus.training(), config.min_count, config.level, config.vocabulary_size)
-    training = _make_batches(corpus.training(), vocabulary, config)
-    validation = _make_batches(corpus.validation(), vocabulary, config)
+    vocabulary = Vocabulary.from_captions(
+        corpus.read_training(), config.min_count, config.level, config.vocabulary_size
+    )
+    training = _make_batches(corpus.read_training(), vocabulary, config)
+    validation = _make_batches(corpus.read_validation(), vocabulary, config)
     seed_everything(config.training.seed)
     model = build_language_model(config.model, len(vocabulary))
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))

@@ -34,7 +34,7 @@ from captionlib.training.optimization import (
     schedule_factor,
 )
 from captionlib.training.state import (
-    RESOLVED,
+    SETTINGS_FILE,
     RunState,
     get_rng_states,
     load_state,
@@ -52,7 +52,7 @@ def train(
     objective: Objective[Batch, Model],
     config: TrainingConfig,
     output: Folder,
-    resolved: dict[str, Any],
+    settings: dict[str, Any],
     progress: bool = True,
 ) -> list[dict[str, float]]:
     """Trains a model, or resumes an interrupted run. `output` holds the checkpoint of the best epoch so far.
@@ -63,13 +63,13 @@ def train(
         objective: the model, its training data and its loss.
         config: settings of the optimizer and the loop.
         output: the run's folder.
-        resolved: all settings of the run, with `config` under `training`, and the fingerprints (hashes) of its inputs.
+        settings: all settings of the run, with `config` under `training`, and the fingerprints (hashes) of its inputs.
         progress: show a progress bar.
 
     Returns:
-        The metrics of each epoch: epoch, loss, mean reward if there are rewards, the validation scores, learning rate,
-        seconds of training since the first epoch (`total_seconds`), and the fraction of that time spent waiting for
-        data (`data_wait`).
+        The metrics of each epoch: `epoch`, `loss`, the mean `reward` if there are rewards, the validation scores,
+        `learning_rate`, `total_seconds` of training since the first epoch, and `data_wait`, the fraction of this time
+        that was spent waiting for data.
 
     Raises:
         DatasetError: the folder holds a run with a different configuration, or its checkpoint has been removed.
@@ -77,7 +77,7 @@ def train(
             model. The checkpoint of the best epoch is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM stopped the run; its state is saved.
     """
-    run = _Run(objective, config, output, resolved)
+    run = _Run(objective, config, output, settings)
     run.resume()
     progress = progress and run.group.is_first
     with catch_stop_signals(abort_on_repeat=run.group.world_size == 1) as is_stop_requested:
@@ -95,7 +95,7 @@ class _Run(Generic[Batch, Model]):
     """A call of `train`: the state of the run, and its steps."""
 
     def __init__(
-        self, objective: Objective[Batch, Model], config: TrainingConfig, output: Folder, resolved: dict[str, Any]
+        self, objective: Objective[Batch, Model], config: TrainingConfig, output: Folder, settings: dict[str, Any]
     ) -> None:
         model = objective.model
         self.state = RunState()
@@ -103,7 +103,7 @@ class _Run(Generic[Batch, Model]):
         self._objective = objective
         self._config = config
         self._output = output
-        self._resolved = resolved
+        self._settings = settings
         self.group.broadcast(model.state_dict().values())
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
@@ -117,7 +117,7 @@ class _Run(Generic[Batch, Model]):
 
     def resume(self) -> None:
         """Restores the last saved state, if there is one, and writes the settings of the run."""
-        saved = self.group.run_on_process_0(lambda: load_state(self._output, self._resolved))
+        saved = self.group.run_on_process_0(lambda: load_state(self._output, self._settings))
         if saved is not None:
             self.state, state_dicts = saved
             self._objective.model.load_state_dict(state_dicts["model"])
@@ -128,7 +128,7 @@ class _Run(Generic[Batch, Model]):
             set_rng_states(state_dicts["rng_states"][self.group.rank], self._device)
             self.require_checkpoint()
         if self.group.is_first:
-            self._output.write(RESOLVED, to_json(self._resolved))
+            self._output.write(SETTINGS_FILE, to_json(self._settings))
 
     def is_finished(self) -> bool:
         state, patience = self.state, self._config.patience
@@ -139,8 +139,8 @@ class _Run(Generic[Batch, Model]):
         """Checks that the validation perplexity is below that of the unigram model (word frequencies alone).
 
         Raises:
-            TrainingDiverged: the last `unigram_patience` epochs all failed this check. If the run ends after fewer
-                epochs, and all of them failed it, a warning is printed instead.
+            TrainingDiverged: the last `unigram_patience` epochs all failed this check. If the run has fewer epochs, a
+                warning is printed instead.
         """
         bound, patience = self._objective.unigram_perplexity, self._config.unigram_patience
         if bound is None or patience is None:
@@ -189,7 +189,7 @@ class _Run(Generic[Batch, Model]):
                 "average": None if self._average is None else self._average.state_dict(),
                 "rng_states": rng_states,
             }
-            save_state(self._output, self._resolved, self.state, state_dicts)
+            save_state(self._output, self._settings, self.state, state_dicts)
 
     def train_epoch(self, is_stop_requested: Callable[[], bool], progress: bool) -> None:
         state, config = self.state, self._config
@@ -290,7 +290,7 @@ class _Run(Generic[Batch, Model]):
         state.complete_epoch()
         if self.group.is_first:
             if is_best:
-                objective.save(self._output, {"history": state.history, "resolved": self._resolved})
+                objective.save(self._output, {"history": state.history, "resolved": self._settings})
             log_epoch(self._output, state.history)
 
 

@@ -67,8 +67,8 @@ class Objective(ABC, Generic[Batch, Model]):
         self._device = next(model.parameters()).device
 
     @abstractmethod
-    def batches(self, seed: int, epoch: int, first: int) -> Iterator[Batch | None]:
-        """Yields the batches of an epoch from index `first` on, in an order determined by `seed` and `epoch`.
+    def batches(self, seed: int, epoch: int, first_batch: int) -> Iterator[Batch | None]:
+        """Yields the batches of an epoch from `first_batch` on, in an order determined by `seed` and `epoch`.
 
         In data-parallel training, each process yields its part of every batch, or None if its part is empty.
         """
@@ -95,4 +95,4 @@ def compute_perplexity(log_probs: Iterable[Tensor]) -> float:
     total, tokens = 0.0, 0
     for batch in log_probs:
         total, tokens = total - batch.sum().item(), tokens + len(batch)
-    return float(torch.tensor(total / max(tokens, 1)).exp())  # infinite, where math.exp raises OverflowError
+    return float(torch.tensor(total / max(tokens, 1)).exp())  # math.exp would raise OverflowError

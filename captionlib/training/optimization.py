@@ -35,18 +35,15 @@ class TrainingConfig:
         optimizer: `rmsprop` (with the bias correction of Adam), `adam` or `adamw`.
         learning_rate: the base learning rate, which the schedule scales.
         weight_decay: the weight decay of `adamw`.
-        schedule: `constant`; `step`, which multiplies the learning rate by `step_factor` every `step_epochs` epochs; or
-            `cosine`, which decays it to a hundredth over all epochs.
-        step_epochs: see `schedule`.
-        step_factor: see `schedule`.
+        schedule: `constant`, or `cosine`, which lowers the learning rate to a hundredth over all epochs.
         warmup_steps: the number of steps over which the learning rate rises linearly from zero.
         clip_value: clip each element of the gradient to this magnitude. If None, elements are not clipped.
         clip_norm: clip the norm of the gradient to this value. If None, the norm is not clipped.
         ema_decay: validate and save an exponential moving average of the weights with this decay, such as 0.999. If
             None, the weights themselves are used.
         precision: if `bfloat16`, the loss is computed under autocast. Weights and validation stay in float32.
-        unigram_patience: stop with an error after this many consecutive epochs whose validation perplexity is above
-            that of the unigram model, which uses only word frequencies. If None, such epochs are allowed.
+        unigram_patience: stop with an error after this many consecutive epochs with a validation perplexity above that
+            of a unigram model (word frequencies alone). If None, such epochs are allowed.
         patience: stop after this many epochs without a better validation score. If None, all epochs are run.
         checkpoint_interval_seconds: the time between saves of the run's state within an epoch.
         seed: the seed for the order of the data, dropout and the initial weights.
@@ -56,9 +53,7 @@ class TrainingConfig:
     optimizer: Literal["rmsprop", "adam", "adamw"] = "rmsprop"
     learning_rate: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.01
-    schedule: Literal["constant", "step", "cosine"] = "constant"
-    step_epochs: PositiveInt = 5
-    step_factor: PositiveFloat = 0.5
+    schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: NonNegativeInt = 0
     clip_value: PositiveFloat | None = 5.0
     clip_norm: PositiveFloat | None = None
@@ -100,12 +95,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, ste
 
 def schedule_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
     """Returns the learning rate after `step` steps of the whole run, as a fraction of the base learning rate."""
-    epochs = step / max(1, steps_per_epoch)
     factor = 1.0
-    if config.schedule == "step":
-        factor = config.step_factor ** int(epochs / config.step_epochs)
-    elif config.schedule == "cosine":
-        cosine = (1 + math.cos(math.pi * min(epochs / config.epochs, 1.0))) / 2
+    if config.schedule == "cosine":
+        cosine = (1 + math.cos(math.pi * min(step / max(1, steps_per_epoch) / config.epochs, 1.0))) / 2
         factor = _COSINE_FLOOR + (1 - _COSINE_FLOOR) * cosine
     return factor * min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else factor
 

@@ -17,9 +17,9 @@ from captionlib.config import configclass, to_dict
 from captionlib.data.batches.captions import (
     CaptionBatch,
     CaptionBatches,
-    feature_shape,
+    compute_mean_and_std,
+    get_feature_shape,
     make_caption_tokenizer,
-    mean_and_std,
     read_captions,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
@@ -32,7 +32,7 @@ from captionlib.models.devices import resolve_device
 from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup, join_process_group
-from captionlib.training.initialization import describe_features
+from captionlib.training.initialization import describe_training_data
 from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
 from captionlib.training.objective import BatchLoss, Objective, SaveModel
 from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
@@ -120,9 +120,9 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
         self._validation = validation
         model.log_temperature.requires_grad_(config.loss == "contrastive")
 
-    def batches(self, seed: int, epoch: int, first: int) -> Iterator[RankingBatch | None]:
-        batches = self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first)
-        for index, batch in enumerate(batches, first):
+    def batches(self, seed: int, epoch: int, first_batch: int) -> Iterator[RankingBatch | None]:
+        batches = self._training.shuffled(seed, epoch, self._group.rank, self._group.world_size, first_batch)
+        for index, batch in enumerate(batches, first_batch):
             if batch is None:
                 yield None
             else:
@@ -221,8 +221,12 @@ def train_ranker(
         group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         objective = _make_objective(dataset, config, process_device)
-        resolved = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
-        return train(objective, config.training, folder, resolved, progress)
+        settings = {
+            "features": dataset.compute_content_checksum(),
+            "world_size": group.world_size,
+            **to_dict(config),
+        }
+        return train(objective, config.training, folder, settings, progress)
 
 
 def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, device: torch.device) -> RankingObjective:
@@ -234,11 +238,9 @@ def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, devic
         dataset, config.validation_splits, vocabulary.encode, _VALIDATION_IMAGES, buffer_bytes, pooled=True
     )
     seed_everything(config.training.seed)
-    model = RankerNetwork(config.ranker, feature_shape(dataset)[-1], len(vocabulary))
-    if config.ranker.standardize_features:
-        model.standardization.set_statistics(*map(torch.from_numpy, mean_and_std(dataset, config.train_splits)))
-
-    provenance = describe_features(dataset, config.train_splits, config.validation_splits)
+    model = RankerNetwork(config.ranker, get_feature_shape(dataset)[-1], len(vocabulary))
+    model.standardization.set_statistics(*map(torch.from_numpy, compute_mean_and_std(dataset, config.train_splits)))
+    provenance = describe_training_data(dataset, config.train_splits, config.validation_splits)
 
     def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:
         encoder, record = dataset.config["encoder"], add_versions_and_time(provenance)

@@ -45,8 +45,8 @@ class SelfCriticalConfig:
 
     Attributes:
         samples: the number of captions to sample per image and step.
-        baseline: what the reward of a sample is compared with: `leave_one_out`, the mean reward of the image's other
-            samples (Luo 2020, arXiv 2003.09971), or `greedy`, the reward of the greedy caption (Rennie et al. 2017).
+        baseline: the reward that a sample's reward is compared with. `leave_one_out` is the mean reward of the image's
+            other samples (Luo 2020, arXiv 2003.09971). `greedy` is that of the greedy caption (Rennie et al. 2017).
         dropout: the dropout probability, which replaces the captioner's own. Samples and gradients use the same masks.
     """
 
@@ -108,8 +108,8 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         self._constraints = Constraints(self._sampling, torch.tensor([UNKNOWN], device=self._device))
         _set_dropout(self.model, config.dropout)
 
-    def batches(self, seed: int, epoch: int, first: int) -> Iterator[SelfCriticalBatch | None]:
-        for batch in self._captioning.batches(seed, epoch, first):
+    def batches(self, seed: int, epoch: int, first_batch: int) -> Iterator[SelfCriticalBatch | None]:
+        for batch in self._captioning.batches(seed, epoch, first_batch):
             yield None if batch is None else SelfCriticalBatch(batch, seed, epoch)
 
     def steps_per_epoch(self) -> int:
@@ -158,10 +158,10 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         """Returns the token ids of the greedy caption of each image."""
         kind = self._device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        incremental = IncrementalCaptioner(self.model, dtype)
+        captioner = IncrementalCaptioner(self.model, dtype)
         with torch.autocast(kind, enabled=False):
-            start: Hypotheses = incremental.begin(incremental.encode_images(torch.from_numpy(batch.features)))
-            candidates = search_beam(incremental, self._greedy, self._constraints, start)
+            start: Hypotheses = captioner.begin(captioner.encode_images(torch.from_numpy(batch.features)))
+            candidates = search_beam(captioner, self._greedy, self._constraints, start)
         return [[*best.token_ids, END][: best.token_count] for (best,) in candidates]
 
     def _compute_rewards(self, batch: CaptionBatch, sampled: list[list[int]]) -> tuple[Rewards, Rewards]:

@@ -15,11 +15,19 @@ from captionlib.models.checkpoints.folder import CHECKPOINT_FILES
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 from captionlib.training.metrics_log import CURVES, METRICS, TENSORBOARD
 
-__all__ = ["RESOLVED", "RunState", "get_rng_states", "load_state", "prepare_run_folder", "save_state", "set_rng_states"]
+__all__ = [
+    "SETTINGS_FILE",
+    "RunState",
+    "get_rng_states",
+    "load_state",
+    "prepare_run_folder",
+    "save_state",
+    "set_rng_states",
+]
 
 STATE = "_training/state.pt"
-RESOLVED = "resolved.json"
-_RUN_FILES = {"_training", FAILURES_FOLDER, RESOLVED, METRICS, TENSORBOARD, CURVES, *CHECKPOINT_FILES}
+SETTINGS_FILE = "resolved.json"
+_RUN_FILES = {"_training", FAILURES_FOLDER, SETTINGS_FILE, METRICS, TENSORBOARD, CURVES, *CHECKPOINT_FILES}
 _CHANGEABLE = {"loading", "max_failure_ratio"}  # settings that may differ when a run is resumed
 _CHANGEABLE_TRAINING = {"patience", "unigram_patience", "checkpoint_interval_seconds"}
 
@@ -90,13 +98,16 @@ def prepare_run_folder(output: Folder, overwrite: bool) -> None:
             output.remove(name)
 
 
-def save_state(output: Folder, resolved: Mapping[str, Any], state: RunState, state_dicts: Mapping[str, Any]) -> None:
-    """Writes or replaces the state of a run. `state_dicts` holds the states of the model, the optimizer and so on."""
+def save_state(output: Folder, settings: Mapping[str, Any], state: RunState, state_dicts: Mapping[str, Any]) -> None:
+    """Writes or replaces the state of a run.
+
+    `settings` holds all settings of the run. `state_dicts` holds the states of the model, the optimizer and so on.
+    """
     with output.stage(STATE) as path:
-        torch.save({"resolved": resolved, "state": vars(state), **state_dicts}, path)
+        torch.save({"resolved": settings, "state": vars(state), **state_dicts}, path)
 
 
-def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, dict[str, Any]] | None:
+def load_state(output: Folder, settings: Mapping[str, Any]) -> tuple[RunState, dict[str, Any]] | None:
     """Returns the progress and the state dicts that `save_state` wrote, or None if the folder holds no saved state.
 
     Raises:
@@ -105,7 +116,7 @@ def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, d
     if not output.exists(STATE):
         return None
     saved = torch.load(io.BytesIO(output.read(STATE)), map_location="cpu", weights_only=True)
-    if lines := describe_differences(_select_fixed_settings(saved["resolved"]), _select_fixed_settings(resolved)):
+    if lines := describe_differences(_select_fixed_settings(saved["resolved"]), _select_fixed_settings(settings)):
         raise DatasetError(
             f"{output.uri} holds a run with a different configuration ({'; '.join(lines)}); "
             "specify a different folder, or pass --overwrite to replace it"
@@ -113,13 +124,13 @@ def load_state(output: Folder, resolved: Mapping[str, Any]) -> tuple[RunState, d
     return RunState(**saved["state"]), saved
 
 
-def _select_fixed_settings(resolved: Mapping[str, Any]) -> dict[str, Any]:
+def _select_fixed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings that must be the same when a run is resumed."""
     changeable = set(_CHANGEABLE_TRAINING)
-    if resolved["training"]["schedule"] != "cosine":  # the cosine schedule depends on the number of epochs
+    if settings["training"]["schedule"] != "cosine":  # the cosine schedule depends on the number of epochs
         changeable.add("epochs")
-    training = {name: value for name, value in resolved["training"].items() if name not in changeable}
-    return {name: value for name, value in resolved.items() if name not in _CHANGEABLE} | {"training": training}
+    training = {name: value for name, value in settings["training"].items() if name not in changeable}
+    return {name: value for name, value in settings.items() if name not in _CHANGEABLE} | {"training": training}
 
 
 def get_rng_states(device: torch.device) -> dict[str, Tensor]:

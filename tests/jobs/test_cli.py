@@ -233,3 +233,19 @@ def test_any_error_becomes_one_line(
     monkeypatch.setattr(captionlib, "invoke", fail)
     assert call("inspect", "x") == 1
     assert capsys.readouterr() == ("", message)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="on_exit is a function of glibc")
+@pytest.mark.parametrize(("arguments", "code"), [(["--version"], 0), (["no-such-command"], 2)])
+def test_the_process_ends_without_the_exit_handlers_of_c_libraries(arguments: list[str], code: int) -> None:
+    program = f"""
+import ctypes, sys
+from jobs.cli import run_program
+
+libc = ctypes.CDLL(None)
+libc.on_exit(libc.abort, None)  # as the destructor of a running std::thread does
+sys.argv[1:] = {arguments}
+run_program()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == code

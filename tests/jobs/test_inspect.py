@@ -1,4 +1,6 @@
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from captionlib.data.shards.removal import plan_removal
 from captionlib.errors import CheckpointError, DatasetError
 from captionlib.models.checkpoints.folder import write_checkpoint
 from jobs.cli import captionlib
@@ -54,6 +57,23 @@ def test_inspect_prints_json(tmp_path: Path) -> None:
     write(tmp_path)
     report = json.loads(inspect(tmp_path, "--json").output)
     assert (report["kind"], report["shards_done"], report["failures"]["Truncated"]["count"]) == ("manifest", 2, 1)
+
+
+def test_inspect_shows_removed_images(tmp_path: Path) -> None:
+    dataset = write(tmp_path, done=3)
+    dataset.finish(1.0)
+    for reason, image_ids in (("asked\ntwice", ["a", "b"]), ("", ["c"])):
+        plan_removal(dataset, image_ids, reason).run()
+    lines = inspect(tmp_path).output.splitlines()
+    start = lines.index("  removed      3 images, which updates skip; --json lists hashes of their ids")
+    assert sorted(re.sub(r"\d{4}-\d\d-\d\d", "DATE", line) for line in lines[start + 1 : start + 3]) == [
+        "          1 on DATE: no reason given",
+        "          2 on DATE: asked twice",
+    ]
+    removed = json.loads(inspect(tmp_path, "--json").output)["removed"]
+    assert removed[hashlib.sha256(b"a").hexdigest()][0] == "asked\ntwice"
+    (tmp_path / "_removed.json").write_bytes(b"damaged")
+    assert "_removed.json is damaged" in inspect(tmp_path).output
 
 
 def test_inspect_writes_a_page(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_parquet_is_not_printed_on_a_terminal(captions: str, monkeypatch: pytest
 
 
 def test_closed_pipe_ends_the_output_without_an_error(captions: str) -> None:
-    command = [sys.executable, "-m", "jobs.cli", "query", captions, "--format", "csv"]
+    command = [sys.executable, "-m", "captionlib", "query", captions, "--format", "csv"]
     command += ["--sql", "SELECT i, repeat('x', 1000) AS x FROM range(1000000) t(i)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -123,7 +123,7 @@ def test_comparison_of_different_images_is_an_error(tmp_path: Path) -> None:
     write_captions(tmp_path / "captions", CAPTIONS)
     write_captions(tmp_path / "other", {"x": "a bird"})
     with pytest.raises(
-        DatasetError, match=r"got no image in both captions and other, such as '.*' in captions and 'x'"
+        DatasetError, match=r"captions and other have no image in common: .* got for example '.*' in captions and 'x'"
     ):
         report(tmp_path / "captions", "-o", tmp_path / "report", "--compare", tmp_path / "other")
 

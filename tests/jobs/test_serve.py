@@ -53,7 +53,7 @@ def wait_for_end(session: int) -> None:
 def test_index_is_served_on_loopback(tmp_path: Path, workers: int, number: signal.Signals) -> None:
     make_site(tmp_path, 10, with_models=False)
     port = free_port()
-    command = [sys.executable, "-m", "jobs.cli", "serve", str(tmp_path / "index"), "--port", str(port)]
+    command = [sys.executable, "-m", "captionlib", "serve", str(tmp_path / "index"), "--port", str(port)]
     command += ["--workers", str(workers), "--thumbnails", str(tmp_path / "thumbnails")]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True

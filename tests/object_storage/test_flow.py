@@ -121,7 +121,7 @@ def test_killed_update_of_a_bucket_is_completed_by_the_next_reader(store: str, m
 
 def test_endpoint_is_read_from_the_environment(flow: str, store: str) -> None:
     environment = {"FSSPEC_S3_ENDPOINT_URL": store, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    command = [sys.executable, "-m", "jobs.cli", "inspect", f"{BUCKET}/manifest"]
+    command = [sys.executable, "-m", "captionlib", "inspect", f"{BUCKET}/manifest"]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     assert f"{BUCKET}/manifest: manifest, complete" in done.stdout
 

@@ -63,6 +63,38 @@ def test_text_only_index_needs_no_embeddings(root: str) -> None:
     assert open_index(f"{root}/index").search_text("+pizza +train", 5).num_rows > 0
 
 
+def test_unfinished_shards_stay_in_the_index_if_the_order_of_the_datasets_changes(tmp_path: Path) -> None:
+    rows = {"a": make_rows(10), "b": make_rows(10, 10), "c": make_rows(10, 20)}
+    for name in ("a", "b"):
+        write_captions_dataset(str(tmp_path / name), {0: rows[name]}, 1).finish()
+    build_index([tmp_path / "a", tmp_path / "b"], tmp_path / "index", run=NO_PROGRESS)
+    open_dataset(tmp_path / "b").remove_marker(0)
+    # Without c, the call would raise an error, because no shard would be finished.
+    write_captions_dataset(str(tmp_path / "b"), {1: rows["c"]}, 2)
+    _, description = build_index([tmp_path / "b", tmp_path / "a"], tmp_path / "index", run=NO_PROGRESS)
+    assert description.captions_count == 30
+    _, description = build_index([tmp_path / "b"], tmp_path / "index", run=NO_PROGRESS)
+    assert description.captions_count == 20
+    index = open_index(tmp_path / "index")
+    assert [index.get_image(image_id)["caption"] for image_id, _, _ in rows["b"]] == [row[1] for row in rows["b"]]
+
+
+def test_removed_images_are_not_kept_for_an_unfinished_shard(root: str) -> None:
+    captions, embeddings = write_both(root)
+    build_index(captions, f"{root}/index", embeddings=embeddings, run=NO_PROGRESS)
+    for shard in (1, 2):
+        open_dataset(captions).remove_marker(shard)
+
+    def build(*removed_ids: str) -> int:
+        return build_index(captions, f"{root}/index", embeddings=embeddings, removed_ids=removed_ids, run=NO_PROGRESS)[
+            1
+        ].captions_count
+
+    assert build() == build("im0") == 90
+    assert build("broken") == 60, "a failure of shard 1"
+    assert build("im70") == 30
+
+
 def test_second_run_does_nothing(root: str) -> None:
     captions, embeddings = write_both(root)
     for expected in (3, 0):

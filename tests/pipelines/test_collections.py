@@ -1,3 +1,6 @@
+import json
+import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +16,8 @@ from captionlib.search.index import open_index
 from captionlib.storage.folders import Folder
 from captionlib.storage.lock import lock_folder
 from jobs.cli import captionlib
-from tests.pipelines.conftest import write_images
+from tests.jobs.test_serve import free_port
+from tests.pipelines.conftest import COLORS, write_images
 from tests.pipelines.test_embed_images import train_small_ranker
 
 
@@ -56,6 +60,7 @@ def test_first_update_goes_from_images_to_an_index(collection: Path) -> None:
     assert open_dataset(collection / "images" / "embeddings").is_complete()
     status = run("status", collection)
     assert "failed: Truncated 1" in status.output
+    assert "of computing time in all updates" in status.output
     assert "To finish:" not in status.output
 
 
@@ -73,6 +78,26 @@ def test_next_update_follows_the_source(collection: Path, tmp_path: Path) -> Non
     assert index.get_image("teal.png")["uri"].endswith("teal.png")
     with pytest.raises(QueryError, match="white"):
         index.get_image("white.png")
+
+
+def test_source_may_become_empty(collection: Path, tmp_path: Path) -> None:
+    configuration = collection / "collection.yaml"
+    configuration.write_text(f"{configuration.read_text()}duplicates: 0.99\n")
+    update(collection)
+    for path in (tmp_path / "images").iterdir():
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"no images; .* or use --allow-removal to remove all images"):
+        update(collection)
+    assert len(read_captions(collection)) == 8
+    for options in (["--allow-removal"], []):
+        assert "index: 0 captions" in update(collection, *options).output
+    assert find_files_with("red.png", collection / "images") == []
+    assert "To finish:" not in run("status", collection).output
+    assert run("query", collection, "--sentence", "a red field").exit_code == 0
+    shutil.rmtree(collection / "index")
+    assert "index: 0 captions" in update(collection).output
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "images" / "teal.png")
+    assert "index: 1 captions" in update(collection).output
 
 
 def test_update_without_changes_writes_nothing(collection: Path) -> None:
@@ -120,6 +145,89 @@ def test_several_sources_are_indexed_together(tmp_path: Path, trained: Path, ran
     assert find_files_with("two.png", tmp_path / "both") == [], "also in the datasets of the earlier source"
 
 
+@pytest.fixture
+def two_sources(tmp_path: Path, trained: Path) -> Path:
+    """A collection of two sources with four images each, after its first update."""
+    write_images(tmp_path / "written")
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        for color in COLORS[number::2]:
+            (tmp_path / "written" / f"{color}.png").rename(tmp_path / name / f"{color}.png")
+    sources = (f"--source={name}={tmp_path / name}" for name in ("one", "two"))
+    run("init", tmp_path / "both", *sources, "-c", trained)
+    assert update(tmp_path / "both").exit_code == 0
+    return tmp_path / "both"
+
+
+def test_unreadable_source_stays_as_it_is_while_the_others_are_updated(two_sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "one").rename(tmp_path / "unmounted")
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "two" / "teal.png")
+    message = f"^source one was not updated: {tmp_path}/one does not exist"
+    for options in (["--dry-run"], []):
+        with pytest.raises(DatasetError, match=message):
+            update(two_sources, *options)
+    assert open_index(two_sources / "index").description.captions_count == 9
+    assert open_index(two_sources / "index").get_image("teal.png")
+    assert not open_dataset(two_sources / "one" / "captions").compute_totals().failures
+    (tmp_path / "unmounted").rename(tmp_path / "one")
+    result = update(two_sources)
+    assert result.exit_code == 0
+    assert "one/manifest: 0 new, 0 changed, 0 gone, 4 unchanged" in result.output
+
+
+def test_source_whose_images_all_fail_does_not_stop_the_others(two_sources: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "one").iterdir():
+        path.write_bytes(b"not an image")
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "two" / "teal.png")
+    with pytest.raises(DatasetError, match=r"^source one was not updated: .*4 of 4 images \(100.0%\) failed"):
+        update(two_sources)
+    assert open_index(two_sources / "index").get_image("teal.png")
+
+
+def test_image_id_in_two_sources_is_an_error_before_images_are_captioned(two_sources: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "one" / "green.png")
+    message = rf"got 'green.png' for {tmp_path}/one/green.png of source one and {tmp_path}/two/green.png of source two"
+    with pytest.raises(DatasetError, match=f"^the index was not updated: .* {message}"):
+        update(two_sources)
+    assert open_dataset(two_sources / "one" / "captions").compute_totals().rows == 4
+    with pytest.raises(DatasetError, match="index still contains the images, because it cannot be updated: "):
+        open_dataset(two_sources / "one" / "captions").remove_marker(0)
+        run("remove", two_sources, "--id", "red.png", "--thumbnails", tmp_path / "thumbnails")
+    (tmp_path / "one" / "green.png").unlink()
+    with pytest.raises(DatasetError, match=r"^source one was not updated: .* or --allow-removal .* got 'green.png'"):
+        update(two_sources)
+    assert update(two_sources, "--allow-removal").exit_code == 0
+    run("remove", two_sources, "--id", "red.png", "--thumbnails", tmp_path / "thumbnails")
+    assert find_files_with("red.png", two_sources) == []
+
+
+def test_new_source_that_cannot_be_read_is_left_out(two_sources: Path, tmp_path: Path) -> None:
+    path = two_sources / "collection.yaml"
+    new = f"sources:\n- name: new\n  addresses: [{tmp_path}/nowhere]\n"
+    path.write_text(path.read_text().replace("sources:\n", new))
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "two" / "teal.png")
+    with pytest.raises(DatasetError, match=r"^source new was not updated: "):
+        update(two_sources)
+    assert open_index(two_sources / "index").description.captions_count == 9
+
+
+def test_index_waits_for_an_unreadable_source_if_its_duplicates_are_unknown(collection: Path, tmp_path: Path) -> None:
+    path = collection / "collection.yaml"
+    path.write_text(f"{path.read_text()}duplicates: 0.99\n")
+    update(collection)
+    new = f"sources:\n- name: new\n  addresses: [{tmp_path}/new]\n"
+    path.write_text(path.read_text().replace("sources:\n", new))
+    (tmp_path / "new").mkdir()
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "new" / "teal.png")
+    open_dataset(collection / "images" / "embeddings").mark_incomplete()
+    (tmp_path / "images").rename(tmp_path / "unmounted")
+    with pytest.raises(
+        DatasetError, match=r"^source images was not updated: .*; the index was not updated: .*embeddings"
+    ):
+        update(collection)
+    assert open_index(collection / "index").get_image("red.png")
+
+
 def test_configuration_holds_absolute_addresses(tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -161,11 +269,33 @@ def test_status_before_the_first_update(collection: Path) -> None:
     assert "captionlib update" in result.output
 
 
+def test_served_captions_of_uploaded_images_have_the_settings_of_the_collection(
+    collection: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in (["serve", collection], ["query", collection, "--text", "red"]):
+        with pytest.raises(DatasetError, match="has no index yet; run `captionlib update"):
+            run(*arguments)
+    configuration = collection / "collection.yaml"
+    configuration.write_text(f"{configuration.read_text()}generation: {{decoding: {{beam_width: 9}}}}\n")
+    update(collection)
+    monkeypatch.setattr("jobs.serve._run_server", lambda *_: None)
+    decoding = []
+    for options in ([], ["--set", "decoding.max_tokens=7"]):
+        monkeypatch.setenv("CAPTIONLIB_APP_CONFIG", "")
+        assert run("serve", collection, "--port", str(free_port()), *options).exit_code == 0
+        values = json.loads(os.environ["CAPTIONLIB_APP_CONFIG"])["generation"]["decoding"]
+        decoding.append((values["beam_width"], values["max_tokens"]))
+    assert decoding == [(9, None), (9, 7)]
+
+
 def test_query_and_serve_accept_a_collection(collection: Path) -> None:
     update(collection)
     found = run("query", collection, "--image-id", "red.png", "--format", "jsonl")
     assert found.exit_code == 0, found.output
     assert read_captions(collection)["red.png"] in found.output
+    without_query = run("query", collection, catch=True)
+    assert "expected one of --text, " in without_query.output
+    assert "--sql, --contains, " in without_query.output
     by_sentence = run("query", collection, "--sentence", "a red field", "--format", "jsonl", "--limit", "3")
     assert by_sentence.exit_code == 0, by_sentence.output
     assert by_sentence.output.count("\n") == 3
@@ -215,6 +345,33 @@ def test_removed_images_leave_no_trace_and_do_not_come_back(collection: Path, tm
     assert open_index(collection / "index").get_image("red.png")["caption"] == after["red.png"]
 
 
+def test_images_are_removed_from_a_collection_whose_update_was_killed(collection: Path, tmp_path: Path) -> None:
+    update(collection)
+    captions = open_dataset(collection / "images" / "captions")
+    captions.remove_marker(0)  # as if the command had been killed just before it wrote the marker
+    (collection / "index" / "index.json").unlink()  # as if the first build of the index had been killed
+    assert find_files_with("white.png", collection / "index")
+    run("remove", collection, "--id", "white.png", "--thumbnails", tmp_path / "thumbnails")
+    assert find_files_with("white.png", collection) == []
+    assert update(collection).exit_code == 0
+    assert len(read_captions(collection)) == 7
+
+
+def test_removed_images_do_not_come_back_with_another_source(two_sources: Path, tmp_path: Path) -> None:
+    run("remove", two_sources, "--id", "red.png", "--thumbnails", tmp_path / "thumbnails")
+    run("remove", two_sources / "two" / "manifest", "--id", "blue.png")
+    (tmp_path / "one").rename(tmp_path / "new")
+    Image.new("RGB", (80, 60), "teal").save(tmp_path / "new" / "teal.png")
+    path = two_sources / "collection.yaml"
+    path.write_text(path.read_text().replace("name: one", "name: new").replace(f"{tmp_path}/one", f"{tmp_path}/new"))
+    result = update(two_sources)
+    assert result.exit_code == 0, result.output
+    assert "new/manifest: 4 new" in result.output
+    assert "Skipped: 1 removed with captionlib remove" in result.output
+    assert find_files_with("red.png", two_sources) == []
+    assert find_files_with("blue.png", two_sources / "new"), "it was removed from another source only"
+
+
 def test_ids_that_are_not_found_are_named(collection: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"expected images to remove, got none; run `captionlib update` first"):
         run("remove", collection, "--id", "red.png")
@@ -234,6 +391,11 @@ def test_remove_names_the_manifest_that_would_add_the_images_again(collection: P
     result = run("remove", collection / "images" / "captions", "--id", "red.png")
     assert "the next update of the manifest adds the images again" in result.output
     assert "red.png" not in read_captions(collection)
+
+
+def test_compacting_a_collection_before_its_first_update_is_an_error(collection: Path) -> None:
+    with pytest.raises(DatasetError, match="got none; run `captionlib update` first"):
+        run("compact", collection)
 
 
 def test_compacted_collection_has_nothing_to_process(collection: Path) -> None:
@@ -283,6 +445,7 @@ def test_collection_leaves_duplicates_out_of_its_index(collection: Path, tmp_pat
     assert open_index(collection / "index").description.captions_count == kept
     with pytest.raises(QueryError, match="no image small-red"):
         open_index(collection / "index").get_image("small-red.png")
+    check_queries_of_duplicates(collection, kept)
     configuration.write_text(configuration.read_text().replace("duplicates: 0.99", "duplicates: 0.98"))
     status = run("status", collection).output
     assert "duplicates: not started, or the images or the threshold have changed" in status
@@ -294,3 +457,29 @@ def test_collection_leaves_duplicates_out_of_its_index(collection: Path, tmp_pat
     removed = run("remove", collection, "--id", groups["red.png"], "--thumbnails", tmp_path / "thumbnails")
     assert removed.exit_code == 0, removed.output
     assert "red.png" in open_index(collection / "index").get_image("small-red.png")["uri"]
+
+
+def check_queries_of_duplicates(collection: Path, kept: int) -> None:
+    """Checks that SQL sees the nine images of a collection and marks the duplicates, which other queries leave out."""
+
+    def count(*options: str) -> int:
+        result = run("query", collection, *options, "--format", "jsonl")
+        assert result.exit_code == 0, result.output
+        return len(result.output.splitlines())
+
+    assert count("--top", "20") == kept
+    assert count("--sql", "FROM captions") == 9
+    assert count("--sql", "FROM captions WHERE duplicate_of IS NULL") == kept
+    assert count("--sql", "FROM captions", "--duplicates", str(collection / "duplicates")) == kept
+    configuration = collection / "collection.yaml"
+    text = configuration.read_text()
+    configuration.write_text(f"{text}index: {{keep_duplicates: true}}\n")
+    assert count("--top", "20") == 9
+    configuration.write_text(text)
+
+
+def test_query_that_leaves_out_duplicates_needs_an_update(collection: Path) -> None:
+    configuration = collection / "collection.yaml"
+    configuration.write_text(f"{configuration.read_text()}duplicates: 0.99\n")
+    with pytest.raises(DatasetError, match="duplicates is not complete; run `captionlib update"):
+        run("query", collection, "--sql", "FROM captions")

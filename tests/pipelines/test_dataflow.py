@@ -138,9 +138,9 @@ def test_accelerator_limits_workers_to_one_process() -> None:
 
 
 def test_accelerator_requires_a_gpu_on_workers_only() -> None:
-    assert RunConfig(accelerator=L4).resolve_devices("auto") == ("auto", "cuda")
-    assert RunConfig(accelerator=L4).resolve_devices("cuda:1") == ("auto", "cuda:1")
-    assert RunConfig().resolve_devices("auto") == ("auto", "auto")
+    assert RunConfig(accelerator=L4).choose_devices("auto") == ("auto", "cuda")
+    assert RunConfig(accelerator=L4).choose_devices("cuda:1") == ("auto", "cuda:1")
+    assert RunConfig().choose_devices("auto") == ("auto", "auto")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from click.testing import CliRunner
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.sampling import estimate_rest, open_sample
+from captionlib.data.shards.sampling import estimate_remaining, open_stage_input
 from captionlib.errors import ConfigError, FingerprintError
 from captionlib.models.inference.extraction import ExtractionConfig
 from jobs.cli import captionlib
@@ -27,7 +27,7 @@ def read_ids(folder: str | Path) -> list[str]:
 )
 def test_sample_is_evenly_spaced_over_all_shards(tmp_path: Path, limit: int, expected: list[int]) -> None:
     manifest = write_manifest(tmp_path / "manifest", [f"{number}.png" for number in range(10)], shard_size=4)
-    with open_sample(manifest, tmp_path / "output", limit, workers=2) as sample:
+    with open_stage_input(manifest, tmp_path / "output", limit, workers=2) as sample:
         assert read_ids(sample.dataset.folder.uri) == [f"{number}.png" for number in expected]
         assert sample.dataset.shards == min(2, len(expected))
     assert list((tmp_path / "output").iterdir()) == []
@@ -43,7 +43,7 @@ def test_features_of_a_sample_equal_those_of_all_images_and_give_an_estimate(
     rows = {row["image_id"]: row for shard in range(3) for row in everything.read(shard).to_pylist()}
     assert [rows[row["image_id"]] for row in sample.read(0).to_pylist()] == sample.read(0).to_pylist()
     assert not (tmp_path / "sample" / "__sample").exists()
-    estimate = estimate_rest(manifest, [sample], workers=2)
+    estimate = estimate_remaining(manifest, [sample], workers=2)
     assert (estimate.images, estimate.failures) == (5, 2)
     assert estimate.images_per_second == pytest.approx(2 * 5 / totals.seconds)
     assert estimate.seconds == pytest.approx(totals.seconds / 2)

@@ -7,12 +7,12 @@ import pytest
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.search import row_groups
+from captionlib.search import facet_groups
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
+from captionlib.search.facet_groups import FacetGrouper
 from captionlib.search.filters import Filter, name_sources
 from captionlib.search.index import Index, open_index
-from captionlib.search.row_groups import RowGrouper
 from captionlib.search.rows import ROW_SCHEMA
 
 NOON_NS = 1_772_366_400_000_000_000  # 1 March 2026
@@ -121,14 +121,14 @@ def test_duplicates_are_marked_with_the_kept_image(index: Index) -> None:
 
 
 def test_many_groups_are_merged_by_year(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_groups, "_MAX_GROUPS", 2)
+    monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 2)
     months = [f"{2020 + number // 12}-{1 + number % 12:02d}-15" for number in range(48)]
     table = pa.table({"split": [""] * 48, "modified": pa.array(months).cast(pa.timestamp("s"))})
     rows = [
         {**row, "image_id": "i", "uri": "u", "caption": "c", "log_prob": 0, "tokens": 1} for row in table.to_pylist()
     ]
-    grouper = RowGrouper()
-    (batch,) = grouper.add_numbers(0, [pa.RecordBatch.from_pylist(rows, ROW_SCHEMA)])
+    grouper = FacetGrouper()
+    (batch,) = grouper.add_group_numbers(0, [pa.RecordBatch.from_pylist(rows, ROW_SCHEMA)])
     assert [(group.month, group.rows) for group in grouper.groups] == [
         *(("2020-01", 1), ("2020-02", 1), ("2020", 10)),
         *((str(year), 12) for year in (2021, 2022, 2023)),

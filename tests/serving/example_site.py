@@ -85,7 +85,7 @@ def make_site(
     index = open_index(folder / "index", ranker, refresh_seconds=None)
     limits = config or ServingConfig(allowed_hosts=("localhost", "127.0.0.1", "testserver"))
     decoding = DecoderConfig(max_image_pixels=limits.max_image_pixels)
-    models = ImageQueryModels(ranker, device="cpu", decoding=decoding) if with_models else None
+    models = ImageQueryModels(ranker, device="cpu", image_decoding=decoding) if with_models else None
     if models is not None and with_captioner:
         _add_captioner(models)
     return create_app(SearchService(index, limits, models), folder / "thumbnails")

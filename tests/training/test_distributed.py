@@ -100,7 +100,7 @@ def test_error_in_the_first_process_ends_all_processes(features: ShardedDataset,
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = command(features, tmp_path / "thesis")
     done = subprocess.run(
-        [*torchrun, "-m", "jobs.cli", *arguments], capture_output=True, text=True, timeout=100, check=False
+        [*torchrun, "-m", "captionlib", *arguments], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode != 0
     assert "files that no training run wrote" in done.stderr

@@ -45,9 +45,9 @@ class Line:
         self._step = 0
         self._at_step = at_step
 
-    def batches(self, seed: int, epoch: int, first: int) -> Iterator[Tensor]:
+    def batches(self, seed: int, epoch: int, first_batch: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        return islice((torch.randn(5, 3, generator=generator) for _ in range(STEPS)), first, None)
+        return islice((torch.randn(5, 3, generator=generator) for _ in range(STEPS)), first_batch, None)
 
     def steps_per_epoch(self) -> int:
         return STEPS
@@ -86,7 +86,7 @@ def crash_at(wanted: int) -> Callable[[int], None]:
 RECIPES: list[dict[str, Any]] = [
     {"optimizer": "rmsprop", "schedule": "cosine"},
     {"optimizer": "adam", "schedule": "cosine", "ema_decay": 0.9},
-    {"optimizer": "adamw", "schedule": "step", "step_epochs": 1, "warmup_steps": STEPS + 2, "clip_norm": 0.1},
+    {"optimizer": "adamw", "warmup_steps": STEPS + 2, "clip_norm": 0.1},
     {"optimizer": "adam", "precision": "bfloat16", "ema_decay": 0.5, "warmup_steps": 2},
 ]
 

@@ -27,10 +27,6 @@ def test_constant_schedule_keeps_the_rate() -> None:
     assert rates() == [RATE] * 8
 
 
-def test_step_schedule_drops_between_epochs() -> None:
-    assert rates(schedule="step", step_epochs=2, step_factor=0.1) == pytest.approx([RATE] * 4 + [RATE / 10] * 4)
-
-
 def test_cosine_schedule_decays_to_a_hundredth() -> None:
     decaying = rates(schedule="cosine")
     assert decaying == sorted(decaying, reverse=True)
@@ -40,7 +36,7 @@ def test_cosine_schedule_decays_to_a_hundredth() -> None:
     assert schedule_factor(config, 8, 2) == schedule_factor(config, 9, 2) == pytest.approx(1 / 100)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "step", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_warmup_rises_linearly_to_the_schedule(schedule: Any) -> None:
     warm, cold = rates(schedule=schedule, warmup_steps=4), rates(schedule=schedule)
     factors = [rate / full for rate, full in zip(warm, cold, strict=True)]
@@ -86,8 +82,6 @@ def test_rmsprop_steps_match_hand_computed_values() -> None:
     [
         {"epochs": 0},
         {"learning_rate": 0},
-        {"step_epochs": 0},
-        {"step_factor": 0},
         {"warmup_steps": -1},
         {"clip_value": 0},
         {"clip_norm": -1},

@@ -1,6 +1,6 @@
 """Streams training batches from a features dataset (Parquet shards of image features and captions).
 
-Each epoch reads the shards in a new seeded order. A buffer holds a group of shards, and its images are shuffled. The
+Each epoch reads the shards in a new random order. A buffer holds a group of shards, and its images are shuffled. The
 next buffer is loaded in the background, so at most two are in memory. A dataset that fits in one is read only once.
 """
 
@@ -25,12 +25,12 @@ from captionlib.errors import DatasetError
 __all__ = [
     "CaptionBatch",
     "CaptionBatches",
-    "describe_data",
-    "feature_shape",
+    "average_positions",
+    "compute_mean_and_std",
+    "count_training_data",
+    "get_feature_shape",
     "make_batch",
     "make_caption_tokenizer",
-    "mean_and_std",
-    "pool_map",
     "read_captions",
     "read_features",
     "read_references",
@@ -109,9 +109,9 @@ class CaptionBatches:
         return sum(-(-sum(images[shard] for shard in group) // size) for group in self._groups)
 
     def shuffled(
-        self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+        self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first_batch: int = 0
     ) -> Iterator[CaptionBatch | None]:
-        """Yields the batches of an epoch in random order, starting at batch `first`. Each image occurs once per epoch.
+        """Yields the batches of an epoch in random order, starting at `first_batch`. Each image occurs once per epoch.
 
         Batches of `batch_images * world_size` images are divided evenly among `world_size` processes. Yields the parts
         for the process `rank`, or None for a part without images.
@@ -128,7 +128,7 @@ class CaptionBatches:
                 *(buffer, images, np.array_split(np.arange(len(images)), world_size)[rank]),
                 seed=[seed, epoch, buffer_index, images[0]],
             )
-            for buffer_index, buffer, images in islice(selections, first, None)
+            for buffer_index, buffer, images in islice(selections, first_batch, None)
         )
 
     def in_order(self) -> Iterator[CaptionBatch]:
@@ -167,9 +167,9 @@ class CaptionBatches:
             for rows, captions in read_features(self.dataset, shard, self.splits):
                 encoded = [[ids for caption in row if (ids := self.encode(caption))] for row in captions]
                 captioned = [index for index, row in enumerate(encoded) if row]
-                features.append(pool_map(rows[captioned]) if self._pools_on_load else rows[captioned])
+                features.append(average_positions(rows[captioned]) if self._pools_on_load else rows[captioned])
                 sentences.extend(encoded[index] for index in captioned)
-        shape = feature_shape(self.dataset)[-1 if self._pools_on_load else 0 :]
+        shape = get_feature_shape(self.dataset)[-1 if self._pools_on_load else 0 :]
         return _Buffer(np.concatenate(features) if features else np.empty((0, *shape), np.float32), sentences)
 
     def _augmented_batch(
@@ -189,7 +189,7 @@ class CaptionBatches:
         return make_batch(self._pool_and_cast(features), [buffer.sentences[image] for image in images])
 
     def _pool_and_cast(self, features: Features) -> npt.NDArray[np.float32]:
-        return (pool_map(features) if self.pooled else features).astype(np.float32)
+        return (average_positions(features) if self.pooled else features).astype(np.float32)
 
 
 def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
@@ -222,12 +222,12 @@ def make_caption_tokenizer(vocabulary: Vocabulary, max_words: int | None = None)
     return lambda caption: vocabulary.encode_tokens(vocabulary.tokenize(caption)[:limit])
 
 
-def feature_shape(dataset: ShardedDataset) -> list[int]:
+def get_feature_shape(dataset: ShardedDataset) -> list[int]:
     """Returns the shape of the features of one image: `[size]` or `[positions, channels]`."""
     return cast(list[int], dataset.config["encoder"]["shape"])
 
 
-def pool_map(features: Features) -> Features:
+def average_positions(features: Features) -> Features:
     """Averages `[images, positions, channels]` over the positions; returns vectors `[images, size]` unchanged."""
     return features.mean(1, dtype=np.float32) if features.ndim == 3 else features
 
@@ -236,7 +236,7 @@ def read_features(
     dataset: ShardedDataset, shard: int, splits: Collection[str]
 ) -> Iterator[tuple[Features, list[list[str]]]]:
     """Yields the features `[rows, *shape]` and captions of the images in `splits`, in chunks."""
-    shape, names = feature_shape(dataset), add_split_aliases(splits)
+    shape, names = get_feature_shape(dataset), add_split_aliases(splits)
     for rows in dataset.read_batches(shard, ["split", "captions", "features"]):
         selected = np.array([split in names for split in rows["split"].to_pylist()], bool)
         if selected.any():
@@ -274,7 +274,7 @@ def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[
         yield from (captions for split, captions in images if split in selected and captions)
 
 
-def describe_data(
+def count_training_data(
     dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     """Returns the numbers of captioned images and captions in the training and validation splits, as JSON values."""
@@ -305,8 +305,8 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
     return np.concatenate(samples).astype(np.float32)
 
 
-def mean_and_std(
-    dataset: ShardedDataset, splits: Sequence[str], to_vectors: Callable[[Features], Features] = pool_map
+def compute_mean_and_std(
+    dataset: ShardedDataset, splits: Sequence[str], to_vectors: Callable[[Features], Features] = average_positions
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Computes the mean and standard deviation (`[size]` each) of the vectors of the images in `splits`, in one pass.
 
@@ -332,7 +332,7 @@ def _group_shards(dataset: ShardedDataset, buffer_bytes: int, pooled: bool) -> l
     # A marker is the file that records that a shard is complete.
     largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
     value_bytes = dataset.schema.field("features").type.value_type.bit_width // 8
-    row_bytes = 4 * feature_shape(dataset)[-1] if pooled else value_bytes * math.prod(feature_shape(dataset))
+    row_bytes = 4 * get_feature_shape(dataset)[-1] if pooled else value_bytes * math.prod(get_feature_shape(dataset))
     per_group = max(1, buffer_bytes // max(1, largest * row_bytes))
     shards = range(dataset.shards)
     return [tuple(shards[first : first + per_group]) for first in shards[::per_group]]

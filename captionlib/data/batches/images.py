@@ -1,4 +1,4 @@
-"""Loads training batches of decoded images and captions in the background, in a seeded order.
+"""Loads training batches of decoded images and captions in the background, in a random order.
 
 The rows of a batch depend only on the seed and the epoch. An unreadable image is dropped from its batch, and other
 batches do not change. Therefore a run can resume at any batch without loading earlier images.
@@ -52,7 +52,7 @@ class ImageBatches:
         return -(-len(self.rows) // (self.batch_images * world_size))
 
     def shuffled(
-        self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first: int = 0
+        self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first_batch: int = 0
     ) -> Iterator[CaptionBatch | None]:
         """Yields the batches of an epoch in random order; see `CaptionBatches.shuffled`.
 
@@ -62,7 +62,7 @@ class ImageBatches:
         order = generator.permutation(len(self.rows))
         is_flipped = generator.random(len(self.rows)) < (0.5 if self.horizontal_flip else 0)
         size = self.batch_images * world_size
-        batches = (order[begin : begin + size] for begin in range(first * size, len(order), size))
+        batches = (order[begin : begin + size] for begin in range(first_batch * size, len(order), size))
         parts = [np.array_split(batch, world_size)[rank] for batch in batches]
         for loaded in self._load_parts(parts):
             yield self._batch([(row, image[:, ::-1] if is_flipped[index] else image) for index, row, image in loaded])

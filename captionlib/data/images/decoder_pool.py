@@ -48,9 +48,9 @@ class DecoderConfig:
 
     Attributes:
         processes: maximum number of decoder processes, which start on demand. If None, it is the number of CPUs.
-        timeout_seconds: limit on the time to decode an image; a process that takes longer is killed. CPU time has a
-            second limit, which increases linearly with the number of pixels: from a tenth of `timeout_seconds` for the
-            smallest image to `timeout_seconds` for `max_image_pixels`.
+        timeout_seconds: limit on the time to decode an image; a process that takes longer is killed. The limit on CPU
+            time grows with the number of pixels: from a tenth of `timeout_seconds` for the smallest image to
+            `timeout_seconds` for `max_image_pixels`.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
         max_memory_bytes: limit on the address space of a process. If None, it suffices for `max_image_pixels`.
@@ -240,7 +240,7 @@ class _Decoder:
         self._responses.close()
 
     def _start_timeout(self, seconds: float) -> None:
-        """Starts a timeout of ten equal intervals. Time during which this process is suspended uses up only one."""
+        """Starts a timeout of ten equal intervals. A suspension of this process uses up only one of them."""
         self._interval_milliseconds, self._intervals = 100 * seconds, 10
 
     def _wait_for(self, pipe: select.poll) -> None:

@@ -63,7 +63,7 @@ def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> N
         signal.setitimer(signal.ITIMER_PROF, fraction * settings.timeout_seconds)
 
     limit_cpu_time(0)
-    signal.setitimer(signal.ITIMER_REAL, 2 * settings.timeout_seconds)  # a living parent kills the process earlier
+    signal.setitimer(signal.ITIMER_REAL, 2 * settings.timeout_seconds)  # in case the parent has died
     try:
         image = decode_image(
             content, settings.preprocessing, settings.max_image_pixels, settings.max_jpeg_scans, limit_cpu_time

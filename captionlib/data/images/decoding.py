@@ -64,7 +64,7 @@ MAX_JPEG_SCANS = 100
 
 DecodeScale = Literal["exact", "fast"]
 
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 _RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST} | {
     name.lower(): method for name, method in Image.Resampling.__members__.items()
@@ -72,18 +72,16 @@ _RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST} | {
 
 _FAST_SCALE = 2  # with `fast`, the decoded image is at least this many times as large as the resized image
 
-_NUMPY_SHRINKS_BY = 3  # NumPy is faster from here
+_NUMPY_MIN_REDUCTION = 3  # NumPy shrinks an image to a third or less faster than Pillow
 
-_Pixels: TypeAlias = (
-    Image.Image | npt.NDArray[np.uint8]
-)  # arrays: `[height, width, 3]` to shrink with NumPy, or RGBX for Pillow
+_Pixels: TypeAlias = Image.Image | npt.NDArray[np.uint8]  # `[height, width, 3 or 4]`: RGB for NumPy, RGBX for Pillow
 
 # Files with 32-bit gray values do not define white. The lowest of these levels that no value exceeds counts as white.
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
 _FLOAT_WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1)  # if a value exceeds all of them, white is 1, as in ImageMagick
 
-# For each EXIF orientation: the transposition that turns the stored image upright, and three flags, which say whether
-# it swaps rows and columns, reverses the columns, and reverses the rows of the stored image.
+# For each EXIF orientation: the transposition that turns the stored image upright, and whether it swaps rows and
+# columns, reverses the columns, and reverses the rows of the stored image.
 _ORIENTATIONS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
     3: (Image.Transpose.ROTATE_180, False, True, True),
@@ -271,7 +269,7 @@ def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | Siz
         is_fast = isinstance(preprocessing, Preprocessing) and preprocessing.decode_scale == "fast"
         min_size = (_FAST_SCALE * width, _FAST_SCALE * height) if is_fast else None
         is_bilinear = _find_method(preprocessing) == Image.Resampling.BILINEAR
-        use_numpy = is_bilinear and min(image.width / width, image.height / height) >= _NUMPY_SHRINKS_BY
+        use_numpy = is_bilinear and min(image.width / width, image.height / height) >= _NUMPY_MIN_REDUCTION
         pixels = decode_rgb_jpeg(content, image.size, min_size, padded=not use_numpy)
         if pixels is not None:
             return pixels
@@ -415,4 +413,4 @@ def _ends_early(content: bytes, name: str | None) -> bool:
         return int.from_bytes(content[4:8], "little") + 8 > len(content)
     if name == "TIFF":  # the offset of the image directory, which is usually at the end
         return int.from_bytes(content[4:8], "little" if content.startswith(b"I") else "big") >= len(content)
-    return name in _ENDS and _ENDS[name] not in content
+    return name in _END_MARKERS and _END_MARKERS[name] not in content

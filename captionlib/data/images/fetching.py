@@ -69,8 +69,8 @@ class FetchConfig:
         backoff_seconds: wait before the second attempt. It doubles for each further attempt, up to 30 s, plus jitter.
         max_retry_after_seconds: longest wait that a server can request with the header `Retry-After`. If it requests a
             longer wait, the image fails without another attempt.
-        max_row_group_bytes: maximum size of a column chunk (a column of a row group) of a Parquet file, and also the
-            size of the cache for such chunks.
+        max_row_group_bytes: maximum size of a column chunk (a column of a row group) of a Parquet file. It is also the
+            size of the cache for column chunks.
         protocols: allowed protocols of image addresses. `file` also allows local paths. fsspec protocols that chain
             file systems, or interpret the content of files (such as `reference`), are never allowed.
         allow_private_hosts: allow http and https connections to loopback, link-local and private networks. Set it to
@@ -257,6 +257,7 @@ async def _request(session: aiohttp.ClientSession, url: str, options: dict[str, 
 
 
 async def _read_object(fs: Any, path: str, span: _Span) -> bytes:
+    """Reads a span of an object in an object store."""
     try:
         return cast(bytes, await fs._cat_file(path, start=span.start, end=span.start + span.size))
     except Exception as error:
@@ -339,7 +340,7 @@ _STATUS_REASONS = {
     **dict.fromkeys((404, 410), ("NotFound", "check the address")),
     **dict.fromkeys((401, 403, 407, 451), ("Forbidden", "check the credentials and the terms of the server")),
     408: ("Timeout", "retry"),
-    416: ("BadRange", "the file is shorter than the address says; prepare the source again"),
+    416: ("BadRange", "the file is shorter than the address says; run `captionlib prepare` again"),
     429: ("TooManyRequests", "retry later with --retry-failures, or reduce loading.threads"),
     400: ("BadRequest", "check the address"),
     500: ("ServerError", "retry later with --retry-failures"),

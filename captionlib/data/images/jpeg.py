@@ -140,7 +140,7 @@ def _read_frame(content: bytes) -> _Frame | None:
 
 
 def _has_single_scan(content: bytes, frame: _Frame) -> bool:
-    """Returns whether libjpeg reads only the first scan, because the file is sequential and it has all components."""
+    """Returns whether libjpeg reads only the first scan: the file is sequential, and this scan has all components."""
     components = content[frame.first_scan + 4 : frame.first_scan + 5]  # after the marker and its length
     return frame.coding not in _PROGRESSIVE and components == bytes([frame.components])
 

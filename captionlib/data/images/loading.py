@@ -21,6 +21,7 @@ from captionlib.errors import ImageError
 __all__ = ["LoadImages", "LoadedImage", "LoadingConfig", "hash_content", "load_images", "open_loader"]
 
 Row = dict[str, Any]
+"""Values of an image by column name. The address of the image is in `uri`; other values are only passed on."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class LoadingConfig:
 
     Attributes:
         threads: number of images that are fetched in parallel.
-        prefetch: maximum number of images that are loading or waiting for the model. It determines memory usage.
+        prefetch: maximum number of images that are loading or waiting for the model. Memory usage grows with it.
         fetch: limits on fetching an image.
         decode: limits on decoding an image.
     """

@@ -33,11 +33,11 @@ class ParquetCellReader:
     def __init__(self, open_file: Callable[[ImageFile], BinaryIO], cache_bytes: int) -> None:
         self._open_file = open_file
         self._cache_bytes = cache_bytes
-        # With the condition, one thread reads a value, and other threads that need it wait.
+        # The conditions make threads wait while another thread reads the same value.
         footers: LRUCache[object, pq.FileMetaData] = LRUCache(_CACHED_FOOTERS)
         self._get_footer = cached(footers, condition=Condition())(self._read_footer)
-        # At a row group boundary, concurrent reads alternate between two chunks. A larger chunk counts as half of the
-        # cache, so that two chunks always stay in it; they may exceed `cache_bytes`.
+        # At a row group boundary, concurrent reads alternate between two chunks. To keep both in the cache, a chunk
+        # counts as at most half of the cache, even if it is larger.
         half = cache_bytes // 2
         chunks: LRUCache[object, pa.ChunkedArray] = LRUCache(cache_bytes, lambda chunk: min(chunk.nbytes, half))
         self._get_chunk = cached(chunks, condition=Condition())(self._read_chunk)

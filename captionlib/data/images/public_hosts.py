@@ -1,8 +1,7 @@
 """An HTTP client that connects only to public hosts.
 
-The client checks the IP address of each connection just before it opens the socket. The check therefore covers resolved
-host names, IP literals and redirects, and DNS rebinding (a host name that later resolves to a private address) cannot
-bypass it.
+The client checks the IP address of each connection just before it opens the socket. The check therefore covers host
+names, IP addresses and redirects, and even host names that first resolve to a public address (DNS rebinding).
 """
 
 import ipaddress

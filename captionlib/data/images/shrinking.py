@@ -1,7 +1,7 @@
 """Shrinks large images with NumPy, in half of the time that Pillow takes.
 
-The filter is Pillow's bilinear filter with antialiasing. Pillow rounds after each of its two passes, and this module
-rounds once, so values differ by at most 1.
+The filter is Pillow's bilinear filter with antialiasing. Values differ from Pillow's by at most 1, because Pillow
+rounds after each of two passes, and this module rounds only once.
 """
 
 import numpy as np

@@ -1,4 +1,7 @@
-"""Compares a source with an existing manifest (sharded table of images), and updates the shards that changed."""
+"""Compares a source (an input dataset) with its manifest (the sharded table of its images), and updates the manifest.
+
+Only the shards with new, changed or gone rows are written.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +25,7 @@ from captionlib.data.shards.update import update_shards
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError
 
-__all__ = ["Changes", "Comparison", "compare", "update_manifest"]
+__all__ = ["Changes", "Comparison", "compare_with_manifest", "update_manifest"]
 
 _BATCH_ROWS = 4096
 _THREADS = 16
@@ -30,11 +33,11 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class Changes:
-    """How many rows of a source differ from the manifest.
+    """The numbers of new, changed, gone and unchanged rows of a source, compared with a manifest.
 
     Attributes:
         new: rows with an id that is not in the manifest.
-        changed: rows whose version, URI, split or captions differ.
+        changed: rows whose version (a string that changes with the image file), URI, split or captions differ.
         gone: rows of the manifest that are not in the source.
         unchanged: rows of the source that equal those of the manifest.
     """
@@ -50,7 +53,7 @@ class Changes:
 
 
 class Comparison:
-    """The rows that differ between a source and a manifest, in a temporary database. Created by `compare`."""
+    """The rows that differ between a source and a manifest, in a temporary database; see `compare_with_manifest`."""
 
     def __init__(
         self, database: duckdb.DuckDBPyConnection, staged: StagedRows, dataset: ShardedDataset, append: bool
@@ -97,15 +100,15 @@ class Comparison:
                     self._database.executemany("DELETE FROM changes WHERE position = ?", [[row[0]] for row in found])
                     self._database.executemany("INSERT INTO changes VALUES (?, ?, ?)", found)
 
-    def list_touched_shards(self) -> list[int]:
+    def list_changed_shards(self) -> list[int]:
         """Returns the sorted numbers of the shards with changed or gone rows."""
-        return sorted(shard for (shard,) in self._database.execute(_LIST_TOUCHED).fetchall())
+        return sorted(shard for (shard,) in self._database.execute(_LIST_CHANGED_SHARDS).fetchall())
 
-    def count_gone(self) -> dict[int, int]:
+    def count_gone_by_shard(self) -> dict[int, int]:
         """Returns the number of gone rows by shard."""
         return dict(self._database.execute("SELECT shard, count(*) FROM gone GROUP BY shard").fetchall())
 
-    def read_gone(self, shard: int) -> pa.Array:
+    def read_gone_ids(self, shard: int) -> pa.Array:
         """Returns the ids of the gone rows of a shard."""
         ids = self._database.execute("SELECT image_id FROM gone WHERE shard = ?", [shard]).fetchall()
         return pa.array([image_id for (image_id,) in ids], pa.string())
@@ -172,7 +175,7 @@ def _to_manifest_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 @contextmanager
-def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterator[Comparison]:
+def compare_with_manifest(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterator[Comparison]:
     """Yields the differences between the rows of a source and a manifest.
 
     A database compares the ids and the hashes of rows. It spills to disk if it needs more memory than its limit.
@@ -187,7 +190,7 @@ def compare(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterat
 
 
 def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for shard in dataset.done_shards():
+    for shard in dataset.list_written_shards():
         yield from (
             rows.select(schema.names).cast(schema) for rows in dataset.read_batches(shard, schema.names, _BATCH_ROWS)
         )
@@ -203,7 +206,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     """
     # A marker is the file that records that a shard is complete.
     rows = {shard: marker.rows for shard, marker in dataset.require_all_markers().items()}
-    touched, gone = comparison.list_touched_shards(), comparison.count_gone()
+    changed_shards, gone = comparison.list_changed_shards(), comparison.count_gone_by_shard()
     remaining = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
     last = max((shard for shard, count in remaining.items() if count), default=0)  # empty shards after it are dropped
     new_rows = comparison.count().new
@@ -215,7 +218,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     pending = next(changed, None)
     new = RowBuffer(comparison.read_new())
     with update_shards(dataset, shards) as staged:
-        for shard in sorted({*touched, *([last] if fills_last else [])}):
+        for shard in sorted({*changed_shards, *([last] if fills_last else [])}):
             if shard > last:
                 continue
             table = dataset.read(shard)
@@ -223,7 +226,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
                 table = _replace_rows(table, pending[1])
                 pending = next(changed, None)
             if shard in gone:
-                table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=comparison.read_gone(shard))))
+                table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=comparison.read_gone_ids(shard))))
             if fills_last and shard == last:
                 table = pa.concat_tables([table, new.take_table(room, MANIFEST_SCHEMA)])
             _write(staged, shard, table)
@@ -270,7 +273,7 @@ _CREATE_CHANGES = f"""
     FROM differences WHERE position IS NOT NULL
 """
 _CREATE_GONE = "CREATE TABLE gone AS SELECT image_id, shard FROM differences WHERE position IS NULL AND ?"
-_LIST_TOUCHED = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
+_LIST_CHANGED_SHARDS = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
 _READ_CHANGED = """
     SELECT rows.* REPLACE (changes.version AS version), changes.shard
     FROM read_parquet(?, file_row_number = true) AS rows

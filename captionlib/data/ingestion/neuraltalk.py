@@ -22,8 +22,8 @@ from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_numbered_rows
 from captionlib.data.sources.locations import locate
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
-from captionlib.data.sources.values import describe, is_unicode
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
+from captionlib.data.sources.values import describe_value, is_unicode
 from captionlib.data.sources.versions import version_from_uri
 from captionlib.errors import DatasetError, DuplicateIdError
 from captionlib.progress import progress_bar
@@ -98,7 +98,7 @@ def import_features(
         columns = _find_columns(numbered_rows, matrix, mat_address)
         rows = [row for _, row in numbered_rows]
         for row in rows:
-            row.version = version_from_uri(row.uri)
+            row.version = version_from_uri(row.uri)  # changes when the image file changes
         dataset = create_dataset(
             output,
             "features",
@@ -130,12 +130,12 @@ def _compute_checksum(address: str) -> str:
 
 
 def _check_orientation(
-    numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: npt.NDArray[Any], size: int | None, address: str
+    numbered_rows: Sequence[tuple[object, ImageRecord]], matrix: npt.NDArray[Any], size: int | None, address: str
 ) -> None:
     """Checks that the matrix has a column, not a row, for each image.
 
-    If `dataset.json` lists only some of the images, neither dimension equals the number of images. In that case, the
-    matrix counts as transposed if only its number of columns is a usual size of a network layer.
+    If `dataset.json` lists only some of the images, neither dimension equals the number of images. Then the matrix
+    counts as transposed if its number of columns, but not its number of rows, is a usual size of a network layer.
     """
     rows, columns = matrix.shape
     images = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1
@@ -156,14 +156,14 @@ def _check_orientation(
 
 
 def _find_columns(
-    numbered_rows: Sequence[tuple[object, ManifestRow]], matrix: npt.NDArray[Any], address: str
+    numbered_rows: Sequence[tuple[object, ImageRecord]], matrix: npt.NDArray[Any], address: str
 ) -> npt.NDArray[np.int64]:
     """Returns the matrix column of each image, after checking that the two files match."""
     size, count = matrix.shape
     seen: set[str] = set()
     for imgid, row in numbered_rows:  # row.origin is the file and entry that the row came from
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
-            raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe(imgid)}")
+            raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe_value(imgid)}")
         if imgid >= count:
             raise DatasetError(
                 f"{address}: expected a column for each image, got {count} columns of {size} values "
@@ -206,7 +206,7 @@ def _read_vectors(
     return vectors
 
 
-def _to_batch(rows: Sequence[ManifestRow], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
-    # A ManifestRow has no sizes or hashes, so these columns are null. The last column contains the vectors.
+def _to_batch(rows: Sequence[ImageRecord], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
+    # An ImageRecord has no sizes or hashes, so these columns are null. The last column contains the vectors.
     columns = [pa.array([getattr(row, each.name, None) for row in rows], each.type) for each in schema][:-1]
     return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)

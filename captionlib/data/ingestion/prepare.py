@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from captionlib.config import configclass
 from captionlib.data.images.addresses import image_exists
 from captionlib.data.images.fetching import ImageFetcher
-from captionlib.data.ingestion.changes import Changes, compare, update_manifest
+from captionlib.data.ingestion.changes import Changes, compare_with_manifest, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
 from captionlib.data.shards.compaction import choose_shard_size
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, list_other_files, open_dataset
@@ -21,7 +21,7 @@ from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format, read_source
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError
 from captionlib.progress import progress_bar
@@ -49,10 +49,10 @@ class PrepareConfig:
             existing manifest keeps its shard size, and the size for a new one grows with the number of images.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: keep images of an existing manifest that are not in the source, which then only needs to list new ones.
+        append: keep images of an existing manifest that are not in the source. The source may then list only new ones.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
         verify_content: path or URL of features, captions or embeddings made from the manifest. If set, an update reads
-            each image whose file seems unchanged, and compares a hash of its content with `content_hash` there.
+            each image whose file seems unchanged, and compares a hash of its content with their `content_hash`.
     """
 
     source_format: str = "auto"
@@ -112,7 +112,7 @@ def prepare(
     *,
     overwrite: bool = False,
     dry_run: bool = False,
-    report: Callable[[Changes], None] = lambda changes: None,
+    report_changes: Callable[[Changes], None] = lambda changes: None,
     progress: bool = False,
 ) -> PrepareSummary:
     """Writes the manifest of one or more sources in the same format, or updates an existing manifest.
@@ -131,7 +131,7 @@ def prepare(
         config: conversion options.
         overwrite: replace an existing manifest with a new one instead of updating it.
         dry_run: compare the sources with the manifest without writing anything.
-        report: called with the numbers of changes before an existing manifest is updated.
+        report_changes: called with the numbers of changes before an existing manifest is updated.
         progress: show a progress bar.
 
     Raises:
@@ -146,7 +146,7 @@ def prepare(
     with ExitStack() as lock:
         if Folder(output).exists(DESCRIPTION_FILE) and not dry_run:
             lock.enter_context(lock_folder(Folder(output), _COMMAND))
-        return _prepare(addresses, output, config, overwrite, dry_run, report, progress)
+        return _prepare(addresses, output, config, overwrite, dry_run, report_changes, progress)
 
 
 def _prepare(
@@ -155,12 +155,12 @@ def _prepare(
     config: PrepareConfig,
     overwrite: bool,
     dry_run: bool,
-    report: Callable[[Changes], None],
+    report_changes: Callable[[Changes], None],
     progress: bool,
 ) -> PrepareSummary:
     """Writes or updates a manifest.
 
-    Locking creates the folder, so a new folder is locked after the sources were checked: invalid ones create no folder.
+    Locking creates the folder, so a new folder is locked only after the sources were checked.
     """
     is_new = not Folder(output).exists(DESCRIPTION_FILE)
     existing = _open_output(output, config, overwrite)
@@ -177,10 +177,11 @@ def _prepare(
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
             to_compare = None if config.verify_content is not None else to_update
             staged = stage_rows(rows, scratch / "rows.parquet", to_compare, bar.update)
-        if not staged.rows:
-            raise DatasetError(_describe_empty_source(addresses, source_format, config, skips))
+        is_update = to_update is not None
+        if not staged.rows and not staged.unchanged and not (is_update and config.allow_removal):
+            raise DatasetError(_describe_empty_source(addresses, source_format, config, skips, is_update))
         if to_update is not None:
-            changes, shards = _update(to_update, staged, config, dry_run, report)
+            changes, shards = _update(to_update, staged, config, dry_run, report_changes)
         else:
             changes = Changes(staged.rows, 0, 0, 0)
             shard_size = config.shard_size or choose_shard_size(staged.rows)
@@ -281,22 +282,22 @@ def _update(
     staged: StagedRows,
     config: PrepareConfig,
     dry_run: bool,
-    report: Callable[[Changes], None],
+    report_changes: Callable[[Changes], None],
 ) -> tuple[Changes, int]:
     """Updates an existing manifest. Returns the changes, and the number of shards after the update."""
     if staged.unchanged:
         changes = Changes(0, 0, 0, staged.rows)
-        report(changes)
+        report_changes(changes)
         if not dry_run:
             drop_uncommitted_updates(dataset.folder)
         return changes, dataset.shards
     check_unique_ids(staged)
-    with compare(staged, dataset, append=config.append) as comparison:
+    with compare_with_manifest(staged, dataset, append=config.append) as comparison:
         if config.verify_content is not None:
             with ImageFetcher() as fetcher:
                 comparison.verify_content(_open_hashed_dataset(config.verify_content), fetcher)
         changes = comparison.count()
-        report(changes)
+        report_changes(changes)
         existing = changes.changed + changes.gone + changes.unchanged
         if changes.gone > _MAX_GONE_RATIO * existing and not (config.allow_removal or dry_run):
             raise DatasetError(
@@ -319,7 +320,7 @@ def _select_format(addresses: Sequence[str], config: PrepareConfig) -> str:
 
 def _read(
     addresses: Sequence[str], source_format: str, config: PrepareConfig, skips: SkipCounter
-) -> Iterator[ManifestRow]:
+) -> Iterator[ImageRecord]:
     rows = read_source(source_format, addresses, config.options, skips)
     if SOURCE_FORMATS[source_format].references_images and config.check_images:
         first = list(itertools.islice(rows, _IMAGES_TO_CHECK))
@@ -328,7 +329,7 @@ def _read(
     return rows
 
 
-def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
+def _check_images_exist(rows: Sequence[ImageRecord]) -> None:
     """Raises DatasetError if none of the images exists. The image folder is then probably wrong."""
     first_error: FetchError | None = None
     for row in rows:
@@ -346,7 +347,7 @@ def _check_images_exist(rows: Sequence[ManifestRow]) -> None:
         )
 
 
-def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: SkipCounter) -> Iterator[ManifestRow]:
+def _select_splits(rows: Iterator[ImageRecord], splits: Collection[str], skips: SkipCounter) -> Iterator[ImageRecord]:
     selected = add_split_aliases(splits)  # val and dev are the same split
     for row in rows:
         if row.split in selected:
@@ -355,7 +356,7 @@ def _select_splits(rows: Iterator[ManifestRow], splits: Collection[str], skips: 
             skips.count_ignored("in a different split")
 
 
-def _drop_removed(rows: Iterator[ManifestRow], removed: RemovedImages, skips: SkipCounter) -> Iterator[ManifestRow]:
+def _drop_removed(rows: Iterator[ImageRecord], removed: RemovedImages, skips: SkipCounter) -> Iterator[ImageRecord]:
     for row in rows:
         if row.image_id in removed:
             skips.count_ignored("removed with captionlib remove")
@@ -364,11 +365,12 @@ def _drop_removed(rows: Iterator[ManifestRow], removed: RemovedImages, skips: Sk
 
 
 def _describe_empty_source(
-    addresses: Sequence[str], source_format: str, config: PrepareConfig, skips: SkipCounter
+    addresses: Sequence[str], source_format: str, config: PrepareConfig, skips: SkipCounter, is_update: bool
 ) -> str:
     expected = SOURCE_FORMATS[source_format].row_description
     splits = f" of split {' or '.join(config.splits)}" if config.splits else ""
+    remedy = "check the path, or set --format" + (", or use --allow-removal to remove all images" if is_update else "")
     return (
         f"{', '.join(addresses[:3])}: no images{splits}; format {source_format} expects {expected}; "
-        f"skipped: {skips.describe()}; check the path, or set --format"
+        f"skipped: {skips.describe()}; {remedy}"
     )

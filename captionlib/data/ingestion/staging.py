@@ -1,30 +1,40 @@
-"""Stages manifest rows (one per image) in a local Parquet file, to count, hash and check them first."""
+"""Writes the rows of a manifest (one per image) to a local Parquet file, to count, hash and check them first."""
 
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
-from captionlib.data.sources.rows import ManifestRow
+from captionlib.data.sources.rows import ImageRecord
 from captionlib.errors import DatasetError, DuplicateIdError
+from captionlib.storage.folders import scratch_folder
 
-__all__ = ["StagedRows", "check_unique_ids", "open_database", "read_manifest", "read_shards", "stage_rows"]
+__all__ = [
+    "StagedRows",
+    "check_ids_differ",
+    "check_unique_ids",
+    "open_database",
+    "read_manifest",
+    "read_shards",
+    "stage_rows",
+]
 
 _BATCH_ROWS = 4096
 _MAX_SPLITS = 1000
 _SCHEMA = MANIFEST_SCHEMA.append(pa.field("origin", pa.string(), nullable=False))  # the origin is a file and line
 
-# Ids are compared in passes of about this many, so that memory does not grow with the number of rows.
+# Each pass over the file compares about this many ids, so that memory does not grow with the number of rows.
 _IDS_PER_PASS = 250_000
 
 
@@ -50,10 +60,10 @@ class StagedRows:
 
 
 def stage_rows(
-    rows: Iterable[ManifestRow],
+    rows: Iterable[ImageRecord],
     path: Path,
     existing: ShardedDataset | None = None,
-    count: Callable[[int], None] = lambda rows: None,
+    report_staged: Callable[[int], None] = lambda rows: None,
 ) -> StagedRows:
     """Writes rows to a Parquet file at `path`. Writes nothing if they equal those of an existing manifest.
 
@@ -61,7 +71,7 @@ def stage_rows(
         rows: rows to write.
         path: file to write.
         existing: a complete manifest to compare the rows with, if any.
-        count: called with the number of rows of each batch.
+        report_staged: called with the number of rows of each batch, for a progress bar.
 
     Raises:
         DatasetError: there are more than 1000 splits, so the split column must be wrong.
@@ -94,7 +104,7 @@ def stage_rows(
             captions += len(record_batch["captions"].values)
             for buffer in record_batch["image_id"].buffers()[1:]:  # offsets and text
                 digest.update(buffer)
-            count(len(batch))
+            report_staged(len(batch))
         unchanged = expected is not None and not expected.take_table(1, MANIFEST_SCHEMA).num_rows
         if existing is not None and expected is not None and not unchanged:
             _copy_rows(existing, splits.total(), writer)
@@ -115,7 +125,7 @@ def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -
         _write(writer, rows, [""] * rows.num_rows)
 
 
-def _to_batch(rows: list[ManifestRow]) -> pa.RecordBatch:
+def _to_batch(rows: list[ImageRecord]) -> pa.RecordBatch:
     columns = [pa.array(list(map(attrgetter(field.name), rows)), field.type) for field in MANIFEST_SCHEMA]
     return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
 
@@ -154,6 +164,38 @@ def check_unique_ids(staged: StagedRows) -> None:
                     f"expected one row per image id, got {count} with {image_id!r}: {first}, and {second}; remove one, "
                     "or choose a different id column; rows with one caption each are merged if they are adjacent"
                 )
+
+
+def check_ids_differ(manifests: Mapping[str, ShardedDataset]) -> None:
+    """Checks that no image id occurs in more than one manifest. The keys of `manifests` are the names of the sources.
+
+    Raises:
+        DuplicateIdError: an id occurs in two manifests. The message names the sources and the images.
+    """
+    schema = pa.schema([MANIFEST_SCHEMA.field("image_id")])
+    batches = (
+        rows
+        for dataset in manifests.values()
+        for shard in range(dataset.shards)
+        for rows in dataset.read_batches(shard, schema.names, _BATCH_ROWS)
+    )
+    with scratch_folder() as scratch, open_database(scratch) as connection:
+        connection.register("images", pa.RecordBatchReader.from_batches(schema, batches))
+        repeated = connection.execute(
+            "SELECT image_id FROM images GROUP BY image_id HAVING count(*) > 1 LIMIT 1"
+        ).fetchone()
+    if repeated is not None:
+        found = [f"{uri} of source {name}" for name, each in manifests.items() for uri in _find_uris(each, *repeated)]
+        raise DuplicateIdError(
+            f"expected one image per id in a collection, got {repeated[0]!r} for {' and '.join(found)}; change one of "
+            "the sources. If they are different images in two folders, replace both sources by one with the parent of "
+            "the folders, so that the ids contain the names of the folders"
+        )
+
+
+def _find_uris(manifest: ShardedDataset, image_id: str) -> list[str]:
+    batches = (rows for _, rows in read_manifest(manifest))
+    return [uri for rows in batches for uri in rows.filter(pc.equal(rows["image_id"], image_id))["uri"].to_pylist()]
 
 
 _COUNT_HASHES = "SELECT count(DISTINCT hash(image_id)) FROM read_parquet(?)"

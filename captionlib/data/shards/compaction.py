@@ -1,10 +1,11 @@
-"""Merges small shards and splits large ones, without computing any row again.
+"""Merges small shards of datasets and splits large ones, without computing any row again.
 
-A manifest lists the images, and other datasets are made from it. First, the manifest is atomically divided into new
-shards. Then, in each dataset that was made from it, each row and failure moves to the shard that now contains its
-image. Each compaction has an id, which the compacted datasets store as `compaction_id`. A dataset whose `compaction_id`
-differs from that of its source still has the old shards. If compaction is interrupted, running the same command again
-moves the rows of these datasets.
+The manifest is the dataset that lists the images. All other datasets are made from it, shard by shard, and contain a
+row or a failure (the record of an unreadable image) for each image. First, the manifest is atomically divided into new
+shards. Then, in each other dataset, each row and failure moves to the shard that now contains its image.
+
+Each compaction has an id, which the compacted datasets store as `compaction_id`. If compaction is interrupted, some
+datasets still have the old shards and a different id. Running the same command again moves their rows.
 """
 
 import math
@@ -19,7 +20,7 @@ import xxhash
 
 from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import STALE, Marker, compute_fingerprint
+from captionlib.data.shards.markers import STALE, Marker, compute_fingerprint, sum_markers
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
 from captionlib.data.shards.stages import match_images, replace_columns
 from captionlib.data.shards.update import update_shards
@@ -51,8 +52,8 @@ class Compaction:
 
     Attributes:
         dataset: the dataset, as it was when the compaction was planned.
-        shard_size: new number of images per shard. None if the dataset was made from another one, whose shards it
-            adopts.
+        shard_size: new number of images per shard. None if the dataset was made from another one; its images are then
+            divided in the same way.
         images: number of rows and failures of the dataset.
     """
 
@@ -64,7 +65,7 @@ class Compaction:
         """Atomically replaces the shards of the dataset.
 
         Args:
-            report_moved: shows progress.
+            report_moved: called to show progress.
 
         Returns:
             The new dataset. It is equal to `dataset` if there was nothing to do.
@@ -79,16 +80,17 @@ class Compaction:
 
 
 def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None = None) -> list[Compaction]:
-    """Checks datasets before any of them changes, and returns their compactions in the order in which to run them.
+    """Checks datasets before any of them changes. Returns their compactions, to be run in this order.
 
     Args:
-        datasets: a manifest, or imported features, and datasets that were made from it.
+        datasets: a manifest, or features from `captionlib import-features`, and datasets that were made from them.
         shard_size: images per shard. If None, see `choose_shard_size`.
 
     Raises:
         ConfigError: a dataset has a kind that always has a single shard.
-        DamagedShardError: a marker of the manifest or of imported features is missing or damaged.
-        DatasetError: the manifest, the imported features or the source of another dataset is not complete.
+        DamagedShardError: a marker of the manifest or of the imported features is missing or damaged.
+        DatasetError: the manifest, the imported features or the source of a dataset (the one that it was made from) is
+            not complete.
     """
     for dataset in datasets:
         if dataset.kind not in _KINDS:
@@ -147,19 +149,23 @@ class _ImageLocations:
     Attributes:
         hashes: `[images] uint64`, hashes of the image ids, ascending.
         shards: `[images] int32`, the shard of each image, in the same order.
+        seconds_per_image: mean time taken to write an image of the dataset, including its earlier versions.
     """
 
     hashes: npt.NDArray[np.uint64]
     shards: npt.NDArray[np.int32]
+    seconds_per_image: float
 
     @classmethod
     def read(cls, dataset: ShardedDataset) -> "_ImageLocations":
         hashes, shards = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-        for shard in sorted(dataset.require_markers()):
+        markers = dataset.require_markers()
+        for shard in sorted(markers):
             hashes += [_hash_ids(dataset.read(shard, ["image_id"])), _hash_ids(_read_failures(dataset, shard))]
             shards.append(np.full(len(hashes[-2]) + len(hashes[-1]), shard, np.int32))
         order = np.argsort(all_hashes := np.concatenate(hashes))
-        return cls(all_hashes[order], np.concatenate(shards)[order])
+        seconds = sum_markers(markers.values()).total_seconds
+        return cls(all_hashes[order], np.concatenate(shards)[order], seconds / max(1, len(all_hashes)))
 
     def find_shards(self, images: pa.Table) -> list[int]:
         """Returns the sorted numbers of the shards that contain any of these images."""
@@ -182,11 +188,11 @@ def _read_failures(dataset: ShardedDataset, shard: int) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Matches:
-    """The position of each image of an old shard in a shard of the source; -1 if it is not in that shard.
+    """The positions of the images of an old shard in a shard of the source; -1 for images of other shards.
 
     Attributes:
-        rows: `[rows] int64`, positions of the rows.
-        failures: `[failures] int64`, positions of the failures.
+        rows: `[rows] int64`, positions of the images with a row.
+        failures: `[failures] int64`, positions of the unreadable images.
     """
 
     rows: npt.NDArray[np.int64]
@@ -209,8 +215,8 @@ def _write_moved_rows(
     """Writes a shard of `staged` with the rows and failures that `dataset` has for the images of the input shard.
 
     The marker (the file that records that the shard is complete) usually contains the checksum of the input shard. If
-    an image is missing or out of order, the marker contains `STALE` instead, and the next run of the command that made
-    the dataset corrects the shard.
+    an image is missing or out of order, it contains `STALE` instead. The command that made the dataset then writes the
+    shard again.
 
     Returns:
         The number of moved rows and failures.
@@ -221,7 +227,8 @@ def _write_moved_rows(
     rows = _concatenate_found([match.rows for match in matches.values()])
     images = len(rows) + len(_concatenate_found([match.failures for match in matches.values()]))
     is_current = images == input_rows.num_rows and bool((np.diff(rows) > 0).all())
-    with write_shard(staged, shard, images, input_marker.checksum if is_current else STALE) as writer:
+    input_checksum = input_marker.checksum if is_current else STALE
+    with write_shard(staged, shard, images, input_checksum, images * locations.seconds_per_image) as writer:
         failures: list[tuple[int, dict[str, str | None]]] = []
         for old, match in matches.items():
             start = 0

@@ -9,8 +9,8 @@
       __sample/                       sample of the input, while a stage with --limit runs
       __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
 
-Hugging Face's `datasets` ignores folders that begin with `__`, and pandas, PyArrow and Spark ignore names that begin
-with `_`, so all of them read the folder as it is. The footer of each data file contains the configuration.
+Other libraries can read the folder as it is: Hugging Face's `datasets` ignores folders that begin with `__`, and
+pandas, PyArrow and Spark ignore names that begin with `_`. The footer of each data file contains the configuration.
 
 The files of a shard are written in the order data, failures, marker. If the writer dies in between, the shard has no
 marker, and the next run writes it again.
@@ -87,8 +87,8 @@ class ShardedDataset:
         schema: Arrow schema of the shards.
         manifest_id: id of the manifest that the images come from. It stays the same when the manifest is updated.
         source: path or URL of the dataset that this dataset was made from most recently; empty if there is none.
-        compaction_id: id of the compaction that divided the images into these shards; empty if there was none. A
-            dataset has the compaction id of its source; see `captionlib.data.shards.compaction`.
+        compaction_id: id of the compaction (see `captionlib.data.shards.compaction`) that divided the images into these
+            shards; empty if there was none. It equals that of the source.
         source_checksum: content checksum of the source when this dataset was created; empty if unknown.
         encoder_weights: path or URL of the weights file of the encoder that computed the features; empty if there is no
             such file. The fingerprint depends on a hash of the weights, not on this path.
@@ -108,12 +108,16 @@ class ShardedDataset:
     encoder_weights: str = ""
     created: str = field(default="", compare=False)
 
-    def done_shards(self) -> set[int]:
-        """Returns the numbers of the shards that have a marker and a data file, from a listing of the folders.
+    def list_written_shards(self) -> set[int]:
+        """Returns the numbers of the shards that have a marker and a data file.
 
-        Some of them may be unfinished. `read_markers` also reads the markers, and returns only finished shards.
+        This lists the folders, but does not read the markers, so some of these shards may not be finished.
         """
-        return self._list_parts(MARKERS_FOLDER, ".json") & self._list_parts("", ".parquet")
+        return self._list_parts(MARKERS_FOLDER, ".json") & self.list_stored_shards()
+
+    def list_stored_shards(self) -> set[int]:
+        """Returns the numbers of the shards that have a data file, whether or not they are finished."""
+        return self._list_parts("", ".parquet")
 
     def read_progress(self, shards: Iterable[int]) -> dict[int, ShardProgress]:
         """Returns the progress by shard, for unfinished shards that report it; see `ShardWriter`."""
@@ -149,8 +153,9 @@ class ShardedDataset:
 
     def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
         """Returns the markers of the finished shards among `shards`, by shard. If None, all shards are considered."""
-        done = self.done_shards()
-        return {marker.shard: marker for marker in self.iter_markers(done if shards is None else done & set(shards))}
+        written = self.list_written_shards()
+        selected = written if shards is None else written & set(shards)
+        return {marker.shard: marker for marker in self.iter_markers(selected)}
 
     def require_markers(self) -> dict[int, Marker]:
         """Returns the markers of the finished shards, by shard. Commands that must not overlook a shard call this.
@@ -208,7 +213,7 @@ class ShardedDataset:
 
     def compute_totals(self) -> Totals:
         """Sums the markers of all finished shards."""
-        return sum_markers(self.iter_markers(self.done_shards()))
+        return sum_markers(self.iter_markers(self.list_written_shards()))
 
     def read_totals(self) -> Totals | None:
         """Returns the totals in `_SUCCESS`, or None if the dataset is not complete."""
@@ -332,7 +337,7 @@ class ShardedDataset:
             content = self.folder.read(name)
             if "" not in checksums and compute_checksum(io.BytesIO(content)) not in checksums:
                 raise self._damaged(name, "its checksum differs from the marker")
-            # A process that ends just after Arrow has started threads may be aborted.
+            # A process that ends soon after Arrow has started threads may crash.
             table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
         except FileNotFoundError:
             raise self._damaged(name, "missing") from None
@@ -356,8 +361,8 @@ class ShardedDataset:
 
         Raises:
             DatasetError: a shard is not finished, or the folder was removed meanwhile.
-            FailureRatioError: too many images could not be read: a fraction above `max_failure_ratio`, or all of them
-                if that is None.
+            FailureRatioError: too many images could not be read: more than the fraction `max_failure_ratio` or, if it
+                is None, all of them.
         """
         totals = self.compute_totals()
         if totals.shards < self.shards:
@@ -487,8 +492,8 @@ def create_dataset(
         ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or of a different manifest, and
             `overwrite` is not set.
-        DatasetError: the folder holds files that captionlib did not write, or a dataset that still has the shards that
-            `source` had before it was compacted.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset that was not compacted with
+            `source`.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
@@ -571,8 +576,8 @@ def _list_dataset_files(names: Iterable[str]) -> list[str]:
 def _prepare_folder(folder: Folder) -> dict[str, Any] | None:
     """Prepares a folder without a description for a new dataset, and returns None.
 
-    If another process has just created a dataset in the folder, its description is returned instead. If the folder
-    contains the remains of a dataset, because a user deleted it while a command was writing to it, they are removed.
+    If another process has just created a dataset in the folder, its description is returned instead. If a user deleted
+    a dataset while a command was writing to it, the remaining files are removed.
 
     Raises:
         DatasetError: the folder holds files that captionlib did not write.

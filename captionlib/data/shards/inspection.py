@@ -1,7 +1,7 @@
 """Summarizes a dataset: finished shards, images that could not be read (failures), speed, and inconsistencies.
 
-Only the description, the markers, the progress files and the failures are read, and nothing is written. So it works for
-a dataset that a job on a cluster is writing.
+A marker is the file that records that a shard is complete. Only the description, the markers, the progress files and
+the failures are read, and nothing is written, so a job may be writing the dataset at the same time.
 """
 
 import os
@@ -23,8 +23,9 @@ from captionlib.data.shards.markers import (
     parse_time,
     sum_markers,
 )
+from captionlib.data.shards.removal import RemovedImages, list_removed
 from captionlib.data.shards.throughput import IDLE_SECONDS, Throughput, measure_throughput
-from captionlib.errors import CaptionlibError, DamagedShardError
+from captionlib.errors import CaptionlibError, DamagedShardError, DatasetError
 from captionlib.storage.folders import TEMPORARY_FOLDER
 
 __all__ = [
@@ -38,7 +39,8 @@ __all__ = [
 ]
 
 ShardState = Literal["done", "failures", "stale", "in progress", "open"]
-"""`failures`: done, but some images could not be read. `stale`: done, but the input shard has changed since."""
+"""`failures`: done, but some images could not be read. `stale`: done, but the input shard has changed since. `open`:
+not started."""
 
 _EXAMPLES = 5  # failures that are shown for each reason
 
@@ -104,13 +106,15 @@ class DatasetReport:
         complete: whether all shards are finished, and the fraction of failed images is within the limit of the run.
         explanation: why the dataset is not complete and what to do; empty if it is complete.
         size: size of the data files in bytes.
-        seconds: time spent on the shards, summed over workers.
+        seconds: time spent on the current versions of the shards, summed over workers.
+        total_seconds: time spent on the current and all earlier versions of the shards, summed over workers.
         source: path or URL of the dataset that this dataset was made from; empty if there is none.
-        lineage: the datasets that this dataset was made from, the first one first.
+        lineage: the datasets that this dataset was made from, the oldest first.
         stale: number of shards of the source that have changed, or been added, since this dataset was written. None if
             the source cannot be read.
         failed: number of images that could not be read.
         failures: failures by reason (the category of the error), the most frequent first.
+        removed: the images that `captionlib remove` removed from a manifest: reason and date by hash of the image id.
         job: the progress of the job that writes the dataset.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
         interrupted_update: whether an update was interrupted. The next command that reads the dataset completes it.
@@ -131,11 +135,13 @@ class DatasetReport:
     rows: int
     size: int
     seconds: float
+    total_seconds: float
     source: str
     lineage: list[LineageStep]
     stale: int | None
     failed: int
     failures: Mapping[str, FailureReport]
+    removed: Mapping[str, tuple[str, str]]
     job: JobReport
     temporary_files: int
     interrupted_update: bool
@@ -152,10 +158,15 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
     if complete and totals.shards < dataset.shards:
         problems.insert(
             0,
-            f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a "
-            "valid marker file (which marks a shard as finished)",
+            f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a valid "
+            "marker file",
         )
-    changed, stale, images = _compare_with_source(dataset, markers)
+    stale_shards, stale_count, images = _compare_with_source(dataset, markers)
+    removed = RemovedImages({})
+    try:
+        removed = list_removed(dataset.folder)
+    except DatasetError as error:
+        problems.append(str(error))
     return DatasetReport(
         folder=dataset.folder.uri,
         kind=dataset.kind,
@@ -171,12 +182,14 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         rows=totals.rows,
         size=totals.bytes,
         seconds=totals.seconds,
+        total_seconds=totals.total_seconds,
         source=dataset.source,
         lineage=read_lineage(dataset),
-        stale=stale,
+        stale=stale_count,
         failed=totals.failures,
         failures=_summarize_failures(dataset, markers, totals),
-        job=_describe_job(dataset, complete, markers, changed, images),
+        removed=removed.reasons,
+        job=_describe_job(dataset, complete, markers, stale_shards, images),
         temporary_files=len(dataset.folder.list(TEMPORARY_FOLDER)),
         interrupted_update=dataset.folder.exists(JOURNAL_FILE),
         problems=problems,
@@ -184,7 +197,7 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
 
 
 def collect_failures(dataset: ShardedDataset) -> dict[str, FailureReport]:
-    """Returns the images that could not be read, by reason, in a dataset and in those that it was made from.
+    """Returns the unreadable images by reason, in a dataset and in the datasets that it was made from.
 
     Datasets that cannot be read are left out.
     """
@@ -200,9 +213,9 @@ def collect_failures(dataset: ShardedDataset) -> dict[str, FailureReport]:
 def _compare_with_source(
     dataset: ShardedDataset, markers: Mapping[int, Marker]
 ) -> tuple[set[int], int | None, int | None]:
-    """Returns the stale shards, their number plus that of new shards of the source, and the images of the source.
+    """Returns the stale shards, the number of stale and missing shards, and the number of images of the source.
 
-    The numbers are None if the source cannot be read.
+    A shard is missing if it was added to the source. Both numbers are None if the source cannot be read.
     """
     if not dataset.source:
         complete = dataset.is_complete()
@@ -215,18 +228,18 @@ def _compare_with_source(
     images = sum(marker.rows for marker in source_markers.values())
     if dataset.kind == "duplicates":  # one shard, made from all shards of the source
         checksum = source.compute_content_checksum()
-        changed = {shard for shard, marker in markers.items() if marker.input_checksum != checksum}
-        return changed, len(changed), images
-    changed = {
+        stale = {shard for shard, marker in markers.items() if marker.input_checksum != checksum}
+        return stale, len(stale), images
+    stale = {
         shard
         for shard, marker in markers.items()
         if shard in source_markers and marker.input_checksum != source_markers[shard].checksum
     }
-    return changed, len(changed) + sum(shard >= dataset.shards for shard in source_markers), images
+    return stale, len(stale) + sum(shard >= dataset.shards for shard in source_markers), images
 
 
 def _describe_job(
-    dataset: ShardedDataset, complete: bool, markers: Mapping[int, Marker], changed: Set[int], images: int | None
+    dataset: ShardedDataset, complete: bool, markers: Mapping[int, Marker], stale: Set[int], images: int | None
 ) -> JobReport:
     now = time.time()
     progress = {} if complete else dataset.read_progress(range(dataset.shards))
@@ -235,7 +248,7 @@ def _describe_job(
     last_activity = max(
         throughput.last_activity if throughput else 0.0, parse_time(dataset.created) if dataset.created else 0.0
     )
-    done = sum(marker.images for shard, marker in markers.items() if shard not in changed)
+    done = sum(marker.images for shard, marker in markers.items() if shard not in stale)
     in_progress = sum(each.images for each in active.values())
     running = not complete and now - last_activity <= IDLE_SECONDS
     seconds_left = None
@@ -247,7 +260,7 @@ def _describe_job(
         images=images,
         images_done=done,
         images_in_progress=in_progress,
-        shard_states=_list_states(dataset.shards, markers, changed, active),
+        shard_states=_list_states(dataset.shards, markers, stale, active),
         throughput=throughput,
         seconds_left=seconds_left,
         updated=now,
@@ -255,14 +268,14 @@ def _describe_job(
 
 
 def _list_states(
-    shards: int, markers: Mapping[int, Marker], changed: Set[int], active: Mapping[int, ShardProgress]
+    shards: int, markers: Mapping[int, Marker], stale: Set[int], active: Mapping[int, ShardProgress]
 ) -> list[tuple[ShardState, int]]:
     def get_state(shard: int) -> ShardState:
         if shard in active:
             return "in progress"
         if shard not in markers:
             return "open"
-        if shard in changed:
+        if shard in stale:
             return "stale"
         return "failures" if markers[shard].failures else "done"
 

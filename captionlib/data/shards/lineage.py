@@ -1,4 +1,4 @@
-"""Describes in words how a dataset was made, from the images to the dataset itself."""
+"""Describes in words how a dataset (a folder of Parquet shards) was made, from the images to the dataset itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,8 +52,7 @@ def read_lineage(dataset: ShardedDataset) -> list[LineageStep]:
 def list_sources(dataset: ShardedDataset) -> tuple[list[ShardedDataset], LineageStep | None]:
     """Returns the datasets that this dataset was made from, in the order in which they were made.
 
-    If one of them cannot be read, this one and all earlier ones are left out, and a step with the problem is returned
-    too.
+    If a dataset cannot be read, this dataset and all earlier ones are left out. A `LineageStep` then says why.
     """
     sources: list[ShardedDataset] = []
     address = dataset.source

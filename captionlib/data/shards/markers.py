@@ -1,4 +1,4 @@
-"""Markers: JSON files, each of which records that a shard of a dataset is complete, and describes the shard."""
+"""Markers: JSON files that describe complete shards of a dataset. A shard without a marker is not complete."""
 
 import hashlib
 import json
@@ -81,10 +81,11 @@ class Marker:
         bytes: size of the data file.
         checksum: checksum of the data file; see `compute_checksum`.
         seconds: time taken to write the shard.
+        total_seconds: time taken to write this and all earlier versions of the shard.
         finished: when the shard was finished, as an ISO 8601 time in UTC. Empty if unknown.
         fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
-        input_checksum: checksum of the data file of the input shard that this shard was made from. Empty if it was not
-            made from another dataset. Of duplicates, which are made from a whole dataset, the hash of its checksums.
+        input_checksum: checksum of the data file of the input shard that this shard was made from. For a dataset of
+            duplicates, it is a hash of the checksums of all input shards. Empty if there is no input dataset.
         blocks: concatenated checksums of the blocks of the data file; see `compute_block_checksum`.
         failures_checksum: checksum of the failures file; empty if there is none.
         reasons: number of failures by reason.
@@ -105,6 +106,7 @@ class Marker:
     reasons: Mapping[str, int] = field(default_factory=dict)
     previous: "Marker | None" = None
     finished: str = ""
+    total_seconds: float = 0.0
 
     @property
     def images(self) -> int:
@@ -152,6 +154,7 @@ class Totals:
     seconds: float
     reasons: Mapping[str, int]
     checksum: str = ""
+    total_seconds: float = 0.0
 
     @property
     def images(self) -> int:
@@ -159,7 +162,7 @@ class Totals:
         return self.rows + self.failures
 
     def exceeds(self, max_failure_ratio: float | None) -> bool:
-        """Returns whether more images failed than allowed. If the ratio is None, at least one must not fail."""
+        """Returns whether more images failed than this fraction or, if it is None, whether all images failed."""
         if max_failure_ratio is None:
             return self.rows == 0 and self.failures > 0
         return self.failures > max_failure_ratio * self.images
@@ -245,7 +248,7 @@ def decode_totals(content: bytes) -> tuple[Totals, str]:
 def sum_markers(markers: Iterable[Marker]) -> Totals:
     """Sums the markers of a dataset."""
     shards = rows = failures = size = 0
-    seconds, reasons = 0.0, Counter[str]()
+    seconds, total_seconds, reasons = 0.0, 0.0, Counter[str]()
     checksums: dict[int, str] = {}
     for marker in markers:
         shards += 1
@@ -253,10 +256,14 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
         failures += marker.failures
         size += marker.bytes
         seconds += marker.seconds
+        total_seconds += marker.total_seconds
         reasons.update(marker.reasons)
         checksums[marker.shard] = marker.checksum
     digest = hashlib.sha256("\n".join(checksums[shard] for shard in sorted(checksums)).encode()).hexdigest()
-    return Totals(shards, rows, failures, size, round(seconds, 3), dict(reasons.most_common()), f"sha256:{digest}")
+    return Totals(
+        *(shards, rows, failures, size, round(seconds, 3)),
+        *(dict(reasons.most_common()), f"sha256:{digest}", round(total_seconds, 3)),
+    )
 
 
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""Shows the progress of writing a dataset. The images of finished shards and of shards in progress are counted."""
+"""Shows the progress of a job that writes a dataset. It counts the images of finished shards and of shards in progress.
+
+A finished shard has a marker, the JSON file that records that the shard is complete.
+"""
 
 import threading
 import time
@@ -17,7 +20,7 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
     """Shows a progress bar while the `with` block runs a job: images, images/s, the time left, shards and failures.
 
     Args:
-        job: the job. Progress is read from the folder of its first output, where workers write it.
+        job: the job. Its workers write their progress to the folder of its first output.
         pending: numbers of the shards that the job processes. Ignored if the job also verifies finished shards.
         label: text before the bar.
         enabled: whether to show the bar.
@@ -27,28 +30,24 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
         return
     output = job.outputs[0]
     unfinished = set(job.unfinished_shards() if job.verify else pending)
-    # A shard to process again has the marker of its old version, and a run that was killed may have left progress
-    # files. Both are ignored until they change.
+    # Markers of old versions of shards, and progress files of killed runs, are ignored until they change.
     old_markers = output.read_markers(unfinished)
     old_progress = output.read_progress(unfinished)
     images = failures = shown = 0
     counted = set[int]()
 
     def advance(add: Callable[[int, str], None], shards: Set[int]) -> None:
-        """Calls `add` with the number of images processed since the last call, and with a status.
-
-        The total never decreases.
-        """
+        """Calls `add` with the number of images that were processed since the last call, and with a status text."""
         nonlocal images, failures, shown
         with suppress(StorageError):  # if the storage cannot be reached, the pipeline reports the error
-            for marker in output.iter_markers((output.done_shards() & shards) - counted):
+            for marker in output.iter_markers((output.list_written_shards() & shards) - counted):
                 if marker != old_markers.get(marker.shard):
                     counted.add(marker.shard)
                     failures += marker.failures
                     images += marker.images
             progress = output.read_progress(shards - counted)
             in_progress = sum(each.images for shard, each in progress.items() if each != old_progress.get(shard))
-            added = max(0, images + in_progress - shown)
+            added = max(0, images + in_progress - shown)  # the bar never moves back
             shown += added
             add(added, f"{len(counted)}/{output.shards} shards, {failures} failed")
 

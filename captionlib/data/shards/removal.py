@@ -1,8 +1,9 @@
-"""Removes images from datasets, and lists them in a file of the manifest so that later updates do not add them again.
+"""Removes images from datasets.
 
-The list contains hashes of the image ids, so no file contains the ids of removed images. A manifest is the dataset of
-image paths and reference captions that all other datasets are made from. A marker is the JSON file that records that a
-shard is complete; it contains the checksum of the input shard.
+A manifest is the dataset of image paths and reference captions that all other datasets are made from. A file in its
+folder lists the removed images, so that later updates do not add them again. The list contains hashes of the image ids,
+not the ids themselves. A marker is the JSON file that records that a shard is complete; it contains the checksum of the
+input shard.
 """
 
 import hashlib
@@ -14,13 +15,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import REMOVED_FILE, STALE, decode_record, encode_record
-from captionlib.data.shards.update import update_shards
+from captionlib.data.shards.markers import (
+    DESCRIPTION_FILE,
+    REMOVED_FILE,
+    SAMPLE_FOLDER,
+    STALE,
+    decode_record,
+    encode_record,
+)
+from captionlib.data.shards.update import drop_uncommitted_updates, update_shards
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import DatasetError
+from captionlib.errors import DamagedShardError, DatasetError
 from captionlib.storage.folders import Folder
 
-__all__ = ["Removal", "RemovedImages", "list_removed", "plan_removal"]
+__all__ = ["Removal", "RemovedImages", "list_removed", "plan_removal", "share_removed"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,26 @@ def list_removed(folder: Folder) -> RemovedImages:
         ) from error
 
 
+def share_removed(manifests: Sequence[Folder]) -> None:
+    """Copies the list of removed images to the new manifests of a collection, which has one manifest per source.
+
+    A manifest is new if it has not been written yet. Only images that were removed from all other manifests are listed.
+    """
+    is_new = [not folder.exists(DESCRIPTION_FILE) for folder in manifests]
+    lists = [list_removed(folder).reasons for folder, new in zip(manifests, is_new, strict=True) if not new]
+    if not lists:
+        return
+    shared = {digest: lists[0][digest] for digest in set.intersection(*map(set, lists))}
+    for folder, new in zip(manifests, is_new, strict=True):
+        if new and shared:
+            _write_list(folder, shared)
+
+
+def _write_list(folder: Folder, removed: Mapping[str, tuple[str, str]]) -> None:
+    images = {digest: {"reason": reason, "date": date} for digest, (reason, date) in removed.items()}
+    folder.write(REMOVED_FILE, encode_record({"images": images}))
+
+
 def _hash_id(image_id: str) -> str:
     return hashlib.sha256(image_id.encode()).hexdigest()
 
@@ -70,6 +98,8 @@ class Removal:
         found: those of `image_ids` that the dataset contains, as rows or as failures.
         uris: paths and URLs of the images in `found`.
         reason: why the images are removed. It is stored in the list of a manifest.
+        unreadable: unfinished shards of a killed command whose data files cannot be read. They are removed, because
+            they may contain the images.
     """
 
     dataset: ShardedDataset
@@ -78,12 +108,16 @@ class Removal:
     found: frozenset[str]
     uris: frozenset[str]
     reason: str
+    unreadable: tuple[int, ...] = ()
 
     def run(self) -> None:
         """Removes the images from all shards atomically. Run this for a manifest before the datasets made from it."""
         dataset = self.dataset
         if dataset.kind == "manifest":
             self._add_to_list()
+        _remove_unfinished_files(dataset.folder)
+        for shard in self.unreadable:
+            dataset.remove_shard(shard)
         if dataset.kind == "duplicates":
             for shard in self.is_current:
                 dataset.remove_shard(shard)  # the groups may change; `captionlib deduplicate` writes the shard again
@@ -103,17 +137,24 @@ class Removal:
         rows = rows.filter(pc.invert(pc.is_in(rows["image_id"], value_set=self.image_ids)))
         failures = self.dataset.read_failures(shard)
         kept = [] if failures is None else [row for row in failures.to_pylist() if row["image_id"] not in self.found]
-        with write_shard(staged, shard, rows.num_rows + len(kept), input_checksum) as writer:
+        marker = self.dataset.read_marker_even_if_unfinished(shard)
+        earlier_seconds = marker.total_seconds if marker is not None else 0.0
+        with write_shard(staged, shard, rows.num_rows + len(kept), input_checksum, earlier_seconds) as writer:
             writer.write(rows)
             writer.failures += kept
 
     def _add_to_list(self) -> None:
         folder = self.dataset.folder
-        removed = dict(list_removed(folder).reasons)
         date = time.strftime("%Y-%m-%d", time.gmtime())
-        removed |= {_hash_id(image_id): (self.reason, date) for image_id in self.image_ids.to_pylist()}
-        images = {digest: {"reason": reason, "date": day} for digest, (reason, day) in removed.items()}
-        folder.write(REMOVED_FILE, encode_record({"images": images}))
+        removed = {_hash_id(image_id): (self.reason, date) for image_id in self.image_ids.to_pylist()}
+        _write_list(folder, {**list_removed(folder).reasons, **removed})
+
+
+def _remove_unfinished_files(folder: Folder) -> None:
+    """Removes the files of commands that were killed, because they may contain removed images."""
+    folder.remove(SAMPLE_FOLDER)
+    folder.remove_temporary_files()
+    drop_uncommitted_updates(folder)
 
 
 def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: str = "") -> Removal:
@@ -135,13 +176,23 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
     is_current: dict[int, bool] = {}
     found: set[str] = set()
     uris: set[str] = set()
-    for shard, marker in sorted(markers.items()):
-        matches = _find(dataset, shard, wanted)
+    unreadable: list[int] = []
+    for shard in sorted(dataset.list_stored_shards()):
+        marker = markers.get(shard)
+        try:
+            matches = _find(dataset, shard, wanted)
+        except DamagedShardError:
+            if marker is not None:
+                raise
+            unreadable.append(shard)
+            continue
         if matches:
             found.update(image_id for image_id, _ in matches)
             uris.update(uri for _, uri in matches)
-            is_current[shard] = source is None or (shard in source and source[shard].checksum == marker.input_checksum)
-    return Removal(dataset, wanted, is_current, frozenset(found), frozenset(uris), reason)
+            is_current[shard] = marker is not None and (
+                source is None or (shard in source and source[shard].checksum == marker.input_checksum)
+            )
+    return Removal(dataset, wanted, is_current, frozenset(found), frozenset(uris), reason, tuple(unreadable))
 
 
 def _find(dataset: ShardedDataset, shard: int, wanted: pa.StringArray) -> list[tuple[str, str]]:

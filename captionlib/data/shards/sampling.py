@@ -1,6 +1,6 @@
 """Runs a stage on a sample of its input, and estimates the time and output size for the rest of the input.
 
-A stage is a step that reads one dataset and writes another, such as feature extraction.
+A stage is a step that reads one dataset (a folder of Parquet shards) and writes another, such as feature extraction.
 """
 
 import os
@@ -20,13 +20,13 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError
 from captionlib.storage.folders import Folder, resolve_address
 
-__all__ = ["Estimate", "Sample", "estimate_rest", "open_sample"]
+__all__ = ["Estimate", "StageInput", "estimate_remaining", "open_stage_input"]
 
 _MAX_SHARD_ROWS = 10_000
 
 
 @dataclass(frozen=True)
-class Sample:
+class StageInput:
     """The input of a stage: a dataset, or a sample of its rows.
 
     Attributes:
@@ -41,7 +41,8 @@ class Sample:
     def input_arguments(self) -> dict[str, Any]:
         """The arguments of `create_dataset` that say what the output of the stage was made from.
 
-        The output of a sample has no source, because the sample is removed.
+        The output of a sample has no source, because the sample is removed. Its `manifest_id` still identifies the list
+        of images.
         """
         if self.limit is None:
             return {"source": self.dataset}
@@ -54,12 +55,12 @@ class Sample:
 
 
 @contextmanager
-def open_sample(
+def open_stage_input(
     source: ShardedDataset, output: str | os.PathLike[str], limit: int | None, workers: int
-) -> Iterator[Sample]:
+) -> Iterator[StageInput]:
     """Yields the whole dataset if `limit` is None, and otherwise a sample of up to `limit` evenly spaced rows.
 
-    The sample is in a subfolder of the output, so that all workers can read it, and is removed when the `with` block
+    The sample is written to a subfolder of the output, which all workers can read, and removed when the `with` block
     ends. It has one shard per worker, or more if it is large.
 
     Raises:
@@ -67,13 +68,13 @@ def open_sample(
         DamagedShardError: a shard of the dataset is damaged.
     """
     if limit is None:
-        yield Sample(source)
+        yield StageInput(source)
         return
     if resolve_address(source.folder.uri) == resolve_address(output):
         raise ConfigError(f"{source.folder.uri} is the input of this command; use another folder for the output")
     folder = Folder(output)
     try:
-        yield Sample(_write_sample(source, folder.address(SAMPLE_FOLDER), limit, workers), limit)
+        yield StageInput(_write_sample(source, folder.address(SAMPLE_FOLDER), limit, workers), limit)
     finally:
         folder.remove(SAMPLE_FOLDER)
 
@@ -135,17 +136,18 @@ class Estimate:
     failures: int
 
 
-def estimate_rest(source: ShardedDataset, outputs: Sequence[ShardedDataset], workers: int) -> Estimate:
-    """Estimates the cost of processing the rest of a dataset from the complete outputs of a sample.
+def estimate_remaining(source: ShardedDataset, outputs: Sequence[ShardedDataset], workers: int) -> Estimate:
+    """Estimates the cost of processing the remaining images of a dataset from the complete outputs of a sample.
 
     The time does not include the start of the workers and the loading of models.
     """
     totals = outputs[0].compute_totals()  # `totals.images` is the number of images in the sample
-    rest = max(0, source.compute_totals().rows - totals.images)
-    ratio = rest / max(1, totals.images)
+    remaining = max(0, source.compute_totals().rows - totals.images)
+    ratio = remaining / max(1, totals.images)
     rate = totals.images / max(totals.seconds, 1e-3) * workers
     size = sum(_count_bytes(output) for output in outputs)
-    return Estimate(rest, rate, rest / rate if rest else 0.0, round(size * ratio), round(totals.failures * ratio))
+    seconds = remaining / rate if remaining else 0.0
+    return Estimate(remaining, rate, seconds, round(size * ratio), round(totals.failures * ratio))
 
 
 def _count_bytes(dataset: ShardedDataset) -> int:

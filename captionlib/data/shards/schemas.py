@@ -1,7 +1,7 @@
 """Arrow schemas of the datasets: manifest (images and reference captions), features, captions, embeddings, duplicates.
 
 Every kind of dataset has its own schema version. A new version is needed only if a column is removed or changes its
-meaning. A column that is added later is nullable: datasets without it can still be read, and it is null in their rows.
+meaning. A column that is added later is nullable. It is null in the rows of older datasets.
 """
 
 from collections.abc import Mapping

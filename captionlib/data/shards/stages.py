@@ -60,9 +60,8 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The caller processes the first before it requests the second.
 
-        Reading the markers of many finished shards takes long, while a listing shows at once which files are missing.
-        Therefore, if the input has not changed since the outputs were created, the first list contains only the shards
-        that lack a marker or a data file.
+        Reading the markers of many finished shards takes long, but listing the files does not. If the input has not
+        changed since the outputs were created, the first list contains the shards that lack a marker or a data file.
         """
         missing = self._find_missing()
         if missing:
@@ -95,14 +94,14 @@ class ShardJob:
     def _find_missing(self) -> list[int]:
         """Returns the shards that lack a marker or a data file, for the first list of `plan`.
 
-        Returns an empty list if finished shards may be pending too. Then `plan` yields a single list of all pending
-        shards, so that a cluster is started only once.
+        Returns an empty list if shards that have both files may need processing too. Then `plan` yields a single list
+        of all shards to process, so that a cluster is started only once.
         """
         checksum = self.source.compute_content_checksum()
         if self.verify or self.retry_failures or any(output.source_checksum != checksum for output in self.outputs):
             return []
-        done = [output.done_shards() for output in self.outputs]
-        return [shard for shard in range(self.source.shards) if any(shard not in shards for shards in done)]
+        written = [output.list_written_shards() for output in self.outputs]
+        return [shard for shard in range(self.source.shards) if any(shard not in shards for shards in written)]
 
     def run(self, shard: int, process: ProcessRows) -> Marker:
         """Processes a shard, unless it is finished.
@@ -132,7 +131,7 @@ class ShardJob:
                 return self._process(shard, input_marker, process)
             except DamagedShardError:
                 if self.source.read_marker(shard) == input_marker:
-                    raise  # otherwise the input was replaced meanwhile
+                    raise  # otherwise the input was replaced meanwhile, so the new version is processed
 
     def mark_incomplete(self) -> None:
         """Marks the output datasets as incomplete; see `ShardedDataset.mark_incomplete`."""
@@ -263,9 +262,10 @@ class _UnchangedRows:
 
 
 def match_images(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
-    """Returns, for each row, the index of the old row of the same image, or -1 if there is none or the image changed.
+    """Returns for each row the index of the old row of the same, unchanged image, or -1 if there is none.
 
-    If a version is unknown, an image with the same path or URL counts as unchanged.
+    An image is unchanged if its version (a string that changes with the file) is the same. If a version is unknown, the
+    paths or URLs are compared.
     """
     found_or_null = pc.fill_null(pc.index_in(rows["image_id"], value_set=old["image_id"].combine_chunks()), -1)
     indices: npt.NDArray[np.int64] = found_or_null.to_numpy().astype(np.int64)

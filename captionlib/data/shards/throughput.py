@@ -1,7 +1,6 @@
-"""Computes the speed of a job from the times that its shards' markers and progress files contain.
+"""Computes the speed of a job from the times in its markers and progress files.
 
-A marker records a finished shard, and a progress file records how much of an unfinished shard is processed; see
-`captionlib.data.shards.markers`.
+A marker records a finished shard. A progress file records how much of an unfinished shard has been processed.
 """
 
 from collections.abc import Iterable
@@ -29,7 +28,7 @@ class Throughput:
     """The speed of the current or last run of a job. Times are Unix times in seconds.
 
     Attributes:
-        started: the start of the run. A time without activity of more than `IDLE_SECONDS` separates two runs.
+        started: the start of the run. A pause of more than `IDLE_SECONDS` separates two runs.
         last_activity: when a worker last finished a shard or reported progress.
         images_per_second: the speed over the last 15 minutes before `last_activity`.
         curve: the speed in intervals of equal length between `started` and `last_activity`.

@@ -5,9 +5,9 @@
       __shards/part-00000.json        marker: records that a shard is complete, with the checksums of its files
       _update.json                    journal: names the new shards; the update is committed once this file exists
 
-The new shards are staged, the journal commits them, and then they are moved into place. If a process dies before the
-commit, the staged shards are ignored, and the next update removes them. If it dies after the commit, `open_dataset`
-moves the remaining shards. Several processes may do so at once, because moving a shard again has no effect.
+First, the new shards are written to `__update`. Then the journal commits them. Then they are moved into place. If the
+process dies before the commit, the next update removes the new shards. If it dies after the commit, `open_dataset`
+moves the remaining shards. Several processes may do this at once, because moving a shard again has no effect.
 """
 
 import uuid
@@ -137,12 +137,12 @@ def _read_journal(folder: Folder) -> dict[str, Any] | None:
 def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> None:
     """Raises DatasetError if a shard of the update is neither staged nor in place.
 
-    If no other shard has been moved into place either, drops the update before it raises the error.
+    If no shard has been moved into place, the update is dropped before the error is raised.
 
     Args:
         folder: folder of the dataset.
         staging: path of the folder with the staged shards, relative to `folder`.
-        written: for each shard, its part name (such as `part-00000`) and the checksums of its new files.
+        written: checksums of the new files of each shard, by its part name, such as `part-00000`.
     """
     moved, missing = [], []
     for name, checksums in written.items():
@@ -165,9 +165,10 @@ def _missing_shard_error(folder: Folder, staging: str, name: str) -> DatasetErro
 
 
 def _move_shard(folder: Folder, staging: str, name: str, checksums: str) -> None:
-    """Moves the staged shard with this part name. Until it is moved, the marker describes both versions of it.
+    """Moves a staged shard into place, given its part name and the checksums of its new files.
 
-    `checksums` are those of its new files. Raises DatasetError if the shard is neither staged nor in place.
+    While its files are moved, its marker describes both the old and the new version. Raises DatasetError if the shard
+    is neither staged nor in place.
     """
     new = _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")
     current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")

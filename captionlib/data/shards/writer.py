@@ -79,6 +79,7 @@ class ShardWriter:
         self.failures.append(failure_row(row, error))
 
     def flush(self) -> None:
+        """Writes the buffered rows as a row group."""
         if self._buffered_rows:
             self._writer.write_table(pa.Table.from_batches(self._buffer, self._schema))
         self._buffer, self._buffered_rows, self._buffered_bytes = [], 0, 0
@@ -100,17 +101,20 @@ class ShardWriter:
 
 
 @contextmanager
-def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checksum: str = "") -> Iterator[ShardWriter]:
+def write_shard(
+    dataset: ShardedDataset, shard: int, expected: int, input_checksum: str = "", earlier_seconds: float = 0.0
+) -> Iterator[ShardWriter]:
     """Yields a writer for a shard. The shard is published when the `with` block ends, unless the block raises.
 
-    If the shard already exists, a marker that describes both the old and the new version is written before its files
-    are replaced. Meanwhile, readers accept files of either version.
+    If the shard exists, a marker that describes the old and the new version is written before the files are replaced.
+    Until the end, readers accept files of either version.
 
     Args:
         dataset: the dataset, which must be marked as incomplete.
         shard: number of the shard.
         expected: number of rows and failures together.
         input_checksum: checksum of the data file of the input shard, if there is one.
+        earlier_seconds: time taken to write earlier versions of these rows in other folders.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`.
@@ -130,22 +134,25 @@ def write_shard(dataset: ShardedDataset, shard: int, expected: int, input_checks
         with path.open("rb") as file:
             checksum, block_checksums = compute_checksums(file)  # of the whole file, and of each `BLOCK_BYTES` of it
         failures = _encode_failures(writer.failures)
+        previous = dataset.read_marker_even_if_unfinished(shard)
+        seconds = time.monotonic() - started
+        earlier_seconds += previous.total_seconds if previous is not None else 0
         writer.marker = Marker(
             shard=shard,
             rows=writer.rows,
             failures=len(writer.failures),
             bytes=path.stat().st_size,
             checksum=checksum,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(seconds, 3),
             fingerprint=dataset.fingerprint,
             input_checksum=input_checksum,
             blocks=block_checksums,
             failures_checksum=compute_checksum(io.BytesIO(failures)) if failures else "",
             reasons=dict(Counter(str(row["error"]) for row in writer.failures).most_common()),
             finished=format_time(time.time()),
+            total_seconds=round(earlier_seconds + seconds, 3),
         )
         writer.remove_progress()
-        previous = dataset.read_marker_even_if_unfinished(shard)
         if previous is not None and not _has_same_files(previous, writer.marker):
             write_marker(dataset.folder, replace(writer.marker, previous=previous))
     # The end of the block above has moved the data file into place.
@@ -174,8 +181,7 @@ def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetW
 def _has_same_files(previous: Marker, marker: Marker) -> bool:
     """Returns whether `previous` describes a finished shard with the same files as `marker`.
 
-    If so, the shard need not be marked as unfinished, and two identical runs at the same time do not mark each other's
-    finished shards as unfinished.
+    Such a shard stays finished, even if two identical runs write it at the same time.
     """
     same = previous.checksum == marker.checksum and previous.failures_checksum == marker.failures_checksum
     return same and previous.previous is None

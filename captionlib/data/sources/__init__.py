@@ -1,1 +1,1 @@
-"""Readers of input datasets, one module per format. Each yields images with reference captions as `ManifestRow`s."""
+"""Readers of input datasets, one module per format. Each yields images with reference captions as `ImageRecord`s."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from captionlib.data.sources.locations import Location, find_files, load_json, locate, resolve_uri
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import parse_captions, parse_id, parse_list, parse_object, parse_text
 from captionlib.errors import DatasetError, EntryError
 
@@ -16,17 +16,17 @@ __all__ = ["read_coco"]
 _SPLIT = re.compile(r"(?<![a-z])(train|restval|minival|val|test|dev|unlabeled)(?:-dev)?(?:\d{4})?(?![a-z])")
 
 
-def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
+def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images of COCO caption files in file order. One file at a time is held in memory.
 
     The split is `options.default_split` or, if that is empty, the split in the file name: `train` for
     `captions_train2014.json`. Image paths are relative to the subfolder that the file name mentions, here `train2014/`.
-    This subfolder is searched for in `options.image_root` or, if that is None, in the folder of the JSON file and then
-    in the parent of that folder. If it is not found, image paths are relative to the first folder that was searched.
-    See `captionlib.data.sources.rows.RowReader` for the arguments.
+    It is searched for in `options.image_root`. If that is None, it is searched for in the folder of the JSON file, and
+    then in the parent folder. If it is not found, image paths are relative to the first of these folders.
+    See `captionlib.data.sources.rows.SourceReader` for the arguments.
 
     Raises:
-        DatasetError: a file is not in COCO's format, or none of its captions belongs to one of its images.
+        DatasetError: a file is not in COCO's format, or all of its captions belong to images that it does not list.
     """
     for location in find_files(addresses, frozenset({".json"})):
         document = parse_object(load_json(location), location.address)
@@ -47,7 +47,7 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
                 continue
             listed.add(image_id)
             captions = [text for annotation in annotations.get(image_id, ()) for text in annotation["captions"]]
-            yield ManifestRow(image_id, uri, split, tuple(captions), origin)
+            yield ImageRecord(image_id, uri, split, tuple(captions), origin)
         _reject_unmatched(annotations, listed, location, skips)
 
 

@@ -35,7 +35,10 @@ _NUMBERED_CAPTION = re.compile(r"(?i)(?:caption|sentence)[ _]?\d+")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the table columns to read. A name is None if the table has no such column."""
+    """Names of the table columns to read. A name is None if the table has no such column.
+
+    `version` names the column with a string that changes with the image, such as a hash or a date.
+    """
 
     uri: str
     id: str | None

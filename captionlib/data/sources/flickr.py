@@ -15,7 +15,7 @@ from captionlib.data.sources.locations import (
     resolve_uri,
     scan_folder,
 )
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import parse_captions, parse_cell
 from captionlib.errors import DatasetError, EntryError
 
@@ -26,12 +26,12 @@ CAPTION_LINE = re.compile(r"(?P<name>[^\t#]+?\.\w+?)(?:\.\d+)?#\w+\t(?P<caption>
 _OFFICIAL_SPLIT_FILE = re.compile(r"(?i)flickr_?(?:8|30)k\.(?P<split>train|dev|val|test)images\.txt")
 
 
-def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
+def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images of caption files in file order. The id is the image's file name.
 
     Splits come from `options.split_files` or, by default, from the official split files in the folder of the captions,
     such as `Flickr_8k.trainImages.txt`. If split files are used, images that none of them lists are skipped.
-    See `captionlib.data.sources.rows.RowReader` for the arguments.
+    See `captionlib.data.sources.rows.SourceReader` for the arguments.
 
     Raises:
         DatasetError: an image is in two splits.
@@ -48,7 +48,7 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
                 skips.count_ignored("not in any split file")
                 continue
             captioned.add(key)
-            yield ManifestRow(name, resolve_uri(name, root), splits.get(key, options.default_split), captions, origin)
+            yield ImageRecord(name, resolve_uri(name, root), splits.get(key, options.default_split), captions, origin)
         for _ in splits.keys() - captioned:
             skips.count_ignored("in a split file, but without captions")
 

@@ -16,7 +16,7 @@ from captionlib.data.sources.locations import (
     scan_folder,
     split_glob,
 )
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.versions import version_from_file, version_from_listing, version_from_stat
 from captionlib.errors import DatasetError
 from captionlib.storage.file_systems import split_protocol
@@ -25,14 +25,16 @@ __all__ = ["find_images", "read_folder"]
 
 PathFilter = Callable[[str], bool]
 
+_DELETED = "deleted while the folder was listed"
 
-def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
+
+def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images in folders and their subfolders, sorted by name. The id is the path relative to the folder.
 
     Files with an image extension or without an extension become rows; they are not opened. Other extensions, hidden
     files and folders, and special files are skipped. Symbolic links are followed unless they point to a parent folder.
     For a glob, ids are relative to the last folder before the first wildcard.
-    See `captionlib.data.sources.rows.RowReader` for the arguments.
+    See `captionlib.data.sources.rows.SourceReader` for the arguments.
 
     Raises:
         DatasetError: a folder does not exist or cannot be read.
@@ -52,7 +54,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
                 if names_part_of_file(uri) and not root.is_local:  # such as x.parquet#row=1&column=y
                     skips.reject_image("name that looks like the address of a part of a file", uri)
                     continue
-                yield ManifestRow(name, uri, options.default_split, (), uri, version)
+                yield ImageRecord(name, uri, options.default_split, (), uri, version)
 
 
 def find_images(address: str) -> list[str]:
@@ -86,7 +88,7 @@ def _is_image_name(name: str, skips: SkipCounter) -> bool:
 def _walk(
     root: Location, include_file: PathFilter, enter_folder: PathFilter, skips: SkipCounter
 ) -> Iterator[tuple[str, str]]:
-    """Yields file paths relative to `root`, with the versions of the files.
+    """Yields file paths relative to `root`, with the version of each file (a string that changes with the file).
 
     The files of a directory come first, sorted by name, and then the files in its subdirectories.
     """
@@ -98,8 +100,11 @@ def _walk(
             if identity in ancestors:
                 skips.count_ignored("link to a parent folder")
                 continue
-            files, folders = _list_names(root.join(folder), skips)
+            files, folders = _list_names(root.join(folder), identity, skips)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and _was_deleted(root, folder, ancestors):
+                skips.count_ignored(_DELETED)
+                continue
             reason = error.strerror or type(error).__name__
             raise DatasetError(f"folder {root.join(folder).address} cannot be read: {reason}") from error
         prefix = f"{folder}/" if folder else ""
@@ -116,7 +121,25 @@ def _identify(folder: Location) -> object | None:
     return status.st_dev, status.st_ino
 
 
-def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[tuple[str, str]], list[str]]:
+def _was_deleted(root: Location, folder: str, ancestors: Sequence[object]) -> bool:
+    """Returns whether a missing directory was deleted. If not, its disk was unmounted, so its parent has changed too.
+
+    `ancestors` are the identities that the parents of `folder` had when they were listed, that of `root` first.
+    """
+    if not root.is_local:
+        return bool(folder)
+    parents = folder.split("/")[:-1]
+    for depth in reversed(range(len(ancestors))):
+        try:
+            return _identify(root.join("/".join(parents[:depth]))) == ancestors[depth]
+        except FileNotFoundError:  # this parent was deleted too
+            continue
+    return False
+
+
+def _list_names(
+    folder: Location, identity: object | None, skips: SkipCounter
+) -> tuple[list[tuple[str, str]], list[str]]:
     """Returns the sorted files of a directory, as names and versions, and its sorted subdirectories."""
     files: list[tuple[str, str]] = []
     folders: list[str] = []
@@ -128,8 +151,14 @@ def _list_names(folder: Location, skips: SkipCounter) -> tuple[list[tuple[str, s
         elif kind == "directory":
             folders.append(name)
         else:
-            version = version_from_stat(details.stat()) if folder.is_local else version_from_listing(details)
-            files.append((name, version))
+            try:
+                version = version_from_stat(details.stat()) if folder.is_local else version_from_listing(details)
+            except FileNotFoundError:
+                if _identify(folder) != identity:
+                    raise
+                skips.count_ignored(_DELETED)
+            else:
+                files.append((name, version))
     return sorted(files), sorted(folders)
 
 

@@ -23,7 +23,7 @@ from captionlib.data.sources.locations import (
     read_lines,
     scan_folder,
 )
-from captionlib.data.sources.rows import ManifestRow, RowReader, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions, SourceReader
 from captionlib.data.sources.tables import TABLE_EXTENSIONS, open_parquet, read_tables
 from captionlib.data.sources.values import is_unicode, parse_json
 from captionlib.data.sources.versions import version_from_uri
@@ -43,7 +43,7 @@ class SourceFormat:
         references_images: whether the source contains image paths, which may be wrong, instead of images.
     """
 
-    read: RowReader
+    read: SourceReader
     row_description: str
     references_images: bool
 
@@ -66,7 +66,7 @@ _TAR_EXTENSIONS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 def read_source(
     source_format: str, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter
-) -> Iterator[ManifestRow]:
+) -> Iterator[ImageRecord]:
     """Yields the rows of a source. Skips rows and captions that are not valid Unicode.
 
     Args:
@@ -91,7 +91,7 @@ def read_source(
             for _ in range(len(row.captions) - len(valid)):
                 skips.reject_captions("caption is not UTF-8", row.origin)
             row.captions = valid
-        row.version = row.version or version_from_uri(row.uri)
+        row.version = row.version or version_from_uri(row.uri)  # changes when the image file changes
         images += 1
         captions += len(row.captions)
         yield row

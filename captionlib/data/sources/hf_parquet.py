@@ -13,7 +13,7 @@ from captionlib.data.sources.columns import (
     select_column,
 )
 from captionlib.data.sources.locations import Location, find_files, open_file
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import (
     open_parquet,
     parse_caption_columns,
@@ -30,11 +30,11 @@ __all__ = ["find_image_columns", "read_hf_parquet"]
 _IMAGE_NAMES = frozenset({"image", "image_bytes", "img", "jpg", "jpeg", "png", "webp", "bytes"})
 
 
-def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
+def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields one image per row of Parquet files. Each uri refers to a file, row and column; image bytes are not read.
 
-    The id is the value of the id column. Without one, it is the image's path if paths are unique in the file, and
-    otherwise the file name and the 0-based row number.
+    The id is the value of the id column. If there is none, the id is the image's path. If there are no paths, or paths
+    repeat in the file, the id consists of the file name and the 0-based row number.
 
     Args:
         addresses: paths, URLs or globs of the files.
@@ -74,7 +74,7 @@ def _is_image_struct(data_type: pa.DataType) -> bool:
 
 def _read_rows(
     parquet: pq.ParquetFile, location: Location, options: SourceOptions, skips: SkipCounter
-) -> Iterator[ManifestRow]:
+) -> Iterator[ImageRecord]:
     schema = parquet.schema_arrow
     image_column = _select_image_column(schema, options.image_column, location.address)
     image_type = schema.field(image_column).type
@@ -102,7 +102,7 @@ def _read_rows(
         except EntryError as error:
             skips.reject_image(error.reason, error.problem)
             continue
-        yield ManifestRow(
+        yield ImageRecord(
             image_id=image_id,
             uri=f"{location.address}#row={number}&column={bytes_column}",
             split=split,

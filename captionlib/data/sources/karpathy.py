@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from captionlib.data.sources.locations import Location, find_files, find_image_root, load_json, resolve_uri
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import (
     parse_captions,
     parse_id,
@@ -18,11 +18,11 @@ from captionlib.errors import EntryError
 __all__ = ["read_karpathy", "read_numbered_rows"]
 
 
-def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
+def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images of `dataset.json` files in file order. One file at a time is held in memory.
 
     The id is `cocoid` or, if missing, `imgid`. The splits are train, restval, val and test. See
-    `captionlib.data.sources.rows.RowReader` for the arguments.
+    `captionlib.data.sources.rows.SourceReader` for the arguments.
 
     Raises:
         DatasetError: a file is not in Karpathy's format.
@@ -34,7 +34,7 @@ def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipC
 
 def read_numbered_rows(
     location: Location, options: SourceOptions, skips: SkipCounter
-) -> Iterator[tuple[object, ManifestRow]]:
+) -> Iterator[tuple[object, ImageRecord]]:
     """Yields the images of one `dataset.json`, each with its `imgid`: the column number in NeuralTalk's features file.
 
     Invalid images and captions are skipped.
@@ -56,11 +56,11 @@ def read_numbered_rows(
         yield image.get("imgid"), row
 
 
-def _to_row(image: dict[str, Any], root: str, default_split: str, origin: str) -> ManifestRow:
+def _to_row(image: dict[str, Any], root: str, default_split: str, origin: str) -> ImageRecord:
     folder = parse_optional(parse_text, image.get("filepath"), origin, "filepath")
     name = parse_text(image.get("filename"), origin, "filename")
     id_field = "cocoid" if "cocoid" in image else "imgid"
-    return ManifestRow(
+    return ImageRecord(
         image_id=parse_id(image.get(id_field), origin, id_field),
         uri=resolve_uri(f"{folder}/{name}" if folder else name, root),
         split=parse_optional(parse_id, image.get("split"), origin, "split", default_split),

@@ -152,7 +152,7 @@ def _expand_braces(address: str) -> list[str]:
 
 
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """Yields the files at `addresses`: files, all matches of globs, and files with one of `extensions` in folders.
+    """Yields the addressed files, all files that match a glob, and the files with one of `extensions` in a folder.
 
     Raises:
         DatasetError: an address does not exist, or no file is found at it.

@@ -1,4 +1,4 @@
-"""Defines the interface of source readers: their options, the rows that they yield, and a counter of skipped items.
+"""The interface of source readers: their options, the records that they yield, and a counter of skipped items.
 
 A source is an input dataset in one of the supported formats.
 """
@@ -11,19 +11,19 @@ from typing import Protocol
 from captionlib.config import configclass
 from captionlib.errors import DatasetError
 
-__all__ = ["ManifestRow", "RowReader", "SkipCounter", "SourceOptions"]
+__all__ = ["ImageRecord", "SkipCounter", "SourceOptions", "SourceReader"]
 
 
 @dataclass(slots=True)  # not frozen, because frozen instances take three times as long to create
-class ManifestRow:
-    """One image, as stored in a manifest: the Parquet dataset that lists the images for all later jobs.
+class ImageRecord:
+    """An image of a source, which becomes a row of the manifest: the Parquet dataset that lists the images.
 
     Attributes:
         image_id: id that is unique in the source and the same on every run.
         uri: absolute path or URL of the image.
         split: name of the split, such as `train`; empty if unknown.
         captions: reference captions.
-        origin: file and line (or row, or entry) that the row was read from, for error messages.
+        origin: file and line (or row, or entry) that the record was read from, for error messages.
         version: short string that changes when the image file changes. It stays the same when only the captions change.
             If empty, `version_from_uri` computes it.
     """
@@ -112,7 +112,7 @@ class SourceOptions:
             If None, all captions in a map are included.
         split_column: table column with the split.
         version_column: table column with a version of the image, such as a hash or a date. If None, the version is
-            determined from the file of the image or, if it is remote, from its uri.
+            computed from the metadata of the image file or, if these are unknown, from its uri.
         captions: whether to include captions.
         columns: names of all columns, for a CSV or TSV table without a header.
         tsv_quotes: whether cells of TSV tables may be quoted, as in CSV.
@@ -133,8 +133,8 @@ class SourceOptions:
     tsv_quotes: bool = False
 
 
-class RowReader(Protocol):
-    """Function that yields the rows of a source in the same order on every run.
+class SourceReader(Protocol):
+    """Function that yields the images of a source in the same order on every run.
 
     Args:
         addresses: paths, URLs or globs of the source.
@@ -144,4 +144,4 @@ class RowReader(Protocol):
 
     def __call__(
         self, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter
-    ) -> Iterator[ManifestRow]: ...
+    ) -> Iterator[ImageRecord]: ...

@@ -20,7 +20,7 @@ from captionlib.data.sources.locations import (
     read_lines,
     resolve_uri,
 )
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import (
     parse_captions,
     parse_cell,
@@ -62,12 +62,12 @@ class _Record(NamedTuple):
     values: Mapping[str, Any]
 
 
-def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
+def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images of tables in file order.
 
     Consecutive rows of the same image are merged into one row with all their captions, unless they have caption lists.
     Without an id column, the id is the uri exactly as it is in the table. Uris may be relative to `options.image_root`
-    or, by default, to the table's folder. Invalid rows are skipped. See `RowReader` for the arguments.
+    or, by default, to the table's folder. Invalid rows are skipped. See `SourceReader` for the arguments.
 
     Raises:
         ConfigError: a column is missing or ambiguous.
@@ -83,8 +83,8 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
 def _parse_records(
     records: Iterable[_Record], root: str, options: SourceOptions, skips: SkipCounter
-) -> Iterator[tuple[ManifestRow, bool]]:
-    """Yields each row, and whether it may be merged: whether it has captions, but no list of captions."""
+) -> Iterator[tuple[ImageRecord, bool]]:
+    """Yields each row, and whether it may be merged: it has captions, but not a list of captions."""
     for origin, columns, values in records:
         try:
             uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()
@@ -99,7 +99,7 @@ def _parse_records(
         if columns.captions:
             captions = parse_caption_columns(values, columns.captions, origin, options, skips)
             mergeable = not any(isinstance(values.get(name), list) for name in columns.captions)
-        yield ManifestRow(image_id, resolve_uri(uri, root), split, captions, origin, version), mergeable
+        yield ImageRecord(image_id, resolve_uri(uri, root), split, captions, origin, version), mergeable
 
 
 def parse_split_column(values: Mapping[str, Any], column: str | None, origin: str, default: str) -> str:
@@ -108,7 +108,7 @@ def parse_split_column(values: Mapping[str, Any], column: str | None, origin: st
 
 
 def parse_version_column(values: Mapping[str, Any], column: str | None, origin: str) -> str:
-    """Returns the version in `column` of a row, or an empty string if the column or its value is missing."""
+    """Returns the version of an image, a string that changes with it; empty if the column or its value is missing."""
     return "" if column is None else parse_optional(parse_id, values.get(column), origin, column)
 
 
@@ -128,13 +128,13 @@ def parse_caption_columns(
     return captions
 
 
-def _merge_captions(rows: Iterable[tuple[ManifestRow, bool]], skips: SkipCounter) -> Iterator[ManifestRow]:
+def _merge_captions(rows: Iterable[tuple[ImageRecord, bool]], skips: SkipCounter) -> Iterator[ImageRecord]:
     """Merges adjacent rows of the same image into one row with all their captions.
 
-    A row is only merged if it is paired with True; see `_parse_records`. Rows of the same image that are not merged
-    have equal ids, which `prepare` rejects later.
+    Each row is paired with a flag that says whether it may be merged. `prepare` later rejects the equal ids of rows
+    that are not merged.
     """
-    previous: ManifestRow | None = None
+    previous: ImageRecord | None = None
     previous_mergeable = False
     for row, mergeable in rows:
         if previous is None:

@@ -17,7 +17,7 @@ from typing import Any
 from captionlib.errors import DatasetError, EntryError
 
 __all__ = [
-    "describe",
+    "describe_value",
     "is_missing",
     "is_unicode",
     "parse_captions",
@@ -83,14 +83,14 @@ def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(describe(next(key for key in keys if keys.count(key) > 1)))
+        raise _DuplicateKeyError(describe_value(next(key for key in keys if keys.count(key) > 1)))
     return values
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_to_object)
 
 
-def describe(value: object) -> str:
+def describe_value(value: object) -> str:
     """Returns the type and the start of a value for an error message."""
     if value is None:
         return "no value"
@@ -129,7 +129,7 @@ def parse_cell(cell: str, numeric: bool = False) -> object:
 
 
 def _entry_error(origin: str, field: str, expected: str, value: object) -> EntryError:
-    return EntryError(f"invalid {field}", f"{origin}: expected {field} as {expected}, got {describe(value)}")
+    return EntryError(f"invalid {field}", f"{origin}: expected {field} as {expected}, got {describe_value(value)}")
 
 
 def parse_text(value: object, origin: str, field: str) -> str:
@@ -186,7 +186,7 @@ def parse_object(value: object, origin: str) -> dict[str, Any]:
     """
     if isinstance(value, dict):
         return value
-    raise EntryError("entry that is not an object", f"{origin}: expected an object, got {describe(value)}")
+    raise EntryError("entry that is not an object", f"{origin}: expected an object, got {describe_value(value)}")
 
 
 def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tuple[str, ...]:
@@ -233,5 +233,5 @@ def _parse_printed_list(text: str, origin: str, field: str) -> object:
         raise EntryError(
             f"invalid {field}",
             f'{origin}: expected {field} as a caption or a JSON list such as ["a dog", "two dogs"], '
-            f"got {describe(text)}",
+            f"got {describe_value(text)}",
         ) from error

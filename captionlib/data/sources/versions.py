@@ -13,7 +13,7 @@ from captionlib.storage.file_systems import split_protocol
 
 __all__ = ["find_modified_times", "version_from_file", "version_from_listing", "version_from_stat", "version_from_uri"]
 
-# A time has at least 15 digits, so it is later than 1972. ETags of S3 can look like a version with a smaller number.
+# S3's ETags also have the form HEX-NUMBER, with a small number. A time of 1972 or later has at least 15 digits.
 _STAT_VERSION = "^[0-9a-f]+-(?P<nanoseconds>(?:1[0-9a-f]|[1-9a-f])[0-9a-f]{14})$"
 
 # Keys in the listings of remote file systems: a hash or version number of the content, and the modification time.
@@ -39,7 +39,7 @@ def find_modified_times(versions: pa.StringArray) -> pa.TimestampArray:
 def version_from_listing(details: Mapping[str, Any]) -> str:
     """Returns the version of a remote file from its entry in a listing of an fsspec file system.
 
-    The version is the entry's own hash or version number or, if it has neither, a hash of size and modification time.
+    The version is a hash or version number in the entry. If it has neither, size and modification time are hashed.
     """
     for key in _CONTENT_KEYS:
         if details.get(key):

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from captionlib.data.images.formats import IMAGE_EXTENSIONS
 from captionlib.data.sources.columns import CAPTION_NAMES, select_caption_columns
 from captionlib.data.sources.locations import Location, find_files, open_file
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import parse_caption_columns
 from captionlib.data.sources.values import parse_captions, parse_cell, parse_id, parse_json
 from captionlib.data.sources.versions import version_from_file
@@ -42,20 +42,20 @@ class _Sample:
     texts: dict[str, str] = field(default_factory=dict)
 
 
-def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ManifestRow]:
+def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the samples that contain an image, in file order. Each uri refers to the image's byte range in the tar.
 
     Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, `.text`, `.caption` or
-    `.captions` file or, without one, the captions in its `.json`. If `options.caption_columns` is set, the captions in
-    the `.json` take precedence. The id is the sample's key, or the value of `options.id_column` in the `.json`.
-    A sample with invalid captions is kept without captions. See `RowReader` for the arguments.
+    `.captions` file. If there is no such file, or if `options.caption_columns` is set, the `.json` contains the
+    captions. The id is the sample's key, or the value of `options.id_column` in the `.json`.
+    A sample with invalid captions is kept without captions. See `SourceReader` for the arguments.
 
     Raises:
         DatasetError: a tar is compressed or damaged.
     """
     for location in find_files(addresses, frozenset({".tar"})):
         with open_file(location) as file:
-            version = version_from_file(location)
+            version = version_from_file(location)  # a string that changes when the tar changes
             seen: set[int] = set()  # hashes, because a tar can hold millions of keys
             for sample in _read_samples(file, location, skips):
                 if sample.images:
@@ -71,7 +71,7 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
 
 def _to_rows(
     sample: _Sample, location: Location, tar_version: str, options: SourceOptions, skips: SkipCounter
-) -> Iterator[ManifestRow]:
+) -> Iterator[ImageRecord]:
     """Yields the row of a sample, or nothing if the sample has no valid id."""
     for _ in range(len(sample.images) - 1):
         skips.count_ignored("additional image in a sample")
@@ -91,11 +91,11 @@ def _to_rows(
     uri = f"{location.address}#bytes={start}-{end}"
     captions = _parse_captions(sample, json_values, options, skips)
     version = f"{tar_version}-{start:x}-{end - start:x}"
-    yield ManifestRow(image_id, uri, options.default_split, captions, sample.origin, version)
+    yield ImageRecord(image_id, uri, options.default_split, captions, sample.origin, version)
 
 
 def _select_extension(files: Mapping[str, object]) -> str:
-    """Returns the first extension that contains no dot (`jpg`, not `mask.png`), or the first of all if all do."""
+    """Returns the first extension without a dot (`jpg` rather than `mask.png`). If all have dots, returns the first."""
     return next((extension for extension in files if "." not in extension), next(iter(files)))
 
 
@@ -150,8 +150,8 @@ def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Ite
 def _split_dotted_keys(sample: _Sample, location: Location) -> list[_Sample]:
     """Splits a sample if the keys of its files contain a dot: `22.05.jpg` and `22.06.jpg` are two samples.
 
-    The part between the first and the last dot belongs to the key if all such parts are numbers, or if an image and a
-    text file have the same part. Otherwise it belongs to the extension: `22.rgb.jpg` and `22.mask.png` are one sample.
+    The part between the first and the last dot belongs to the key if it is a number in all names, or if an image and a
+    text file share it. Otherwise it belongs to the extension: `22.rgb.jpg` and `22.mask.png` are one sample.
     """
     samples: dict[str, _Sample] = {}  # by the part between the dots
     for name in (*sample.images, *sample.texts):

@@ -17,22 +17,22 @@ from captionlib.storage.folders import Folder
 __all__ = ["Corpus", "TextLayout", "open_corpus"]
 
 TextLayout = Literal["sentences", "continuous"]
-"""Layout of a text file: one sentence per line, or one continuous text, of which line breaks are a part."""
+"""Layout of a text file: one sentence per line, or one continuous text that includes its line breaks."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation text. Each call of `training` or `validation` reads the text from disk again.
+    """Training and validation text.
 
     Attributes:
-        fingerprint: hash that identifies the content.
-        training: function that yields the sentences for training, or one continuous text.
-        validation: function that yields the sentences for validation, or one continuous text.
+        fingerprint: hash of the text.
+        read_training: function that reads the training text from disk, and yields its sentences or the continuous text.
+        read_validation: the same for the validation text.
     """
 
     fingerprint: str
-    training: Callable[[], Iterator[str]]
-    validation: Callable[[], Iterator[str]]
+    read_training: Callable[[], Iterator[str]]
+    read_validation: Callable[[], Iterator[str]]
 
 
 def open_corpus(
@@ -64,7 +64,7 @@ def open_corpus(
     location = locate(os.fspath(source))
     read = partial(_read_sentences if layout == "sentences" else _read_continuous, location, validation_fraction)
     corpus = Corpus(_hash_text(location), partial(read, validation=False), partial(read, validation=True))
-    for purpose, texts in (("training", corpus.training()), ("validation", corpus.validation())):
+    for purpose, texts in (("training", corpus.read_training()), ("validation", corpus.read_validation())):
         if not any(text.strip() for text in texts):
             raise DatasetError(
                 f"{location.address}: expected text for {purpose}, got none at validation_fraction="

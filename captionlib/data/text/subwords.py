@@ -23,9 +23,9 @@ SubwordLevel = Literal["bpe", "unigram"]
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
-# The training of `unigram` drops some single characters. The library then adds them again in a random order. The first
-# one gets the lowest score of all subwords, and each of the next ones a slightly higher score. To make training
-# reproducible, all of them get the lowest score here, and scores are rounded, because the order of sums is random too.
+# The training of `unigram` drops some single characters. The library then adds them again in a random order, with
+# slightly increasing scores from the lowest score on. To make training reproducible, all of them get the lowest score
+# here. Scores are rounded, because the library also adds numbers in a random order.
 _SCORE_STEP = 1e-4
 _SCORE_DECIMALS = 6
 
@@ -59,7 +59,7 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
     characters = _count_characters(words)
     kept = {word: count for word, count in words.items() if all(characters[c] >= min_count for c in word)}
     alphabet = {character for word in kept for character in word}
-    if len(alphabet) >= size:  # the mark of word starts is one more character
+    if len(alphabet) >= size:  # _WORD_START is one more character
         raise ConfigError(
             f"vocabulary_size: expected more than {len(alphabet)}, the number of different characters in the captions, "
             f"got {size}; raise it, or raise min_count"
@@ -80,11 +80,13 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
     scores = {subword: score for subword, score in model["vocab"] if subword != _UNKNOWN}
     subwords = tuple(sorted(scores))
     lowest = min(scores.values(), default=0.0)
-    added_limit = lowest + _SCORE_STEP * (len(alphabet) + 1)
+    limit_of_added = lowest + _SCORE_STEP * (len(alphabet) + 1)
     return Subwords(
         subwords,
         scores=tuple(
-            round(lowest if len(subword) == 1 and scores[subword] < added_limit else scores[subword], _SCORE_DECIMALS)
+            round(
+                lowest if len(subword) == 1 and scores[subword] < limit_of_added else scores[subword], _SCORE_DECIMALS
+            )
             for subword in subwords
         ),
     )

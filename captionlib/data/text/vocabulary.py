@@ -1,4 +1,4 @@
-"""Defines the tokenizer and the vocabulary, which converts sentences to token ids and back.
+"""The tokenizer, and the vocabulary that converts sentences to token ids and back.
 
 Tokens are normalized words, subwords of normalized words (subwords.py), or unchanged characters.
 """
@@ -132,8 +132,8 @@ class Vocabulary:
         times are excluded, and so are all words that contain them.
 
         Raises:
-            ConfigError: there are no captions, no token is frequent enough, `size` is too small, or the package that
-                trains subwords is not installed.
+            ConfigError: no token is frequent enough, `size` is too small, or the package that trains subwords is not
+                installed.
         """
         counter, sentences = Counter[str](), 0
         for caption in captions:

@@ -10,8 +10,9 @@ It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (ar
 `image_input` sets where the image projection Wih v enters. With `first_step`, h_0 = max(0, Wxh x_0 + Wih v + b).
 
 The END token also serves as START. The image feature of a feature map is its mean over positions. With attention
-(attention.py), Wz z_t is added to h_t before the output layer, and Wg z_t to the gates of step t + 1, where z_t is the
-context vector. A Transformer (transformer.py) computes h_t from all previous words and the positions of the image.
+(attention.py), the context vector z_t affects two sums: Wz z_t is added to h_t before the output layer, and Wg z_t to
+the gates of step t + 1. A Transformer (transformer.py) computes h_t from all previous words and the image's positions.
+With `every_step`, Wih v is added to its word embeddings.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -52,8 +53,9 @@ class CaptionerConfig:
         image_input: where the projected image enters an RNN or LSTM. `initial_input`: a separate input before START
             (NeuralTalk's LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of
             Karpathy & Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's
-            RNN). `initial_state`: the state before START. `none`: a language model. A Transformer allows only `none`
-            and the default, with which it attends to the image.
+            RNN). `initial_state`: the state before START. `none`: a language model. A Transformer supports `none`,
+            `initial_input` and `every_step`. With `initial_input`, it only attends to the image. With `every_step`, the
+            projected image is also added to the embedding of each word.
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
         feature_power: exponent of the magnitudes of features; signs are kept. An exponent below 1 damps large
             activations (Perronnin et al. 2010).
@@ -67,7 +69,8 @@ class CaptionerConfig:
         weight_init: `neuraltalk` initializes weights from U(-r, r) with r = min(0.1, 1 / sqrt(fan_in)), word embeddings
             with r = 0.1, and the recurrent weights of an RNN with random orthogonal matrices; `pytorch` uses PyTorch's
             defaults: word embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in). A Transformer
-            ignores this: its embeddings are from N(0, 1 / hidden_size), all others as in Glorot & Bengio 2010.
+            ignores this: its embeddings are from N(0, 1 / hidden_size), the image projection has PyTorch's defaults,
+            and all others are initialized as in Glorot & Bengio 2010.
     """
 
     cell: Literal["lstm", "rnn", "transformer"] = "lstm"
@@ -111,7 +114,7 @@ class CaptionerConfig:
         for name, allowed in (
             ("attention_size", (0,)),
             ("principal_components", (0,)),
-            ("image_input", ("initial_input", "none")),
+            ("image_input", ("initial_input", "every_step", "none")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
@@ -141,7 +144,7 @@ class ImageState(NamedTuple):
     Attributes:
         features: `[images, projected_size]`, the input of the image projection; `[images, 0]` for a language model.
         projection: `[images, size]`, the projected features. The size is that of an input, the gates or the state,
-            depending on `image_input`; 0 for a language model and a Transformer.
+            depending on `image_input`; 0 for a language model, and for a Transformer without `every_step`.
         state: `[states, images, hidden_size]` before START: the h of each layer, then the c of each layer of an LSTM.
             For a Transformer, an empty cache of keys and values, `[2 * layers, images, 0, hidden_size]`.
         annotations: `[images, positions, attention_size]`, annotation vectors; for a Transformer, the output of
@@ -198,7 +201,7 @@ class CaptionerNetwork(nn.Module):
             self.transformer = Transformer(feature_size, hidden_size, layers, config.heads, config.dropout)
         else:
             self.recurrence = _create_recurrence(config)
-        if config.image_input != "none" and self.transformer is None:
+        if config.image_input != "none" and (self.transformer is None or config.image_input == "every_step"):
             output_sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
             self.image_projection = nn.Linear(self.projected_size, output_sizes.get(config.image_input, gates_size))
         self.attention: Attention | None = None
@@ -226,8 +229,8 @@ class CaptionerNetwork(nn.Module):
         return self.config.layers * (1 if self.config.cell == "rnn" else 2)
 
     @property
-    def annotator(self) -> Attention | Transformer | None:
-        """The module that computes annotation vectors and attends to them; None without attention."""
+    def attention_module(self) -> Attention | Transformer | None:
+        """The module that attends to the positions of a feature map; None without attention."""
         is_language_model = self.config.image_input == "none"
         return self.attention if self.transformer is None or is_language_model else self.transformer
 
@@ -382,7 +385,9 @@ class CaptionerNetwork(nn.Module):
                 image_gates = torch.cat([image_gates[:rows] for rows in batch_sizes])
         inputs = self.dropout(self.word_vectors(words))  # [tokens, embedding_size]
         if self.transformer is not None:
-            output = self.transformer(inputs, batch_sizes, state, image_state.annotations, image_of_sentence)
+            output = self.transformer(
+                inputs, batch_sizes, state, image_state.annotations, image_of_sentence, image=image_gates
+            )
             final_state = torch.stack([values[: batch_sizes[-1]] for values in output.state])
             return RecurrenceOutput(output.hidden, final_state, output.attention_weights)
         attention = (self.attention, image_state.annotations, image_of_sentence)
@@ -423,14 +428,14 @@ class CaptionerNetwork(nn.Module):
         maps = features if features.dim() == 3 else features[:, None]
         annotations = transformer.annotate(self.power_normalize(maps))
         pooled = self.transform_features(maps.mean(1))
-        return ImageState(pooled, pooled[:, :0], state, annotations)
+        projection = self.image_projection(pooled) if self.config.image_input == "every_step" else pooled[:, :0]
+        return ImageState(pooled, projection, state, annotations)
 
     def _initialize_weights(self) -> None:
         """Initializes as NeuralTalk does, but with smaller weights for a layer with more than 100 inputs.
 
-        With weights from U(-0.1, 0.1), the sum over thousands of inputs, such as the features of fc7, would be much
-        larger than the softmax bias. An RNN multiplies its state by Whh at each step; an orthogonal Whh keeps the
-        length of the state.
+        With weights from U(-0.1, 0.1), a sum over the thousands of features of fc7 would be much larger than the
+        softmax bias. An RNN multiplies its state by Whh at each step; an orthogonal Whh keeps the length of the state.
         """
         for name, parameter in self.named_parameters():
             if "bias" in name:

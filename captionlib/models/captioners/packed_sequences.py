@@ -1,6 +1,6 @@
 """Converts sentences of different lengths to a padded matrix, and packs them without padding.
 
-A packed batch may mix short and long sentences, because no computation is spent on padding.
+No computation is spent on padding, so a packed batch may mix short and long sentences.
 """
 
 from collections.abc import Sequence

@@ -44,8 +44,8 @@ def run_recurrence(
 ) -> RecurrenceOutput:
     """Runs the recurrence over packed sentences.
 
-    The context vector of a time step is projected and added to the output of that step, and with a different projection
-    to the gates of the next step.
+    The context vector of a time step is added to the output of this step and to the gates of the next step, with a
+    different projection for each.
 
     Args:
         rnn: an `nn.LSTM`, or an `nn.RNN` with ReLU units.

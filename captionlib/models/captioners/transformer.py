@@ -1,7 +1,8 @@
 """The layers of a captioner with `cell: transformer` (Vaswani et al. 2017, arXiv 1706.03762).
 
     a_i = max(0, Wa (x_i - mean) / std + b)           annotation vector of position i of the feature map
-    h_t = sqrt(size) E w_t + position(t)              word embedding and sinusoids
+    h_t = sqrt(size) E w_t + position(t) [+ Wih v]    word embedding, sinusoids and, with `image_input: every_step`, the
+                                                      projected mean over the positions
     h_t = h_t + SelfAttention(norm(h_t))              to the words up to t    }
     h_t = h_t + CrossAttention(norm(h_t), a)          to the image            } any number of layers
     h_t = h_t + W2 gelu(W1 norm(h_t) + b1) + b2                               }
@@ -69,7 +70,7 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        if channels:  # as a single matrix, its many outputs would make the keys and values too small
+        if channels:  # initialized as one matrix with many outputs, the keys and values would be too small
             for projection in self.image_keys_values.weight.chunk(2 * layers):
                 nn.init.xavier_uniform_(projection)
 
@@ -95,6 +96,7 @@ class Transformer(nn.Module):
         annotations: Tensor | None,
         image_of_sentence: Tensor | None,
         parent: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> TransformerOutput:
         """Runs the layers over packed sentences: all words at once, or one more word per sentence.
 
@@ -107,10 +109,13 @@ class Transformer(nn.Module):
             image_of_sentence: `[sentences] int64`, the image that each sentence attends to; None for a language model.
             parent: `[sentences] int64`, the row of the state that each sentence continues; None if sentence i continues
                 row i.
+            image: `[tokens, size]`, the projected image of each token; None with `image_input: initial_input`.
         """
         layout = _PaddedLayout.create(batch_sizes, state[0].shape[1], embeddings.device)
         size, layers = embeddings.shape[1], len(self.layers)
         hidden = embeddings * size**0.5 + _encode_positions(layout.position, size).to(embeddings.dtype)
+        if image is not None:
+            hidden = hidden + image
         groups = None
         if annotations is not None and image_of_sentence is not None:
             groups = group_by_image(image_of_sentence[layout.sentence], annotations.shape[1])
@@ -124,8 +129,8 @@ class Transformer(nn.Module):
             keys.append(key)
             values.append(value)
             if annotations is not None and groups is not None:
-                image = annotations[index], annotations[layers + index]
-                hidden, layer_weights = layer.attend_to_image(hidden, *image, groups)
+                keys_values = annotations[index], annotations[layers + index]
+                hidden, layer_weights = layer.attend_to_image(hidden, *keys_values, groups)
                 weights.append(layer_weights)
             hidden = layer.feed_forward(hidden)
         mean_weights = torch.stack(weights).mean(0) if weights else None
@@ -193,7 +198,7 @@ class _Layer(nn.Module):
         queries, keys, values = (self._split_heads(part) for part in (query, key, value))
         # On a CPU in bfloat16, the backward pass of PyTorch's fused attention takes 9 times as long for 16 words.
         scores = (queries * queries.shape[3] ** -0.5) @ keys.transpose(2, 3)
-        if query.shape[1] > 1:  # causal, which also excludes padding: it follows the last token of a sentence
+        if query.shape[1] > 1:  # this causal mask also excludes the padding after the last token of a sentence
             future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
         attended = torch.softmax(scores, 3, dtype=torch.float32).to(values.dtype) @ values

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from captionlib.config import build_config, describe_differences, to_dict
-from captionlib.data.batches.captions import pool_map
+from captionlib.data.batches.captions import average_positions
 from captionlib.data.text.corpora import TextLayout
 from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.captioners.packed_sequences import pad_sentences
-from captionlib.models.checkpoints.encoder_file import LOCAL_WEIGHTS, missing_encoder_error
+from captionlib.models.checkpoints.encoder_file import LOCAL_WEIGHTS, find_encoder_file, missing_encoder_error
 from captionlib.models.checkpoints.folder import (
     FolderLike,
     damaged_error,
-    find_encoder_weights,
     open_folder,
     read_checkpoint,
     write_checkpoint,
@@ -177,7 +176,7 @@ class LoadedRanker(LoadedModel[RankerNetwork, RankerConfig]):
                 f"expected features of shape [images, {size}], or [images, positions, {size}], "
                 f"got {list(features.shape)}"
             )
-        features = pool_map(features)
+        features = average_positions(features)
         embeddings = np.empty((len(features), self.size), np.float32)
         for start in range(0, len(features), _BATCH_SIZE):
             batch = slice(start, start + _BATCH_SIZE)
@@ -230,6 +229,7 @@ def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
     """
 
     def build(config: CaptionerConfig, feature_size: int, vocabulary_size: int, identity: Identity) -> CaptionerNetwork:
+        # `encoder_top` consists of the encoder layers that are part of the captioner.
         encoder_top = None if config.encoder_top is None else EncoderTop(identity["encoder"], config.encoder_top)
         return CaptionerNetwork(config, feature_size, vocabulary_size, encoder_top)
 
@@ -356,7 +356,7 @@ def _load(
         "vocabulary": vocabulary,
         "config": config,
         "encoder": encoder,
-        "encoder_weights": find_encoder_weights(folder, encoder, checkpoint.provenance),
+        "encoder_weights": find_encoder_file(open_folder(folder), encoder, checkpoint.provenance),
         "provenance": checkpoint.provenance,
         "training": checkpoint.training,
         "fingerprint": checkpoint.fingerprint,

@@ -39,9 +39,8 @@ LOCAL_WEIGHTS = ("file", "folder")
 def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> str | None:
     """Returns the path or URL of the encoder's weights file or model folder, or None if there is none.
 
-    Looks for `encoder.safetensors` in the checkpoint's folder, then for the file that the features were extracted with
-    at its recorded path, and then for a file with the recorded name in the checkpoint's folder. The content is not
-    verified.
+    Looks for `encoder.safetensors` in the checkpoint's folder, then for the path that was recorded when the features
+    were extracted, and then for a file of the same name in the checkpoint's folder. The content is not verified.
 
     Args:
         folder: the checkpoint.

@@ -118,14 +118,14 @@ def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -
 
 
 def _contains(target: Folder, contents: Mapping[str, bytes]) -> bool:
-    """Returns whether a folder already contains exactly this export, such as from a run that failed at its end."""
+    """Returns whether a folder already contains exactly these files, for example because an export is repeated."""
     return set(target.list()) - {TEMPORARY_FOLDER} == contents.keys() and all(
         target.read(name) == content for name, content in contents.items()
     )
 
 
 def _clear(target: Folder) -> None:
-    """Empties a folder that an interrupted export left, without CONFIG, which is written last.
+    """Empties a folder that an interrupted export left. Such a folder lacks CONFIG, which is written last.
 
     Raises:
         CheckpointError: the folder contains other files.

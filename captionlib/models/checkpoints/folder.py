@@ -31,7 +31,6 @@ from captionlib.models.checkpoints.encoder_file import (
     CONFIG,
     ENCODER,
     WEIGHTS,
-    find_encoder_file,
     not_a_checkpoint_error,
 )
 from captionlib.models.checkpoints.model_card import CARD, describe_vocabulary, render_card
@@ -46,7 +45,6 @@ __all__ = [
     "add_versions_and_time",
     "damaged_error",
     "describe_checkpoint",
-    "find_encoder_weights",
     "open_folder",
     "read_checkpoint",
     "write_checkpoint",
@@ -122,13 +120,6 @@ def write_checkpoint(
     for name in (DATASTORE, *([ENCODER] if encoder_weights is None else [])):
         target.remove(name)  # belongs to the previous checkpoint
     return str(config["fingerprint"])
-
-
-def find_encoder_weights(
-    folder: FolderLike, description: Mapping[str, Any], provenance: Mapping[str, Any]
-) -> str | None:
-    """Returns the path or URL of the encoder's weights file; see `find_encoder_file`."""
-    return find_encoder_file(open_folder(folder), description, provenance)
 
 
 def add_versions_and_time(provenance: Mapping[str, Any]) -> dict[str, Any]:

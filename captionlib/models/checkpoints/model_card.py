@@ -75,8 +75,8 @@ def render_card(
     """Renders the card of a checkpoint.
 
     Args:
-        config: content of the checkpoint's `config.json`.
-        training: content of its `training.json`.
+        config: content of the checkpoint's `config.json`. `provenance` records the data and versions of the training.
+        training: content of its `training.json`: `history` has the metrics of each epoch, `resolved` all settings.
         has_encoder: whether the checkpoint contains the weights of the encoder.
         notes: license, data and scores.
     """

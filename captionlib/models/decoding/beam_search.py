@@ -3,9 +3,9 @@
 A hypothesis that reaches END is stored and no longer extended, so the beam of its image becomes narrower. The search
 ends when no hypothesis is left to extend. Each step extends the hypotheses of all images in one batch.
 
-In diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) the beam of an image is divided into groups. At
-each time step, the groups choose their words one after another, and a word is penalized for each hypothesis of an
-earlier group that chose it. The reported log-probabilities do not include the penalty.
+In diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) the beam of an image is divided into groups, which
+choose their words one after another at each time step. A word is penalized once for each hypothesis of earlier groups
+that chose it. The reported log-probabilities do not include the penalty.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class _Continuations(NamedTuple):
     Without diverse beam search, the beam of each image is one group.
 
     Attributes:
-        log_prob: log-probability of the whole sentence; -inf if a group has fewer than `width` continuations.
+        log_prob: log-probability of the sentence so far; -inf if a group has fewer than `width` continuations.
         row: the row of the hypothesis that is extended.
         word: the word that extends it.
     """
@@ -38,14 +38,14 @@ class _Continuations(NamedTuple):
 
 
 def search_beam(
-    incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
+    captioner: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
 ) -> list[list[Candidate]]:
     """Searches for the most probable sentences of each image, starting from one hypothesis per image.
 
     Returns:
         At least `config.candidate_count` candidates per image, or all if there are fewer, in any order.
     """
-    search = _BeamSearch(incremental, config, constraints, start)
+    search = _BeamSearch(captioner, config, constraints, start)
     while search.is_running:
         search.extend()
     return search.candidates()
@@ -58,10 +58,10 @@ class _BeamSearch:
     """
 
     def __init__(
-        self, incremental: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
+        self, captioner: IncrementalCaptioner, config: DecodingConfig, constraints: Constraints, start: Hypotheses
     ) -> None:
-        device = incremental.device
-        self._incremental = incremental
+        device = captioner.device
+        self._captioner = captioner
         self._config = config
         self._constraints = constraints
         self._images = len(start.words)
@@ -88,7 +88,7 @@ class _BeamSearch:
         """Extends each hypothesis by one word, and keeps the most probable continuations."""
         self._length += 1
         beam = self._beam
-        log_probs, state = self._incremental.step(beam.state, beam.words[:, -1])
+        log_probs, state = self._captioner.step(beam.state, beam.words[:, -1])
         self._constraints.apply(log_probs, beam.words[:, 1:])
         is_diverse = self._config.beam_groups > 1
         chosen = self._choose_diverse(log_probs) if is_diverse else self._choose(log_probs)
@@ -162,9 +162,8 @@ class _BeamSearch:
         """Returns whether each hypothesis can still be among the `candidate_count` best of its group.
 
         Log-probabilities only decrease as a sentence grows, so the final score is at most the current log-probability
-        divided by max_tokens ** length_penalty. Of two hypotheses, the less probable one has the smaller limit.
-        Therefore, if a hypothesis is pruned, all less probable ones of its group are pruned too, and none of them takes
-        its place in the beam.
+        divided by max_tokens ** length_penalty. This limit is smaller for less probable hypotheses. So if a hypothesis
+        is pruned, all less probable ones of its group are pruned too.
         """
         bound = log_prob / self._max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]
@@ -174,7 +173,8 @@ class _BeamSearch:
 def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Finds the `width` best continuations of each group.
 
-    `scores` is `[rows, columns] float32`, and `group` is `[rows] int64` in ascending order.
+    `scores` is `[rows, columns] float32`, with a column for each word that may extend the hypothesis of a row. `group`
+    is `[rows] int64` in ascending order.
 
     Returns:
         Score, row and column of each continuation, `[groups, width]`. If a group has fewer, the other scores are -inf.

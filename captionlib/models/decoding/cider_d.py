@@ -20,7 +20,7 @@ __all__ = ["CiderD"]
 
 _MAX_N = 4  # n-grams of 1 to 4 words
 _SIGMA = 6.0  # standard deviation of the Gaussian length penalty, in bigrams
-_WORD_BITS = 16  # bits per word in a packed n-gram, which contain its id + 1, or 0 for no word
+_WORD_BITS = 16  # bits per word in a packed n-gram: the word's id + 1, or 0 if the n-gram is shorter
 _MAX_VOCABULARY = (1 << _WORD_BITS) - 1
 
 Floats = npt.NDArray[np.float64]
@@ -69,7 +69,7 @@ class CiderD:
         columns = np.unique(column[:end])  # n-grams that occur only in the references match nothing
         total = np.zeros((len(sentences), len(references)))
         # An n-gram contributes min(our count, their count) * their count * squared idf, divided by both norms. The
-        # minimum is the number of thresholds from 1 that both counts reach.
+        # minimum of two counts is the number of thresholds 1, 2, ... that both counts reach.
         for threshold in range(1, our_counts.max_count + 1):
             theirs_scaled = their_counts.at_least(threshold, their_counts.counts, columns)
             total += our_counts.at_least(threshold, 1, columns) @ theirs_scaled.T
@@ -127,7 +127,7 @@ def _extract_ngrams(sentences: Sequence[Sequence[int]]) -> _Ngrams:
 class _NgramCounts:
     """Each n-gram's count in each sentence, and its idf weight divided by the norm of the sentence's tf-idf vector.
 
-    `column` is the index of each n-gram among the distinct n-grams, and `weights` contains the idf weights of these.
+    `column` is the index of each n-gram among the distinct n-grams. `weights` has the idf of each distinct n-gram.
     """
 
     def __init__(self, ngrams: _Ngrams, column: Indices, weights: Floats) -> None:

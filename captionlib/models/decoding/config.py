@@ -1,4 +1,4 @@
-"""The configuration of decoding."""
+"""The configuration of decoding: beam search, sampling, constraints and reranking."""
 
 from dataclasses import field
 from typing import Annotated, Literal

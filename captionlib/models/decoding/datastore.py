@@ -1,7 +1,7 @@
 """The datastore of a captioner: features and reference captions of its training images, for reranking.
 
 `captionlib build-datastore` writes it as `datastore.parquet` into the checkpoint. The references of the training images
-most similar to a new image help to rank its candidates (rerank.py).
+most similar to a new image help to rank the candidate captions of this image (rerank.py).
 """
 
 import json

@@ -51,12 +51,12 @@ class Decoder:
         self._to_key: Callable[[list[int]], Hashable] = tuple  # candidates with the same key are duplicates
         if vocabulary is not None and vocabulary.unit == "subwords":
             self._to_key = vocabulary.decode
-        self._incremental = IncrementalCaptioner(model, dtype)
+        self._captioner = IncrementalCaptioner(model, dtype)
         self._reranker: Reranker | None = None
         if self.config.rerank.method == "mbr":
-            self._reranker = Reranker(self.config.rerank, self._incremental, datastore)
+            self._reranker = Reranker(self.config.rerank, self._captioner, datastore)
         forbidden_ids = find_forbidden_ids(self.config.forbidden_words, vocabulary)
-        self._constraints = Constraints(self.config, torch.tensor(forbidden_ids, device=self._incremental.device))
+        self._constraints = Constraints(self.config, torch.tensor(forbidden_ids, device=self._captioner.device))
 
     @torch.inference_mode()
     def decode(
@@ -72,8 +72,8 @@ class Decoder:
         Args:
             features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder; 100 images are a
                 good batch.
-            image_ids: ids of the images. An image's id and the seed determine its samples. The ids also keep an image
-                from being its own neighbor. If None, samples depend on the features instead of the id.
+            image_ids: ids of the images. An image's id and the seed determine its samples. A training image with the
+                same id is not used as a neighbor. If None, samples depend on the features instead of the id.
             prefix: token ids that every sentence begins with; log-probabilities include them.
 
         Returns:
@@ -106,16 +106,16 @@ class Decoder:
     def _decode_batch(
         self, features: Tensor, image_ids: Sequence[str] | None, prefix: Sequence[int]
     ) -> list[list[Candidate]]:
-        image_state = self._incremental.encode_images(features)
-        start = self._incremental.begin(image_state, prefix)
+        image_state = self._captioner.encode_images(features)
+        start = self._captioner.begin(image_state, prefix)
         if self.config.strategy == "beam":
-            per_image = search_beam(self._incremental, self.config, self._constraints, start)
+            per_image = search_beam(self._captioner, self.config, self._constraints, start)
         else:
             if image_ids is None:
                 seed_keys = [row.tobytes() for row in features.to("cpu", torch.float32).numpy()]
             else:
                 seed_keys = [image_id.encode() for image_id in image_ids]
-            per_image = sample_captions(self._incremental, self.config, self._constraints, start, seed_keys)
+            per_image = sample_captions(self._captioner, self.config, self._constraints, start, seed_keys)
         pools = [self._select_pool(candidates) for candidates in per_image]
         if self._reranker is not None:
             pools = self._reranker.rerank(pools, image_state, image_ids)

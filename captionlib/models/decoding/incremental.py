@@ -45,7 +45,8 @@ class DecoderState(NamedTuple):
         c: `[parents, hidden_size]` of each layer of an LSTM; for a Transformer, the values of the words so far; empty
             for an RNN.
         context: `[parents, attention_size]`, the last context vector; None without attention.
-        image_gates: `[parents, gates]`, the image's contribution to the next time step's gates; None if it has none.
+        image_gates: `[parents, gates]`, the image's contribution to the next time step's gates, or to the word
+            embedding of a Transformer; None if it has none.
         image: `[parents] int64`, the image of each parent; None without attention.
         annotations: `ImageState.annotations`; None without attention.
         parent: `[rows] int64`, the state row of each sentence; None if row i belongs to sentence i.
@@ -197,32 +198,31 @@ class IncrementalCaptioner:
         assert self._transformer is not None
         embeddings = self._model.word_vectors.weight.index_select(0, words).to(self.dtype)
         image = None if state.image is None else state.gather(state.image)
+        image_gates = None if state.image_gates is None else state.gather(state.image_gates)  # added at every step
         past = [*state.h, *state.c]
-        output = self._transformer(embeddings, [len(words)], past, state.annotations, image, state.parent)
+        output = self._transformer(embeddings, [len(words)], past, state.annotations, image, state.parent, image_gates)
         layers = len(state.h)
         h, c = tuple(output.state[:layers]), tuple(output.state[layers:])
-        return output.hidden, DecoderState(h, c, None, None, image, state.annotations)
+        return output.hidden, DecoderState(h, c, None, image_gates, image, state.annotations)
 
 
 @torch.inference_mode()
-def score_sentences(
-    incremental: IncrementalCaptioner, image_state: ImageState, sentences: Sequence[Candidate]
-) -> Tensor:
+def score_sentences(captioner: IncrementalCaptioner, image_state: ImageState, sentences: Sequence[Candidate]) -> Tensor:
     """Computes the log-probability of each sentence given a single image, `[sentences] float32`.
 
     Common prefixes are computed once. Sentences may come from other images; their own `log_prob` is ignored.
     """
-    device = incremental.device
+    device = captioner.device
     if not sentences:
         return torch.zeros(0, device=device)
     lengths = torch.tensor([sentence.token_count for sentence in sentences], device=device)
     tokens = pad_sentences([[*sentence.token_ids, END][: sentence.token_count] for sentence in sentences]).to(device)
     total = torch.zeros(len(sentences), device=device)
-    state, words = incremental.initial_state(image_state), torch.tensor([END], device=device)
+    state, words = captioner.initial_state(image_state), torch.tensor([END], device=device)
     remaining = torch.arange(len(sentences), device=device)  # sentences with a token at this time step
     row = torch.zeros_like(remaining)  # state row that holds the prefix of each remaining sentence
     for step in range(tokens.shape[1]):
-        log_probs, state = incremental.step(state, words)
+        log_probs, state = captioner.step(state, words)
         token = tokens[remaining, step]
         total[remaining] += log_probs[row, token]
         continues = lengths[remaining] > step + 1

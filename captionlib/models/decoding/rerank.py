@@ -6,12 +6,12 @@ The most probable candidate often differs from all others. The candidate most si
 probability, usually scores better against references.
 
 With neighbors (the training images most similar to the image), the score is multiplied by the CIDEr-D of the candidate
-against the neighbors' references, after Devlin et al. 2015 (arXiv 1505.04467). The references are in the captioner's
-datastore (datastore.py).
+against the reference captions of the neighbors, after Devlin et al. 2015 (arXiv 1505.04467). The captioner's datastore
+(datastore.py) contains these references.
 
-With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | mean features)) ** w, which
-penalizes captions that fit any image, after Li et al. 2016 (arXiv 1510.03055). The mean features are those of the
-training images.
+With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | mean features)) ** w, after Li et
+al. 2016 (arXiv 1510.03055). This penalizes captions that fit any image. The mean features are those of the training
+images.
 """
 
 from collections.abc import Sequence

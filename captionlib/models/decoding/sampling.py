@@ -20,7 +20,7 @@ __all__ = ["generate_uniforms", "sample_captions", "sample_tokens"]
 
 
 def sample_captions(
-    incremental: IncrementalCaptioner,
+    captioner: IncrementalCaptioner,
     config: DecodingConfig,
     constraints: Constraints,
     start: Hypotheses,
@@ -28,10 +28,10 @@ def sample_captions(
 ) -> list[list[Candidate]]:
     """Samples `n_best` sentences per image, in the order of their indices; duplicates are included.
 
-    `start` contains one hypothesis per image. `seed_keys` has one key per image, which determines its random
-    numbers together with the seed.
+    `start` contains one hypothesis per image. `seed_keys` has one key per image. The key and the seed determine the
+    image's random numbers.
     """
-    device, per_image = incremental.device, config.n_best
+    device, per_image = captioner.device, config.n_best
     sentence = torch.arange(len(seed_keys) * per_image, device=device)  # sentence of each row
     log_prob, words, state = start.select(sentence // per_image)
     steps = config.find_max_tokens() - (words.shape[1] - 1)
@@ -40,7 +40,7 @@ def sample_captions(
     for step in range(steps):
         if not len(sentence):
             break
-        log_probs, state = incremental.step(state, words[:, -1])
+        log_probs, state = captioner.step(state, words[:, -1])
         constraints.apply(log_probs, words[:, 1:])
         word = sample_tokens(log_probs, uniforms[sentence, step], config)
         log_prob = log_prob + log_probs.gather(1, word[:, None])[:, 0]

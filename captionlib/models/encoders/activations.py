@@ -22,9 +22,10 @@ from captionlib.models.encoders.weights import find_class_names, load_weights, r
 
 __all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]
 
-_REUSE_SUFFIX = re.compile(r"_\d+$")  # of a node name, if the module was already used by an earlier node
+_REPORTED_CLASSES = 10
+_REUSE_SUFFIX = re.compile(r"_\d+$")  # of the name of a node whose module an earlier node uses too
 _AFTER_CONVOLUTION = nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Hardswish | nn.GELU
-_RELU = re.compile(r"(?:^|\.)relu\d*$")  # of a node that calls the function relu, not a module
+_RELU = re.compile(r"(?:^|\.)relu\d*$")  # name of a node that calls the function relu instead of a module
 
 
 @configclass
@@ -35,9 +36,8 @@ class ActivationConfig:
         model: a torchvision model name, such as `vgg16` or `resnet50`.
         weights: a torchvision weights name, a `.safetensors`, `.pth` or `.pt` file, or `random:SEED`.
         nodes: nodes of the model's graph whose outputs are feature maps. If empty, all convolutional layers are used,
-            each including the batch normalization and the activation function that follow it.
+            with the batch normalization and the activation function that follow them.
         max_layers: maximum number of convolutional layers; if there are more, evenly spaced ones are selected.
-        top_classes: number of most probable classes to report.
         resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
     """
 
@@ -45,7 +45,6 @@ class ActivationConfig:
     weights: str = "IMAGENET1K_V1"
     nodes: tuple[str, ...] = ()
     max_layers: PositiveInt = 16
-    top_classes: PositiveInt = 10
     resize_size: PositiveInt | None = None
 
 
@@ -189,6 +188,6 @@ def _normalize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Te
 
 def _rank_classes(logits: Tensor, config: ActivationConfig) -> list[tuple[str, float]]:
     probabilities = logits.flatten().float().softmax(0).cpu()
-    top = probabilities.topk(min(config.top_classes, len(probabilities)))
+    top = probabilities.topk(min(_REPORTED_CLASSES, len(probabilities)))
     names = find_class_names(config.model, len(probabilities))
     return [(names[index], value) for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)]

@@ -1,7 +1,6 @@
 """Encoders, which compute features of images with PyTorch networks.
 
-This module loads torchvision networks. Families of encoders (captionlib/models/families/encoder.py) load those of other
-libraries.
+This module loads networks of torchvision; `captionlib.models.families.encoder` also loads those of other libraries.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +50,7 @@ PendingFeatures = Callable[[], npt.NDArray[np.floating]]
 """Function that waits for the features of a batch and returns them."""
 
 Pixels = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
+"""Images of the same size, `[batch, height, width, 3]`, RGB."""
 
 
 @configclass
@@ -90,8 +90,8 @@ class EncoderConfig:
 
         Args:
             description: the encoder's description, from a features dataset or a checkpoint.
-            weights: path of the encoder's weights file or model folder; required if the weights came from a file or
-                folder, because a description contains only a hash of them.
+            weights: path of the encoder's weights file or model folder. Required if the weights came from a file or
+                folder, because the description contains only a hash of them.
 
         Raises:
             ConfigError: the weights came from a file or folder and `weights` is None, or the features were imported.
@@ -110,7 +110,7 @@ class EncoderConfig:
         model, source = description["model"], weights or description["weights"]
         if description["weights"] in ("folder", "hub"):  # the weights are part of the model
             model = model if weights is None else f"{split_address(model)[0]}:{weights}"
-            source = cls.weights  # the default, which has no effect for such models
+            source = cls.weights  # the default has no effect for such models
         names = ("node", "missing_weights", "pooling", "dtype", "stored_dtype")
         return cls(
             model=model,
@@ -144,7 +144,7 @@ class EncoderConfig:
 
 
 class Encoder:
-    """An encoder with loaded weights; `build_encoder` builds it. Implements `ImageEncoder`.
+    """An encoder with loaded weights; `build_encoder` builds it. Implements the protocol `ImageEncoder`.
 
     Attributes:
         network: the network.

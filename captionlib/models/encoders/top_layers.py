@@ -59,7 +59,9 @@ class EncoderTop(EvalModeNetwork):
         return flatten_positions(self.run_network(maps.view(len(maps), side, side, -1).permute(0, 3, 1, 2)))
 
     def load_weights(self, weights: str | None) -> None:
-        """Loads the encoder's weights for these layers; `weights` is required if the encoder used a weights file.
+        """Loads the encoder's weights of these layers.
+
+        `weights` is the encoder's weights file, if it used one; otherwise None.
 
         Raises:
             CheckpointError: `weights` are not the encoder's weights.

@@ -1,7 +1,6 @@
 """The VGG networks (Simonyan & Zisserman 2015, arXiv 1409.1556), with the layers, names and weights of torchvision.
 
-They are the default encoders. Importing torchvision takes longer than importing PyTorch, so commands that need only
-these networks start in half of the time.
+They are the default encoders. This module does not import torchvision, which takes longer than importing PyTorch.
 """
 
 from collections import OrderedDict
@@ -51,7 +50,7 @@ def truncate_vgg(name: str, node: str) -> nn.Module | None:
 
 
 def _create_layers(name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the layers, each with its group, one at a time, because the last ones take long to initialize."""
+    """Yields the group and the module of each layer. Creates the last layers, which are large, only if needed."""
     network, _, normalization = name.partition("_")
     channels = 3
     for count, size in zip(_CONVOLUTIONS[network], _CHANNELS, strict=True):

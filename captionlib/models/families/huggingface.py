@@ -36,7 +36,7 @@ Part = TypeVar("Part")
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
-transformers.logging.set_verbosity_error()  # its warnings are for programmers
+transformers.logging.set_verbosity_error()  # its warnings are for developers
 transformers.logging.disable_progress_bar()
 
 
@@ -66,7 +66,7 @@ def _download(location: str) -> Path:
         )
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
-    except Exception as error:  # the network library raises many kinds
+    except Exception as error:  # the library raises many types of exceptions
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(
             f"hf:{location} cannot be downloaded ({reason}); check name, revision and network, or download the files "
@@ -91,7 +91,7 @@ def load_part(location: str, load: Callable[..., Part], folder: Path, **options:
     """
     try:
         return load(str(folder), trust_remote_code=False, local_files_only=True, **options)
-    except Exception as error:  # Transformers raises many kinds on damaged files
+    except Exception as error:  # Transformers raises many types of exceptions on damaged files
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0][:300] if lines else type(error).__name__
         raise CheckpointError(
@@ -121,7 +121,12 @@ def require_weights(location: str, missing: Collection[str]) -> None:
 
 
 def require_pixels(address: str, expected: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Checks that the input of a model is images. Features have another `description` of their encoder than `expected`.
+    """Checks that the input of a model is pixels.
+
+    Args:
+        address: address of the model, for the error message.
+        expected: `describe_pixel_input` of the model's preprocessing.
+        description: description of the input: `expected` for pixels, or that of the encoder for features.
 
     Raises:
         CheckpointError: the input is features.

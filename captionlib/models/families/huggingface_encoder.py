@@ -33,7 +33,10 @@ class _VisionTower(nn.Module):
         self._node, self._address = node, address
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Converts `[batch, 3, side, side]` to features, `[batch, channels]` or `[batch, channels, height, width]`."""
+        """Computes features, `[batch, channels]` or `[batch, channels, height, width]`.
+
+        `pixels` is `[batch, 3, side, side]`, normalized.
+        """
         output = self.model(pixel_values=pixels)
         last = output.last_hidden_state
         if self._node == "pooled":

@@ -1,10 +1,10 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
-A family is a provider of models. It is an entry point of an installed package, named after its prefix, in the group
-`captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers`. An address without a prefix is the folder of a
-checkpoint that captionlib trained or, for encoders, the name of a torchvision model.
+A family is a provider of models: an entry point of an installed package, whose name is the prefix. The entry point is
+in the group `captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers`. An address without a prefix is the
+folder of a checkpoint that captionlib trained or, for encoders, the name of a torchvision model.
 
-An address may end with options of the family, such as `?template=a photo of {}`.
+An address may end with options, such as `?template=a photo of {}`; each family defines its own.
 """
 
 import os
@@ -42,7 +42,7 @@ def resolve_model_address(address: str | os.PathLike[str]) -> str:
 
 
 def find_family(group: Group, prefix: str) -> Callable[..., Any]:
-    """Returns the function that loads models of a family. It raises CheckpointError if the family's code fails.
+    """Returns the function that loads models of a family. It raises CheckpointError if the code of the family fails.
 
     Raises:
         ConfigError: no installed package has such a family, or a package that the family needs is missing.

@@ -27,7 +27,10 @@ class _TimmNetwork(nn.Module):
         self._node, self._address = node, address
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Converts `[batch, 3, side, side]` to features, `[batch, channels]` or `[batch, channels, height, width]`."""
+        """Computes features, `[batch, channels]` or `[batch, channels, height, width]`.
+
+        `pixels` is `[batch, 3, side, side]`, normalized.
+        """
         output = self.model.forward_features(pixels)
         if self._node == "pooled":
             return {"features": self.model.forward_head(output, pre_logits=True).flatten(1)}

@@ -14,8 +14,8 @@ __all__ = ["Node", "find_node", "select_class_token", "to_feature_map"]
 Node = Literal["pooled", "class_token", "feature_map"]
 """The kind of features.
 
-`pooled` is the vector that the model itself pools, `class_token` the output of the class token, and `feature_map` the
-outputs of all positions, without the class token and without register tokens.
+`pooled` is the vector that the model itself pools. `class_token` is the output of the class token. `feature_map` is the
+output of all positions of the image, without the class token and register tokens.
 """
 
 

@@ -15,10 +15,10 @@ __all__ = ["compute_attention_maps", "count_positions"]
 
 
 def count_positions(captioner: LoadedCaptioner) -> int | None:
-    """Returns the number of positions that the captioner attends to, or None if it has no attention to feature maps."""
-    if captioner.model.annotator is None or len(captioner.encoder["shape"]) != 2:
+    """Returns the number of positions of a feature map that the captioner attends to, or None without attention."""
+    if captioner.model.attention_module is None or len(captioner.encoder["shape"]) != 2:
         return None
-    encoder_top = captioner.model.encoder_top
+    encoder_top = captioner.model.encoder_top  # the encoder layers that are part of the captioner, if any
     return int(captioner.encoder["shape"][0]) if encoder_top is None else encoder_top.shape[0]
 
 

@@ -24,7 +24,7 @@ from captionlib.models.families.model import InputTransform
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
 from captionlib.models.inference.extraction import EncodedRows
-from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
+from captionlib.models.inference.image_text_scores import check_works_without_ranker, score_captions
 from captionlib.models.inference.model_inputs import open_input_loader
 from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
 
@@ -133,8 +133,8 @@ class CaptionGeneration:
         with open_input_loader(
             transforms, models, config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
-            yield lambda batches, fail: _caption_batches(
-                load_features(batches, fail), generate, config, ranker, self.embed
+            yield lambda batches, report_failure: _caption_batches(
+                load_features(batches, report_failure), generate, config, ranker, self.embed
             )
 
 
@@ -145,12 +145,12 @@ def _caption_batches(
     ranker: RankingModel | None = None,
     embed: bool = False,
 ) -> Iterator[tuple[pa.RecordBatch, ...]]:
-    for rows, (images, *ranker_images) in _rebatch(encoded, config.batch_size):
-        captions = generate(images, [row["image_id"] for row in rows])
+    for rows, (inputs, *ranker_inputs) in _rebatch(encoded, config.batch_size):
+        captions = generate(inputs, [row["image_id"] for row in rows])
         if ranker is None:
             yield (build_caption_rows(rows, captions),)
             continue
-        vectors = ranker.encode_images(ranker_images[0])
+        vectors = ranker.encode_images(ranker_inputs[0])
         scored = build_caption_rows(rows, score_captions(captions, vectors, ranker, config.decoding))
         yield (scored, build_embedding_rows(rows, vectors)) if embed else (scored,)
 
@@ -230,7 +230,7 @@ def caption_images(
             `config` requires.
         ConfigError: `weights` are required, or the captioner does not support a setting.
     """
-    check_needs_no_ranker(config.decoding)
+    check_works_without_ranker(config.decoding)
     captioner = captioner or open_captioner(checkpoint, str(resolve_device(device)))
     if config.attention_maps:
         require_attention(captioner, checkpoint)

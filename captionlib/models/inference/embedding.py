@@ -16,7 +16,7 @@ from captionlib.config import configclass
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
-from captionlib.data.shards.sampling import Sample
+from captionlib.data.shards.sampling import StageInput
 from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ProcessRows
 from captionlib.models.families.model import InputTransform
@@ -83,22 +83,22 @@ class ImageEmbedding:
         with open_input_loader(
             [self.input_transform], [ranker], config.loading, config.encoder_batch_size, self.device, self.threads
         ) as load_features:
-            yield lambda batches, fail: (
+            yield lambda batches, report_failure: (
                 (build_embedding_rows(rows, ranker.encode_images(images)),)
-                for rows, (images,) in load_features(batches, fail)
+                for rows, (images,) in load_features(batches, report_failure)
             )
 
 
 def create_embeddings_dataset(
-    folder: str | os.PathLike[str], sample: Sample, ranker: RankingModel, overwrite: bool
+    folder: str | os.PathLike[str], stage_input: StageInput, ranker: RankingModel, overwrite: bool
 ) -> ShardedDataset:
-    """Creates the dataset for a ranker's embeddings of the images of `sample`; see `create_dataset`."""
+    """Creates the dataset for a ranker's embeddings of the images of `stage_input`; see `create_dataset`."""
     return create_dataset(
         folder,
         "embeddings",
         embeddings_schema(ranker.size),
-        config={"ranker": ranker.fingerprint, "encoder": ranker.encoder, **sample.config},
-        **sample.input_arguments,
+        config={"ranker": ranker.fingerprint, "encoder": ranker.encoder, **stage_input.config},
+        **stage_input.input_arguments,
         overwrite=overwrite,
     )
 

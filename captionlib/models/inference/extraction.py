@@ -82,9 +82,11 @@ class FeatureExtraction:
         schema = features_schema(math.prod(encoder.shape), self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
 
-            def process(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> Iterator[tuple[pa.RecordBatch, ...]]:
+            def process(
+                batches: Iterator[pa.RecordBatch], report_failure: ReportFailure
+            ) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 images = load(row for batch in batches for row in batch.to_pylist())
-                for rows, (features,) in encode_images([encoder], images, self.config.batch_size, fail):
+                for rows, (features,) in encode_images([encoder], images, self.config.batch_size, report_failure):
                     columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
                     vectors = numpy_to_vectors(np.asarray(features))
                     yield (pa.RecordBatch.from_arrays([*columns, vectors], schema=schema),)
@@ -108,7 +110,7 @@ def encode_images(
     encoders: Sequence[ImageEncoder | PixelPassthrough],
     images: Iterator[tuple[Row, LoadedImage | ImageError]],
     batch_size: int,
-    fail: ReportFailure,
+    report_failure: ReportFailure,
 ) -> EncodedRows:
     """Encodes images in full batches. Images that could not be loaded are omitted.
 
@@ -116,13 +118,13 @@ def encode_images(
         encoders: the encoders. Each image has one array of pixels per encoder, in the same order.
         images: rows of a dataset, and their images.
         batch_size: images per batch.
-        fail: called with the row of an image that could not be loaded.
+        report_failure: called with the row of an image that could not be loaded, and the error.
 
     Yields:
         The rows of a batch, and their features from each encoder.
     """
     pending: deque[tuple[list[Row], list[Callable[[], Arrays]]]] = deque()
-    for rows, batch in _batch_images(images, batch_size, fail):
+    for rows, batch in _batch_images(images, batch_size, report_failure):
         per_encoder = zip(encoders, zip(*batch, strict=True), strict=True)
         # Starts this batch before waiting for the previous one.
         pending.append((rows, [encoder.encode_async(pixels) for encoder, pixels in per_encoder]))
@@ -134,13 +136,13 @@ def encode_images(
 
 
 def _batch_images(
-    images: Iterator[tuple[Row, LoadedImage | ImageError]], batch_size: int, fail: ReportFailure
+    images: Iterator[tuple[Row, LoadedImage | ImageError]], batch_size: int, report_failure: ReportFailure
 ) -> Iterator[tuple[list[Row], list[tuple[npt.NDArray[np.uint8], ...]]]]:
     rows: list[Row] = []
     batch: list[tuple[npt.NDArray[np.uint8], ...]] = []
     for row, image in images:
         if isinstance(image, ImageError):
-            fail(row, image)
+            report_failure(row, image)
             continue
         properties = {"width": image.width, "height": image.height, "content_hash": f"{image.content_hash:016x}"}
         rows.append({**row, **properties})

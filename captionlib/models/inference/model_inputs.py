@@ -19,7 +19,7 @@ from captionlib.models.inference.extraction import EncodedRows, PixelPassthrough
 __all__ = ["InputLoader", "choose_input_transform", "open_input_loader"]
 
 InputLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
-"""Function from batches of a dataset to batches of rows, without the column `features`, and each model's input."""
+"""Function that reads batches of a dataset. It yields their rows, without `features`, and the input of each model."""
 
 
 def choose_input_transform(
@@ -72,7 +72,7 @@ def open_input_loader(
     """
     if None in input_transforms:  # the dataset contains features
         shape = models[0].encoder["shape"]
-        yield lambda batches, _fail: _split_features(batches, shape, len(models))
+        yield lambda batches, _report_failure: _split_features(batches, shape, len(models))
         return
     descriptions: list[Mapping[str, Any]] = []
     encoders: list[ImageEncoder | PixelPassthrough] = []
@@ -86,9 +86,9 @@ def open_input_loader(
                 encoders.append(PixelPassthrough(input_transform))
         encoder_indices.append(descriptions.index(model.encoder))
 
-    def encode(batches: Iterator[pa.RecordBatch], fail: ReportFailure) -> EncodedRows:
+    def encode(batches: Iterator[pa.RecordBatch], report_failure: ReportFailure) -> EncodedRows:
         rows = (row for batch in batches for row in batch.to_pylist())
-        for encoded, features in encode_images(encoders, load(rows), batch_size, fail):
+        for encoded, features in encode_images(encoders, load(rows), batch_size, report_failure):
             yield encoded, [features[index] for index in encoder_indices]
 
     with open_loader(loading, *(encoder.preprocessing for encoder in encoders)) as load:

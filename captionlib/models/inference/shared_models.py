@@ -60,7 +60,7 @@ class CheckpointCache(Generic[Model]):
         self._entry: tuple[CheckpointVersion, Model] | None = None
         self._device: torch.device | None = None  # device of the cached model; None if it was not moved yet
 
-    def load_version(self, folder: str | os.PathLike[str]) -> tuple[Model, CheckpointVersion]:
+    def load_with_version(self, folder: str | os.PathLike[str]) -> tuple[Model, CheckpointVersion]:
         """Loads a model. Also returns its version, which workers pass to `get` to use the same weights.
 
         The model is cached for pipeline stages that run in this process.
@@ -92,7 +92,7 @@ class CheckpointCache(Generic[Model]):
 
 
 def cached_per_process(load: Callable[Arguments, Result], size: int = 1) -> Callable[Arguments, Result]:
-    """Wraps a loader so that all threads of a process share its `size` latest results, which must not be modified."""
+    """Wraps a loader so that all threads of a process share its `size` latest results. These must not be modified."""
     lock = Lock()
     cached = lru_cache(maxsize=size)(load)
 

@@ -2,7 +2,7 @@
 
 It follows Kiros et al. 2014 (arXiv 1411.2539) and Faghri et al. 2018 (VSE++, arXiv 1707.05612):
 
-    v = Wi dropout(standardized features) + b         image
+    v = Wi dropout(sqrt(size) f / |f|) + b            image; f: standardized features, of dimensions `size`
     s = Ws pool(h_1 .. h_T) + c                       sentence; h_t: LSTM or GRU state, or word embedding
     score(image, sentence) = cos(v, s)
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from captionlib.config import configclass
-from captionlib.data.text.vocabulary import END, PAD, UNKNOWN
+from captionlib.data.text.vocabulary import END, PAD
 from captionlib.models.normal_weights import sample_normal_weights
 from captionlib.models.standardization import Standardization
 
@@ -36,31 +36,23 @@ class RankerConfig:
 
     Attributes:
         sentence_encoder: `lstm`, `gru`, or `mean` (mean of the word embeddings, without recurrent layers).
-        bidirectional: run the recurrence in both directions and average the states.
         layers: number of recurrent layers.
         hidden_size: dimensions of a layer's hidden state.
         embedding_size: dimensions of a word embedding.
         joint_embedding_size: dimensions of the joint space.
         pooling: how recurrent states become one vector: `last` state, `mean` of all, or `max` of each dimension.
         feature_dropout: dropout probability of image features.
-        word_dropout: fraction of words replaced by UNKNOWN in training.
         dropout: dropout probability of word embeddings and states.
-        standardize_features: standardize features with the mean and standard deviation of the training images.
-        normalize_features: scale each image's features to a norm of sqrt(feature_size).
     """
 
     sentence_encoder: Literal["lstm", "gru", "mean"] = "gru"
-    bidirectional: bool = False
     layers: Annotated[int, Field(ge=1, le=100)] = 1
     hidden_size: PositiveInt = 512
     embedding_size: PositiveInt = 300
     joint_embedding_size: PositiveInt = 512
     pooling: Literal["last", "mean", "max"] = "max"
     feature_dropout: Dropout = 0.2
-    word_dropout: Dropout = 0.0
     dropout: Dropout = 0.2
-    standardize_features: bool = True
-    normalize_features: bool = True
 
 
 class RankerNetwork(nn.Module):
@@ -88,7 +80,7 @@ class RankerNetwork(nn.Module):
         self.sentence_projection = nn.Linear(state_size, config.joint_embedding_size)
         self.dropout = nn.Dropout(config.dropout)
         self.feature_dropout = nn.Dropout(config.feature_dropout)
-        # Trained by the softmax loss only; stored as a logarithm so that the temperature stays positive.
+        # Trained by the contrastive loss only; stored as a logarithm so that the temperature stays positive.
         self.log_temperature = nn.Parameter(torch.tensor(_INITIAL_TEMPERATURE).log())
         nn.init.uniform_(self.word_vectors.weight, -_WORD_RANGE, _WORD_RANGE)
         for projection in (self.image_projection, self.sentence_projection):
@@ -97,10 +89,7 @@ class RankerNetwork(nn.Module):
 
     def embed_images(self, features: Tensor) -> Tensor:
         """Embeds images as unit vectors, `[images, feature_size]` to `[images, joint_embedding_size]`."""
-        if self.config.standardize_features:
-            features = self.standardization(features)
-        if self.config.normalize_features:
-            features = F.normalize(features, dim=1) * self.feature_size**0.5
+        features = F.normalize(self.standardization(features), dim=1) * self.feature_size**0.5
         return F.normalize(self.image_projection(self.feature_dropout(features)), dim=1)
 
     def embed_sentences(self, sentences: Tensor) -> Tensor:
@@ -113,9 +102,6 @@ class RankerNetwork(nn.Module):
             `[sentences, joint_embedding_size]`.
         """
         words, lengths = _append_end(sentences)
-        if self.training and self.config.word_dropout:
-            dropped = torch.rand(words.shape, device=words.device) < self.config.word_dropout
-            words = words.masked_fill(dropped & (words > UNKNOWN), UNKNOWN)
         inputs = self.dropout(self.word_vectors(words.clamp(min=0)))  # [sentences, longest + 1, embedding_size]
         if self.recurrence is None:
             pooled = _pool(inputs, lengths, "mean")
@@ -129,11 +115,9 @@ class RankerNetwork(nn.Module):
         outputs, state = recurrence(packed)
         if self.config.pooling == "last":
             final = state[0] if self.config.sentence_encoder == "lstm" else state
-            directions: Tensor = final[-2:] if self.config.bidirectional else final[-1:]
-            return directions.mean(0)
+            last: Tensor = final[-1]
+            return last
         padded, _ = pad_packed_sequence(outputs, batch_first=True)
-        if self.config.bidirectional:
-            padded = (padded[..., : self.config.hidden_size] + padded[..., self.config.hidden_size :]) / 2
         return _pool(padded, lengths, self.config.pooling)
 
 
@@ -146,7 +130,6 @@ def _build_recurrence(config: RankerConfig) -> nn.RNNBase | None:
         config.hidden_size,
         config.layers,
         batch_first=True,
-        bidirectional=config.bidirectional,
         dropout=config.dropout if config.layers > 1 else 0.0,
     )
 

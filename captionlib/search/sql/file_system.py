@@ -28,7 +28,8 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     DuckDB reads `dataset://captions/part-00000.parquet`, wherever the file is stored. DuckDB cannot write files or list
     folders, and does not interpret characters of the actual path as a glob pattern. DuckDB opens a file several times
-    in one query. This class opens a local file only once, so a query reads one version of it, even if it is replaced.
+    in one query. This class opens a local file only once, so a query reads one version of it, even if the file is
+    replaced.
     """
 
     protocol = "dataset"

@@ -42,7 +42,8 @@ def run_query(open_rows: OpenRows, memory_bytes: int, timeout_seconds: float) ->
             for batch in rows:
                 writer.write_batch(batch)
                 sink.flush()
-            writer.close()  # skipped after an error: the parent raises it only if the stream is incomplete
+            # After an error, the stream must stay incomplete: the parent raises the error when it reads the end.
+            writer.close()
 
     limits = ProcessLimits(
         memory_bytes + _UNTRACKED_BYTES,

@@ -14,7 +14,7 @@ import duckdb
 import pyarrow as pa
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from captionlib.data.selection import read_duplicate_ids
+from captionlib.data.selection import read_kept_images
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import FAILURES_FOLDER, part_name
 from captionlib.data.shards.schemas import FAILURES_SCHEMA
@@ -126,18 +126,21 @@ def open_sql(
     kind: str | None = None,
     limits: SqlLimits = SqlLimits(),
     duplicates: str | os.PathLike[str] | None = None,
+    mark_duplicates: bool = False,
 ) -> Iterator[SqlSession]:
     """Opens datasets of the same kind for SQL.
 
     A view with the name of the kind, such as `captions`, contains the rows of all datasets. An image that is in several
     datasets has several rows. The view `failures` contains the images that could not be processed. A dataset can be
-    queried while it is being written, because the views contain only finished shards.
+    queried while it is being written, because the views contain only finished shards (Parquet files).
 
     Args:
         folders: the datasets.
         kind: expected kind; None for any.
         limits: resources that the queries may use.
-        duplicates: dataset of groups of duplicates. Only the image of each group that is to be kept has a row.
+        duplicates: dataset that contains groups of similar images. Only one image of each group then has a row.
+        mark_duplicates: keep the rows of all images. The additional column `duplicate_of` contains the id of the kept
+            image, or null if the image is not a duplicate.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
@@ -147,12 +150,9 @@ def open_sql(
     data_files: dict[str, DatasetFile] = {}
     failure_files: dict[str, DatasetFile] = {}
     for index, dataset in enumerate(datasets):
-        prefix = f"{index}/" if len(datasets) > 1 else ""
-        for files_by_name, (folder, paths) in zip(
-            (data_files, failure_files), _list_files(dataset).items(), strict=True
-        ):
-            for name, path in paths.items():
-                files_by_name[f"{folder}/{prefix}{name}"] = DatasetFile(dataset.folder.fs, path)
+        data, failures = _list_files(dataset, f"{index}/" if len(datasets) > 1 else "")
+        data_files |= data
+        failure_files |= failures
     with (
         tempfile.TemporaryDirectory(prefix="captionlib-") as spill_folder,
         closing(DatasetFileSystem({**data_files, **failure_files})) as files,
@@ -162,8 +162,11 @@ def open_sql(
         restrict_connection(connection, files.addresses)
         schemas = [dataset.schema for dataset in datasets]
         with _raise_query_errors(datasets[0].kind):
-            left_out = None if duplicates is None else _register_duplicates(connection, duplicates)
-            _create_view(connection, datasets[0].kind, files.addresses[: len(data_files)], schemas, left_out)
+            view = datasets[0].kind
+            all_rows = view if duplicates is None else f"all_{view}"
+            _create_view(connection, all_rows, files.addresses[: len(data_files)], schemas)
+            if duplicates is not None:
+                _join_duplicates(connection, all_rows, duplicates, mark_duplicates).create_view(view)
             _create_view(connection, "failures", files.addresses[len(data_files) :], [FAILURES_SCHEMA])
         with _interrupt_on_ctrl_c(connection):
             yield SqlSession(connection, datasets)
@@ -181,8 +184,8 @@ def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limit
     """Runs one SELECT over a dataset, or over several of the same kind, and returns all its rows.
 
     The query runs in this process, without a time limit, and some of DuckDB's functions exceed the memory limit. For
-    untrusted SQL, use the command `captionlib query`. It runs SQL in a child process, and kills that if it exceeds a
-    limit.
+    untrusted SQL, use the command `captionlib query`. It runs SQL in a child process, and kills the process if it
+    exceeds a limit.
 
     Example:
         >>> captionlib.query_sql("captions", "SELECT count(*) AS images FROM captions").to_pylist()
@@ -227,41 +230,42 @@ def restrict_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequen
     connection.execute("SET lock_configuration = true")
 
 
-def _list_files(dataset: ShardedDataset) -> dict[str, dict[str, str]]:
-    """Returns the data files and failure files of all finished shards: for each view, paths by file name."""
+def _list_files(dataset: ShardedDataset, prefix: str) -> tuple[dict[str, DatasetFile], dict[str, DatasetFile]]:
+    """Returns the data files and failure files of all finished shards, by the names under which DuckDB opens them."""
     finished = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
     failure_files = set(dataset.folder.list(FAILURES_FOLDER))
     names = [f"{part_name(shard)}.parquet" for shard in finished]
     failed = [name for name in names if name in failure_files]
-    return {
-        dataset.kind: {name: dataset.folder.path(name) for name in names},
-        "failures": {name: dataset.folder.path(f"{FAILURES_FOLDER}/{name}") for name in failed},
-    }
-
-
-def _register_duplicates(
-    connection: duckdb.DuckDBPyConnection, address: str | os.PathLike[str]
-) -> duckdb.DuckDBPyRelation:
-    """Returns a relation with the ids of the images that are duplicates of a kept image."""
-    ids = read_duplicate_ids(open_dataset(address, "duplicates").require_complete())
-    connection.register("left_out", pa.table({"image_id": pa.array(sorted(ids), pa.string())}))
-    return connection.table("left_out")
+    folder = dataset.folder
+    return (
+        {f"{dataset.kind}/{prefix}{name}": DatasetFile(folder.fs, folder.path(name)) for name in names},
+        {
+            f"failures/{prefix}{name}": DatasetFile(folder.fs, folder.path(f"{FAILURES_FOLDER}/{name}"))
+            for name in failed
+        },
+    )
 
 
 def _create_view(
-    connection: duckdb.DuckDBPyConnection,
-    name: str,
-    addresses: Sequence[str],
-    schemas: Sequence[pa.Schema],
-    left_out: duckdb.DuckDBPyRelation | None = None,
+    connection: duckdb.DuckDBPyConnection, name: str, addresses: Sequence[str], schemas: Sequence[pa.Schema]
 ) -> None:
     if addresses:
         # If the columns of the datasets differ, DuckDB must read the schemas of all files to match columns by name.
         has_same_columns = all(schema.names == schemas[0].names for schema in schemas)
-        rows = connection.read_parquet(list(addresses), union_by_name=not has_same_columns)
-        (rows if left_out is None else rows.join(left_out, "image_id", how="anti")).create_view(name)
+        connection.read_parquet(list(addresses), union_by_name=not has_same_columns).create_view(name)
     else:
         connection.register(name, schemas[0].empty_table())
+
+
+def _join_duplicates(
+    connection: duckdb.DuckDBPyConnection, all_rows: str, address: str | os.PathLike[str], mark: bool
+) -> duckdb.DuckDBPyRelation:
+    """Leaves out the duplicates of kept images or, if `mark` is set, adds the column `duplicate_of`."""
+    kept_images = read_kept_images(open_dataset(address, "duplicates").require_complete())
+    columns = {"image_id": kept_images.keys(), "duplicate_of": kept_images.values()}
+    connection.register("kept_images", pa.table({name: pa.array(ids, pa.string()) for name, ids in columns.items()}))
+    how = "left" if mark else "anti"
+    return connection.table(all_rows).join(connection.table("kept_images"), "image_id", how=how)
 
 
 @contextmanager

@@ -28,8 +28,8 @@ def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
     The configuration of the connection already blocks access to files and changes to the configuration. This check
     also rejects functions that the configuration does not block, such as `enable_logging(storage_path=...)` and
-    functions that DuckDB may add. It rejects everything that reads settings, because they can contain secrets: for
-    example, DuckDB copies the password of a proxy from the environment.
+    functions of later versions of DuckDB. It rejects everything that reads settings, because they can contain secrets:
+    for example, DuckDB copies the password of a proxy from the environment.
 
     Raises:
         QueryError: the SQL is invalid, is not a SELECT, or uses a function or view that is not allowed.

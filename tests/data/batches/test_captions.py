@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from captionlib.data.batches.captions import CaptionBatches, mean_and_std, read_captions
+from captionlib.data.batches.captions import CaptionBatches, compute_mean_and_std, read_captions
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
@@ -94,7 +94,7 @@ def test_batches_mix_images_of_different_shards(dataset: ShardedDataset) -> None
 
 def test_mean_and_std_cover_the_selected_splits(dataset: ShardedDataset) -> None:
     numbers = np.array([n for n in range(30) if SPLITS[n % 5] == "train"], np.float64)
-    mean, std = mean_and_std(dataset, ["train"])
+    mean, std = compute_mean_and_std(dataset, ["train"])
     np.testing.assert_allclose(mean, [numbers.mean(), -numbers.mean()], rtol=1e-6)
     np.testing.assert_allclose(std, [numbers.std(), numbers.std()], rtol=1e-6)
 

@@ -103,7 +103,7 @@ def test_missing_image_does_not_shift_others(tmp_path: Path) -> None:
 def test_resumes_from_any_batch_without_loading_earlier_ones(tmp_path: Path, first: int) -> None:
     load = Loader()
     whole = epoch(batches(tmp_path, Loader(), horizontal_flip=True))
-    assert epoch(batches(tmp_path, load, horizontal_flip=True), first=first) == whole[first:]
+    assert epoch(batches(tmp_path, load, horizontal_flip=True), first_batch=first) == whole[first:]
     assert load.loaded == [abs(number) for number in flat(whole[first:])]
 
 

@@ -90,10 +90,10 @@ def test_update_without_changes_writes_nothing(tmp_path: Path) -> None:
 
 def test_unchanged_rows_are_not_written_or_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     update(tmp_path, make_rows("abcd"))
-    for name in ("compare", "check_unique_ids"):
+    for name in ("compare_with_manifest", "check_unique_ids"):
         monkeypatch.delattr(f"captionlib.data.ingestion.prepare.{name}")
     reports: list[Changes] = []
-    assert update(tmp_path, make_rows("abcd"), report=reports.append).already_prepared
+    assert update(tmp_path, make_rows("abcd"), report_changes=reports.append).already_prepared
     assert reports == [Changes(0, 0, 0, 4)]
 
 
@@ -146,7 +146,7 @@ def test_second_update_at_the_same_time_names_the_first(tmp_path: Path, overwrit
         assert update(tmp_path, make_rows("b"), dry_run=True).changes == Changes(1, 0, 1, 0)
 
     update(tmp_path, make_rows("a"))
-    update(tmp_path, make_rows("ac"), report=prepare_again)
+    update(tmp_path, make_rows("ac"), report_changes=prepare_again)
     assert read_rows(tmp_path) == make_rows("ac")
     assert not (tmp_path / "manifest" / LOCK_FILE).exists()
 
@@ -182,7 +182,12 @@ def test_changes_are_reported_before_anything_is_written(tmp_path: Path) -> None
     old, new = make_rows("abc"), make_rows("abd")
     update(tmp_path, old)
     for dry_run in (True, False):
-        update(tmp_path, new, dry_run=dry_run, report=lambda changes: reports.append((changes, read_rows(tmp_path))))
+        update(
+            tmp_path,
+            new,
+            dry_run=dry_run,
+            report_changes=lambda changes: reports.append((changes, read_rows(tmp_path))),
+        )
     assert reports == [(Changes(1, 0, 1, 2), old)] * 2
     assert read_rows(tmp_path) == new
 

@@ -1,6 +1,7 @@
 import itertools
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from captionlib.data.shards.compaction import choose_shard_size, plan_compaction
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
 from captionlib.data.shards.inspection import inspect_dataset
-from captionlib.data.shards.markers import marker_file
+from captionlib.data.shards.markers import marker_file, write_marker
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DamagedShardError, DatasetError
@@ -207,3 +208,14 @@ def test_duplicates_are_refused(source: ShardedDataset, tmp_path: Path) -> None:
 )
 def test_default_shard_size_grows_with_the_number_of_images(images: int, size: int) -> None:
     assert choose_shard_size(images) == size
+
+
+def test_time_of_earlier_versions_is_distributed_over_the_new_shards(source: ShardedDataset, tmp_path: Path) -> None:
+    run_once(source, tmp_path)
+    captions = open_dataset(tmp_path / "captions")
+    for marker in captions.read_markers().values():
+        write_marker(captions.folder, replace(marker, total_seconds=100.0))
+    compact(tmp_path)
+    markers = reopen(captions).read_markers()
+    earlier = [markers[shard].total_seconds - markers[shard].seconds for shard in range(3)]
+    assert earlier == pytest.approx([200, 200, 100], abs=0.01)

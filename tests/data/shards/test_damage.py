@@ -207,7 +207,7 @@ def test_other_files_in_the_folder_are_ignored(tmp_path: Path) -> None:
     for name in ("part-00004 (copy)", "part-1", "part-x", "part-00000.json", "part-٣٣٣٣٣", "part-00002", ".DS_Store"):
         (tmp_path / "__shards" / f"{name}.json").write_text("{}")
         (tmp_path / f"{name}.parquet").write_text("")
-    assert dataset.done_shards() == {0, 1}
+    assert dataset.list_written_shards() == {0, 1}
     assert dataset.read_markers([1, 2]).keys() == {1}
     assert dataset.compute_totals() == dataset.read_totals()
 

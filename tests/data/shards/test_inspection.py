@@ -89,7 +89,7 @@ def test_inspect_reports_success_without_all_markers(tmp_path: Path) -> None:
     assert inspect_dataset(tmp_path).problems == []
     (tmp_path / "__shards" / "part-00002.json").unlink()
     (problem,) = inspect_dataset(tmp_path).problems
-    assert problem.startswith("_SUCCESS says that all 3 shards are finished, but only 2 have a valid marker file ")
+    assert problem.startswith("_SUCCESS says that all 3 shards are finished, but only 2 have a valid marker file")
 
 
 def test_inspect_counts_temporary_files(tmp_path: Path) -> None:

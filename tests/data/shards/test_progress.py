@@ -109,7 +109,7 @@ def test_progress_of_a_shard_needs_no_storage(
 
     monkeypatch.setattr(Folder, "write", fail)
     write(output, 0, 1)
-    assert output.done_shards() == {0}
+    assert output.list_written_shards() == {0}
 
 
 def test_disabled_progress_prints_nothing(

@@ -1,11 +1,14 @@
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.simulated_kills import WRITES, Killed, kill_after
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import marker_file
+from captionlib.data.shards.markers import marker_file, write_marker
 from captionlib.data.shards.removal import list_removed, plan_removal
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, MANIFEST_SCHEMA, features_schema
 from captionlib.data.shards.writer import write_shard
@@ -192,9 +195,39 @@ def test_killed_removal_is_finished_by_the_next(manifest: Path, features: Path, 
     assert open_dataset(folder).is_complete()
 
 
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("calls", range(8))
+def test_files_of_a_killed_command_are_removed(manifest: Path, tmp_path: Path, calls: int, existing: bool) -> None:
+    source, folder = open_dataset(manifest), tmp_path / "features"
+    if existing:
+        write(folder, "features", source)
+        dataset = open_dataset(folder)
+        dataset.mark_incomplete()
+    else:
+        dataset = create_dataset(folder, "features", SCHEMAS["features"], config={"kind": "features"}, source=source)
+    rows = [{"image_id": name, "uri": name, "split": "", "captions": [], "features": [7]} for name in ("00", "01")]
+    with suppress(Killed), kill_after(calls), write_shard(dataset, 0, 3) as writer:
+        writer.write(pa.RecordBatch.from_pylist(rows, schema=dataset.schema))
+        writer.write_failure({"image_id": "02", "uri": "02"}, FetchError("NotFound", "is missing"))
+    (folder / "__sample").mkdir()
+    (folder / "__sample" / "part-00000.parquet").write_bytes(b"00 01 02")
+    remove(folder, "00", "02")
+    tables = [pq.read_table(path) for path in folder.rglob("*.parquet*")]
+    assert {"00", "02"}.isdisjoint(image_id for table in tables for image_id in table["image_id"].to_pylist())
+    assert {"00", " 02"}.isdisjoint(read_ids(folder))
+
+
 def test_removal_from_a_dataset_with_a_damaged_marker_is_refused(manifest: Path) -> None:
     open_dataset(manifest).folder.write(marker_file(1), b"damaged")
     for image_id in ("00", "10"):
         with pytest.raises(DamagedShardError, match=r"part-00001.parquet is damaged \(its marker is missing\)"):
             remove(manifest, image_id)
     assert not list_removed(open_dataset(manifest).folder).reasons
+
+
+def test_time_of_earlier_versions_is_kept(features: Path) -> None:
+    dataset = open_dataset(features)
+    write_marker(dataset.folder, replace(dataset.read_markers()[1], total_seconds=100.0))
+    remove(features, "10")
+    marker = dataset.read_markers()[1]
+    assert marker.total_seconds == pytest.approx(100 + marker.seconds)

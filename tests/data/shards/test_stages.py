@@ -1,6 +1,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.simulated_kills import Killed
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import Marker
+from captionlib.data.shards.markers import Marker, write_marker
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, embeddings_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure, ShardJob
 from captionlib.data.shards.writer import write_shard
@@ -198,6 +198,18 @@ def test_update_processes_new_and_changed_images_only(source: ShardedDataset, tm
     outputs = read_outputs(tmp_path)
     run(create_job(updated, tmp_path / "fresh", Describe({"new", "03", "12"})))
     assert outputs == read_outputs(tmp_path / "fresh")
+
+
+def test_total_time_of_a_shard_includes_its_earlier_versions(source: ShardedDataset, tmp_path: Path) -> None:
+    run_once(source, tmp_path)
+    dataset = open_dataset(tmp_path / "captions")
+    first = dataset.read_markers()
+    assert all(marker.total_seconds == marker.seconds for marker in first.values())
+    write_marker(dataset.folder, replace(first[0], seconds=50.0, total_seconds=100.0))
+    run_once(write_manifest(tmp_path / "source", [*FIRST, image("new")], SECOND), tmp_path)
+    marker = dataset.read_markers()[0]
+    assert marker.total_seconds == pytest.approx(100 + marker.seconds)
+    assert dataset.compute_totals().total_seconds == pytest.approx(marker.total_seconds + first[1].seconds)
 
 
 def test_update_adds_shards(source: ShardedDataset, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from captionlib.data.sources.formats import detect_common_format, read_source
-from captionlib.data.sources.rows import ManifestRow, SkipCounter, SourceOptions
+from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 
 
-def read(*addresses: Path | str, strict: bool = False, **options: Any) -> tuple[list[ManifestRow], Counter[str]]:
+def read(*addresses: Path | str, strict: bool = False, **options: Any) -> tuple[list[ImageRecord], Counter[str]]:
     """Returns the rows of a source, read in its detected format, and the number of skipped items by reason."""
     skips = SkipCounter(strict)
     paths = [str(address) for address in addresses]

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from captionlib.data.images.fetching import FetchConfig, ImageFetcher
-from captionlib.data.sources.rows import ManifestRow
+from captionlib.data.sources.rows import ImageRecord
 from captionlib.errors import DatasetError
 from tests.data.sources.source_files import read
 
@@ -26,7 +26,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     return path
 
 
-def fetch_images(rows: list[ManifestRow]) -> list[bytes]:
+def fetch_images(rows: list[ImageRecord]) -> list[bytes]:
     fetcher = ImageFetcher(FetchConfig())
     return [bytes(fetcher.fetch(row.uri)) for row in rows]
 

@@ -1,9 +1,12 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from captionlib.data.sources.formats import detect_format
+from captionlib.data.sources.locations import Location, scan_folder
 from captionlib.errors import DatasetError
 from tests.data.sources.source_files import read, write_empty_files
 
@@ -37,6 +40,44 @@ def test_folder_follows_links_except_to_a_parent(tmp_path: Path) -> None:
     rows, skipped = read(tmp_path / "images")
     assert [row.image_id for row in rows] == ["a.jpg", "other/b.jpg"]
     assert skipped == {"link to a parent folder": 1}
+
+
+def test_files_and_folders_that_are_deleted_meanwhile_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_empty_files(tmp_path, ["a.jpg", "b.jpg", "x/c.jpg", "y/z/d.jpg"])
+
+    def scan(location: Location) -> Iterator[tuple[str, str | None, Any]]:
+        entries = sorted(scan_folder(location), key=lambda entry: entry[0])
+        for name in ("b.jpg", "x/c.jpg", "y/z/d.jpg"):
+            (tmp_path / name).unlink(missing_ok=True)
+        for name in ("x", "y/z", "y"):
+            if (tmp_path / name).exists() and location.path != f"{tmp_path}/y":
+                (tmp_path / name).rmdir()
+        yield from entries
+
+    monkeypatch.setattr("captionlib.data.sources.folder.scan_folder", scan)
+    rows, skipped = read(tmp_path)
+    assert [row.image_id for row in rows] == ["a.jpg"]
+    assert skipped == {"deleted while the folder was listed": 3}
+
+
+@pytest.mark.parametrize("lost", ["root", "root/x"])
+def test_disk_that_is_unmounted_meanwhile_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    root = tmp_path / "root"
+    write_empty_files(root, ["a.jpg", "x/y/b.jpg"])
+
+    def scan(location: Location) -> Iterator[tuple[str, str | None, Any]]:
+        yield from scan_folder(location)
+        if location.path == f"{root}/x":  # y was listed, but not yet read
+            (tmp_path / lost).rename(tmp_path / "elsewhere")
+            (tmp_path / lost).mkdir()
+
+    monkeypatch.setattr("captionlib.data.sources.folder.scan_folder", scan)
+    with pytest.raises(DatasetError, match="x/y cannot be read: No such file"):
+        read(root)
 
 
 @pytest.mark.parametrize(

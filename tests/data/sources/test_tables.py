@@ -6,14 +6,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from captionlib.data.sources.rows import ManifestRow
+from captionlib.data.sources.rows import ImageRecord
 from captionlib.errors import ConfigError, DatasetError
 from tests.data.sources.source_files import read
 
 Values = list[tuple[str, str, str, tuple[str, ...]]]
 
 
-def to_values(rows: list[ManifestRow]) -> Values:
+def to_values(rows: list[ImageRecord]) -> Values:
     return [(row.image_id, row.uri, row.split, row.captions) for row in rows]
 
 

@@ -17,15 +17,15 @@ def test_sentences_are_lines_and_validation_takes_evenly_spaced_ones(tmp_path: P
     path = tmp_path / "sentences.txt"
     path.write_text("\r\n".join(["", *LINES, "  "]), encoding="utf-8", newline="")
     corpus = open_corpus(path, validation_fraction=0.1)
-    assert list(corpus.validation()) == LINES[9::10]
-    assert sorted([*corpus.training(), *corpus.validation()]) == sorted(LINES)
+    assert list(corpus.read_validation()) == LINES[9::10]
+    assert sorted([*corpus.read_training(), *corpus.read_validation()]) == sorted(LINES)
 
 
 def test_continuous_text_is_one_text_whose_end_is_for_validation(tmp_path: Path) -> None:
     path = tmp_path / "author.txt"
     path.write_text("To be,\r\nor not\r\n\r\nto be." * 10, encoding="utf-8", newline="")
     corpus = open_corpus(path, "continuous", validation_fraction=0.25)
-    (training,), (validation,) = corpus.training(), corpus.validation()
+    (training,), (validation,) = corpus.read_training(), corpus.read_validation()
     assert training + validation == "To be,\nor not\n\nto be." * 10 + "\n"
     assert len(validation) == (len(training) + len(validation)) // 4
 
@@ -37,7 +37,7 @@ def test_fingerprint_identifies_the_text_whatever_its_compression(tmp_path: Path
     plain, compressed, other = (
         open_corpus(tmp_path / name) for name in ("plain.txt", "compressed.txt.gz", "other.txt")
     )
-    assert list(compressed.training()) == list(plain.training())
+    assert list(compressed.read_training()) == list(plain.read_training())
     assert compressed.fingerprint == plain.fingerprint != other.fingerprint
 
 
@@ -53,8 +53,8 @@ def test_dataset_yields_the_captions_of_its_splits(tmp_path: Path) -> None:
         open_corpus(tmp_path / "manifest")
     dataset.finish()
     corpus = open_corpus(tmp_path / "manifest")
-    assert list(corpus.training()) == ["train 0", "again 0", "restval 3", "again 3"]
-    assert list(corpus.validation()) == ["val 1", "again 1"]
+    assert list(corpus.read_training()) == ["train 0", "again 0", "restval 3", "again 3"]
+    assert list(corpus.read_validation()) == ["val 1", "again 1"]
     assert corpus.fingerprint == dataset.compute_content_checksum()
     with pytest.raises(DatasetError, match="expected captions in split other, got none"):
         open_corpus(tmp_path / "manifest", validation_splits=["other"])

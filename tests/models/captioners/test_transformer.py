@@ -21,6 +21,8 @@ from tests.models.captioners.attending import (
 )
 
 CONFIG = CaptionerConfig("transformer", layers=2, hidden_size=6, embedding_size=6, heads=3)
+EVERY_STEP = replace(CONFIG, image_input="every_step")
+CONFIGS = pytest.mark.parametrize("config", [CONFIG, EVERY_STEP], ids=["initial_input", "every_step"])
 VECTORS = MAPS[:, 0]
 BOTH = pytest.mark.parametrize("features", [MAPS, VECTORS], ids=["maps", "vectors"])
 
@@ -38,11 +40,13 @@ def build(config: CaptionerConfig = CONFIG) -> CaptionerNetwork:
     return randomize(CaptionerNetwork(config, feature_size=4, vocabulary_size=7))
 
 
-def test_log_probs_equal_those_of_pytorchs_decoder() -> None:
-    model = build()
+@CONFIGS
+def test_log_probs_equal_those_of_pytorchs_decoder(config: CaptionerConfig) -> None:
+    model = build(config)
     transformer = model.transformer
     assert transformer is not None
-    transformer.standardization.set_statistics(torch.full((4,), 0.5), torch.full((4,), 2.0))
+    for standardization in (model.standardization, transformer.standardization):
+        standardization.set_statistics(torch.full((4,), 0.5), torch.full((4,), 2.0))
     annotations = torch.relu(transformer.annotation((MAPS - 0.5) / 2))
     position, pair = torch.arange(6.0)[:, None], torch.arange(3)
     angle = position / 10000 ** (2 * pair / 6)
@@ -52,6 +56,8 @@ def test_log_probs_equal_those_of_pytorchs_decoder() -> None:
         image = annotations[IMAGE_OF_SENTENCE[number]][None]
         words = torch.tensor([END, *sentence])
         hidden = (model.word_vectors.weight[words] * 6**0.5 + sinusoids[: len(words)])[None]
+        if config.image_input == "every_step":
+            hidden = hidden + model.image_projection((MAPS[IMAGE_OF_SENTENCE[number]].mean(0) - 0.5) / 2)
         for layer in range(2):
             hidden = pytorch_layer(model, layer)(
                 hidden, image, nn.Transformer.generate_square_subsequent_mask(len(words)), tgt_is_causal=True
@@ -102,11 +108,12 @@ def test_log_probs_are_independent_of_padding_and_batch(features: Tensor) -> Non
 
 
 @BOTH
+@CONFIGS
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.2)])
 def test_cached_steps_match_whole_sentence_after_reordering(
-    features: Tensor, dtype: torch.dtype, tolerance: float
+    features: Tensor, config: CaptionerConfig, dtype: torch.dtype, tolerance: float
 ) -> None:
-    model = build()
+    model = build(config)
     words = torch.tensor([[2, 5, 3, 1], [4, 4, 2, 6], [3, 2, 6, 2]])
     scores = model(features, words, torch.arange(3))
     incremental = IncrementalCaptioner(model, dtype)
@@ -129,8 +136,9 @@ def test_cached_steps_match_whole_sentence_after_reordering(
             torch.testing.assert_close(after_two, expected[6], rtol=tolerance, atol=tolerance)
 
 
-def test_every_parameter_gets_gradients_and_positions_matter() -> None:
-    check_gradients_and_positions(build())
+@CONFIGS
+def test_every_parameter_gets_gradients_and_positions_matter(config: CaptionerConfig) -> None:
+    check_gradients_and_positions(build(config))
 
 
 def test_attention_weights_has_one_distribution_per_token() -> None:
@@ -188,7 +196,7 @@ def test_initial_predictions_are_close_to_the_word_frequencies() -> None:
         ({"heads": 7}, "expected heads that divide hidden_size, got 7 and 512"),
         ({"attention_size": 64}, "attention_size is for cell rnn or lstm, got 64 with cell transformer"),
         ({"principal_components": 9}, "principal_components is for cell rnn or lstm, got 9 with cell transformer"),
-        ({"image_input": "every_step"}, "image_input is for cell rnn or lstm, got every_step with cell transformer"),
+        ({"image_input": "first_step"}, "image_input is for cell rnn or lstm, got first_step with cell transformer"),
     ],
 )
 def test_config_rejects_options_of_recurrent_cells(options: dict[str, int], message: str) -> None:

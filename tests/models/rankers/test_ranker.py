@@ -15,14 +15,13 @@ from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 SMALL = RankerConfig(hidden_size=8, embedding_size=6, joint_embedding_size=5, pooling="last")
 ENCODER = {"model": "vgg16", "shape": [7]}
 SHAPES = [
-    replace(SMALL, sentence_encoder=encoder, bidirectional=both, pooling=pooling, layers=layers)
-    for encoder, both, pooling, layers in [
-        ("mean", False, "last", 1),
-        ("gru", False, "last", 1),
-        ("gru", True, "last", 2),
-        ("gru", True, "max", 1),
-        ("lstm", False, "mean", 2),
-        ("lstm", True, "last", 1),
+    replace(SMALL, sentence_encoder=encoder, pooling=pooling, layers=layers)
+    for encoder, pooling, layers in [
+        ("mean", "last", 1),
+        ("gru", "last", 2),
+        ("gru", "max", 1),
+        ("lstm", "mean", 2),
+        ("lstm", "last", 1),
     ]
 ]
 
@@ -82,16 +81,7 @@ def test_constant_feature_gives_finite_embedding() -> None:
     assert model.embed_images(torch.ones(2, 7)).isfinite().all()
 
 
-def test_word_dropout_is_active_only_in_training() -> None:
-    model = make(replace(SMALL, word_dropout=0.9, dropout=0.0))
-    sentence = pad_sentences([[2, 3, 4, 5, 6, 7]])
-    calm = model.embed_sentences(sentence)
-    torch.testing.assert_close(calm, model.embed_sentences(sentence))
-    model.train()
-    assert (model.embed_sentences(sentence) - calm).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("values", [{"joint_embedding_size": 0}, {"dropout": 1.0}, {"word_dropout": -0.1}])
+@pytest.mark.parametrize("values", [{"joint_embedding_size": 0}, {"dropout": 1.0}, {"feature_dropout": -0.1}])
 def test_ranker_config_rejects_impossible_values(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"RankerConfig: {next(iter(values))}: "):
         RankerConfig(**values)

@@ -1,7 +1,7 @@
 """Groups the rows of an index by the values of all facets: split, dataset, month and whether they are duplicates.
 
-The text index contains the number of the group of each row, so one pass over the matches of a query counts them by
-every facet.
+The text index contains the number of each row's group, so one pass over the matches of a query counts them by every
+facet.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-__all__ = ["RowGroup", "RowGrouper"]
+__all__ = ["FacetGroup", "FacetGrouper"]
 
 _GROUP = pa.field("group", pa.int64(), nullable=False)
-_MAX_GROUPS = 20_000  # a search engine counts at most 65,000 groups in one pass
+# If there are more groups, new ones cover a year instead of a month. Tantivy counts at most 65,000 groups in one pass.
+_MAX_GROUPS = 20_000
 
 
 @dataclass(frozen=True)
-class RowGroup:
+class FacetGroup:
     """Rows that have the same value in every facet.
 
     Attributes:
@@ -25,7 +26,7 @@ class RowGroup:
         dataset: position of the captions dataset among the datasets of the index.
         month: month in which the files of the images were last modified, such as `2026-03`; empty if it is unknown. In
             an index with very many groups, it can be a year.
-        is_duplicate: whether the images are duplicates of a kept image.
+        is_duplicate: whether the images are marked as duplicates of other images.
         rows: number of rows.
     """
 
@@ -36,7 +37,7 @@ class RowGroup:
     rows: int
 
 
-class RowGrouper:
+class FacetGrouper:
     """Numbers the groups of rows in the order of their first rows, and counts their rows."""
 
     def __init__(self) -> None:
@@ -44,11 +45,11 @@ class RowGrouper:
         self._rows: list[int] = []
 
     @property
-    def groups(self) -> tuple[RowGroup, ...]:
+    def groups(self) -> tuple[FacetGroup, ...]:
         """The groups, in the order of their numbers."""
-        return tuple(RowGroup(*values, rows) for values, rows in zip(self._numbers, self._rows, strict=True))
+        return tuple(FacetGroup(*values, rows) for values, rows in zip(self._numbers, self._rows, strict=True))
 
-    def add_numbers(self, dataset: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def add_group_numbers(self, dataset: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Adds a last column, the number of the group of each row. The batches have the columns of `ROW_SCHEMA`."""
         for batch in batches:
             months = pc.fill_null(pc.strftime(batch["modified"], "%Y-%m"), "")
