@@ -39,7 +39,7 @@ __all__ = ["EXPORT_COLUMNS", "ExportFormat", "ExportSummary", "add_sample", "exp
 ExportFormat = Literal["webdataset", "metadata", "txt"]
 
 EXPORT_COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
-"""The columns of an exported row."""
+"""The columns of an exported row: `caption` and `log_prob` of a generated caption, `captions` of references."""
 
 _THREADS = 16
 _STATE_FOLDER = "__export"  # `datasets` ignores folders whose names begin with two underscores

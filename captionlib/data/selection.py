@@ -78,6 +78,7 @@ def read_kept_images(duplicates: ShardedDataset) -> dict[str, str]:
     rows = pa.concat_tables(
         [duplicates.read(shard, ["image_id", "group", "kept"]) for shard in range(duplicates.shards)]
     )
+    # `group` is the id of the image that is kept from the group.
     kept = rows.filter(rows["kept"])["image_id"].combine_chunks()
     excluded = rows.filter(pc.and_(pc.invert(rows["kept"]), pc.is_in(rows["group"], value_set=kept)))
     return dict(zip(excluded["image_id"].to_pylist(), excluded["group"].to_pylist(), strict=True))

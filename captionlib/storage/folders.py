@@ -435,7 +435,7 @@ def _create_partial_file(destination: Path) -> Iterator[Path]:
             file = stack.enter_context(path.open("ab"))
             with suppress(OSError):  # another process has the lock, or the file system has no locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # not just moved by another process
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):  # no other process has moved the file
                     break
         try:
             yield path

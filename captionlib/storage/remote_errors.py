@@ -40,7 +40,7 @@ _TEMPORARY_ERRNO = {  # raised by network file systems, and by object store clie
 
 
 def is_temporary_error(error: BaseException) -> bool:
-    """Returns whether the same request may succeed later. A FetchError is permanent, because it follows retries."""
+    """Returns whether the same request may succeed later. A FetchError is permanent: it is raised after retries."""
     if isinstance(error, FetchError | FileNotFoundError | PermissionError | ssl.SSLCertVerificationError):
         return False
     status = get_http_status(error)

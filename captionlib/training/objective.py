@@ -23,8 +23,8 @@ class BatchLoss(NamedTuple):
 
     Attributes:
         mean: `[] float32`, the value to minimize. It may include label smoothing.
-        total: the sum of the loss that is logged, over the tokens of a batch (or the image-caption pairs of a ranker).
-            It includes no label smoothing.
+        total: the loss that is logged, summed over the tokens of a batch, or over its image-caption pairs if the model
+            is a dual encoder for retrieval. It includes no label smoothing.
         size: the number of terms of `total`, and the weight of a process's gradients in data-parallel training.
         reward_total: the sum of the rewards of sampled captions.
         reward_count: the number of sampled captions; 0 for objectives without rewards.

@@ -139,7 +139,7 @@ class CaptionBatches:
                 yield self._batch(buffer, images, buffer.features[images])
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
-        """Yields batches of all images in the same order: their indices in this order, and their features."""
+        """Yields the batches of `in_order` without captions: indices of images in that order, and their features."""
         first = 0
         for buffer in self._prefetch(self._groups):
             for begin in range(0, len(buffer.features), self.batch_images):

@@ -60,7 +60,7 @@ MAX_IMAGE_PIXELS = 100_000_000
 """Default limit on width x height. It is checked before decoding, because a tiny file can expand to a huge image."""
 
 MAX_JPEG_SCANS = 100
-"""Default limit on the scans of a JPEG file. Encoders write about ten scans."""
+"""Default limit on the scans of a JPEG file. Ordinary progressive JPEG files have about ten scans."""
 
 DecodeScale = Literal["exact", "fast"]
 
@@ -72,9 +72,10 @@ _RESAMPLING = {"nearest-exact": Image.Resampling.NEAREST} | {
 
 _FAST_SCALE = 2  # with `fast`, the decoded image is at least this many times as large as the resized image
 
-_NUMPY_MIN_REDUCTION = 3  # NumPy shrinks an image to a third or less faster than Pillow
+_NUMPY_MIN_REDUCTION = 3  # from this factor on, NumPy shrinks an image faster than Pillow
 
-_Pixels: TypeAlias = Image.Image | npt.NDArray[np.uint8]  # `[height, width, 3 or 4]`: RGB for NumPy, RGBX for Pillow
+# An array is RGB, `[height, width, 3]`, if NumPy shrinks it, or RGBX, `[height, width, 4]`, if Pillow resizes it.
+_Pixels: TypeAlias = Image.Image | npt.NDArray[np.uint8]
 
 # Files with 32-bit gray values do not define white. The lowest of these levels that no value exceeds counts as white.
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)

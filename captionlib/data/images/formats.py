@@ -1,6 +1,6 @@
 """Lists the image formats that can be decoded, and recognizes a format by the first bytes of a file.
 
-`prepare` and the search page select files by the extensions in this list.
+The command `prepare` and the web page for image search select files by the extensions in this list.
 """
 
 import re

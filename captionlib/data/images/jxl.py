@@ -5,7 +5,7 @@ from fractions import Fraction
 __all__ = ["read_jxl_size"]
 
 _CODESTREAM = b"\xff\x0a"
-_HEADER_BYTES = 16  # more than the longest header of the size, 9 bytes
+_HEADER_BYTES = 16  # more than enough for the width and height, which take up to 9 bytes
 
 # ISO/IEC 18181-1, section "SizeHeader". Two bits select the number of bits of a width or height. Three bits select
 # the width divided by the height; if they are 0, the header contains the width.

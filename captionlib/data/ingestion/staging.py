@@ -1,4 +1,7 @@
-"""Writes the rows of a manifest (one per image) to a local Parquet file, to count, hash and check them first."""
+"""Writes the future rows of a manifest (one row per image) to a local Parquet file.
+
+The rows are counted, hashed and checked in this file before the manifest is written.
+"""
 
 import hashlib
 import itertools
@@ -187,9 +190,9 @@ def check_ids_differ(manifests: Mapping[str, ShardedDataset]) -> None:
     if repeated is not None:
         found = [f"{uri} of source {name}" for name, each in manifests.items() for uri in _find_uris(each, *repeated)]
         raise DuplicateIdError(
-            f"expected one image per id in a collection, got {repeated[0]!r} for {' and '.join(found)}; change one of "
-            "the sources. If they are different images in two folders, replace both sources by one with the parent of "
-            "the folders, so that the ids contain the names of the folders"
+            f"expected one image per id in all sources together, got {repeated[0]!r} for {' and '.join(found)}; change "
+            "one of the sources. If they are different images in two folders, replace both sources by one with the "
+            "parent of the folders, so that the ids contain the names of the folders"
         )
 
 

@@ -149,7 +149,7 @@ class _ImageLocations:
     Attributes:
         hashes: `[images] uint64`, hashes of the image ids, ascending.
         shards: `[images] int32`, the shard of each image, in the same order.
-        seconds_per_image: mean time taken to write an image of the dataset, including its earlier versions.
+        seconds_per_image: time taken to write all shards, including their earlier versions, divided by the images.
     """
 
     hashes: npt.NDArray[np.uint64]

@@ -56,7 +56,10 @@ class FailureExample:
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The number of failures with the same reason, and a few examples; none if their files are missing."""
+    """The number of failures with the same reason, and a few examples.
+
+    There are no examples if the files that list the failures are missing.
+    """
 
     count: int
     examples: list[FailureExample]

@@ -57,7 +57,7 @@ FAILURES_FOLDER = "__failures"
 PROGRESS_EXTENSION = ".progress"
 JOURNAL_FILE = "_update.json"
 UPDATE_FOLDER = "__update"
-REMOVED_FILE = "_removed.json"
+REMOVED_FILE = "_removed.json"  # hashes of the ids of images that `captionlib remove` removed
 SAMPLE_FOLDER = "__sample"
 
 STALE = "stale"

@@ -50,8 +50,9 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
     Args:
         dataset: the dataset. If it is complete, it is complete after the update too.
         shards: number of shards after the update. Each of them must be written in the block or exist already.
-        changes: new values of `config`, `fingerprint` or `compaction_id` (see `ShardedDataset`). A new
-            fingerprint requires that all shards are written.
+        changes: new values of `config`, of `fingerprint` (hash of everything that determines the rows), or of
+            `compaction_id` (id of the compaction that divided the images into these shards). A new fingerprint
+            requires that all shards are written.
 
     Raises:
         DatasetError: a different update of the dataset was committed at the same time.

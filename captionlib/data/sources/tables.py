@@ -131,8 +131,8 @@ def parse_caption_columns(
 def _merge_captions(rows: Iterable[tuple[ImageRecord, bool]], skips: SkipCounter) -> Iterator[ImageRecord]:
     """Merges adjacent rows of the same image into one row with all their captions.
 
-    Each row is paired with a flag that says whether it may be merged. `prepare` later rejects the equal ids of rows
-    that are not merged.
+    Each row is paired with a flag that says whether it may be merged. If rows with equal ids are not merged,
+    `captionlib prepare` rejects them later.
     """
     previous: ImageRecord | None = None
     previous_mergeable = False

@@ -27,9 +27,9 @@ def version_from_stat(stat: os.stat_result) -> str:
 
 
 def find_modified_times(versions: pa.StringArray) -> pa.TimestampArray:
-    """Returns the modification times, in UTC, of the files with the given versions; see `version_from_stat`.
+    """Returns the modification times, in UTC, that the versions of local files contain; see `version_from_stat`.
 
-    The time is null for all other versions, which do not contain the time of the file of an image.
+    The time is null for versions of any other form.
     """
     times = pc.extract_regex(versions, _STAT_VERSION).field("nanoseconds")
     seconds = [int(time, 16) // 10**9 if time else None for time in times.to_pylist()]

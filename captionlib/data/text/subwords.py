@@ -23,9 +23,9 @@ SubwordLevel = Literal["bpe", "unigram"]
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
-# The training of `unigram` drops some single characters. The library then adds them again in a random order, with
-# slightly increasing scores from the lowest score on. To make training reproducible, all of them get the lowest score
-# here. Scores are rounded, because the library also adds numbers in a random order.
+# The training of `unigram` drops some single characters, and then adds them again in a random order. The first gets the
+# lowest score, and each of the others a slightly higher score than the one before. To make training reproducible, all
+# of them get the lowest score here. Scores are rounded, because the library also adds numbers in a random order.
 _SCORE_STEP = 1e-4
 _SCORE_DECIMALS = 6
 

@@ -59,7 +59,8 @@ def tokenize(sentence: str, level: Level = "words") -> list[str]:
     """Splits a sentence into words in the style of the Penn Treebank, or into characters at the level `characters`.
 
     Words are lowercased, and punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`.
-    Hyphenated words and numbers are kept (`t-shirt`, `1,000`). Tokenizing the words joined by spaces changes nothing.
+    Hyphenated words and numbers are kept (`t-shirt`, `1,000`). If the words are joined by spaces and tokenized again,
+    the result is the same.
     """
     if level == "characters":
         return list(sentence)

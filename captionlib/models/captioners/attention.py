@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from captionlib.models.dropout import Dropout
 from captionlib.models.standardization import Standardization
 
 __all__ = ["Attention", "ImageGroups", "group_by_image"]
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         # The captioner adds the projected context vector to the gates, and to the hidden state that predicts the word.
         self.to_gates = nn.Linear(size, gates, bias=False)
         self.to_output = nn.Linear(size, hidden_size, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def annotate(self, maps: Tensor) -> Tensor:
         """Computes annotation vectors, `[images, positions, size]`, of maps `[images, positions, channels]`."""

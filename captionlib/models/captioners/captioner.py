@@ -9,10 +9,10 @@ It follows Karpathy & Fei-Fei 2015 (arXiv 1412.2306) and Vinyals et al. 2015 (ar
 
 `image_input` sets where the image projection Wih v enters. With `first_step`, h_0 = max(0, Wxh x_0 + Wih v + b).
 
-The END token also serves as START. The image feature of a feature map is its mean over positions. With attention
-(attention.py), the context vector z_t affects two sums: Wz z_t is added to h_t before the output layer, and Wg z_t to
-the gates of step t + 1. A Transformer (transformer.py) computes h_t from all previous words and the image's positions.
-With `every_step`, Wih v is added to its word embeddings.
+The END token also serves as START. A feature map is averaged over its positions to give the `features` above. With
+attention (attention.py), the context vector z_t affects two sums: Wz z_t is added to h_t before the output layer, and
+Wg z_t to the gates of step t + 1. A Transformer (transformer.py) computes h_t from all previous words and the image's
+positions. With `every_step`, Wih v is added to its word embeddings.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -29,6 +29,7 @@ from captionlib.models.captioners.attention import Attention
 from captionlib.models.captioners.packed_sequences import PackedSequences, pack_sequences
 from captionlib.models.captioners.recurrence import RecurrenceOutput, run_recurrence
 from captionlib.models.captioners.transformer import Transformer
+from captionlib.models.dropout import Dropout
 from captionlib.models.encoders.top_layers import EncoderTop
 from captionlib.models.normal_weights import sample_normal_weights
 from captionlib.models.standardization import Standardization
@@ -63,9 +64,9 @@ class CaptionerConfig:
         principal_components: number of whitened principal components that replace the features; 0 keeps the features.
         attention_size: dimensions of an annotation vector. 0 disables attention. Attention needs spatial feature maps.
             Must be 0 for a Transformer, whose annotation vectors have `hidden_size` dimensions.
-        encoder_top: a later node of the encoder network than the node of the features, such as `features.29` for
-            features of `features.23`. The layers between the two nodes become part of the captioner and are fine-tuned
-            with it. If None, the captioner contains no layers of the encoder.
+        encoder_top: name of a node of the encoder network that comes after the node whose output is the features. For
+            example, `features.29` if the features are the output of `features.23`. The layers between the two nodes
+            become part of the captioner and are fine-tuned with it. If None, it contains no layers of the encoder.
         weight_init: `neuraltalk` initializes weights from U(-r, r) with r = min(0.1, 1 / sqrt(fan_in)), word embeddings
             with r = 0.1, and the recurrent weights of an RNN with random orthogonal matrices; `pytorch` uses PyTorch's
             defaults: word embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in). A Transformer
@@ -208,7 +209,7 @@ class CaptionerNetwork(nn.Module):
         if config.attention_size:
             self.attention = Attention(feature_size, config.attention_size, hidden_size, gates_size, config.dropout)
         self.output = nn.Linear(hidden_size, vocabulary_size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         if self.transformer is not None:
             for layer in (self.word_vectors, self.output):
                 layer.weight = nn.Parameter(sample_normal_weights(vocabulary_size, hidden_size, hidden_size**-0.5))

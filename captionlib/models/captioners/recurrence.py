@@ -22,7 +22,8 @@ class RecurrenceOutput(NamedTuple):
     Attributes:
         hidden: `[tokens, hidden_size]`, the last layer's h; with attention, plus the projected context vector.
         state: `[states, sentences that reach the last step, hidden_size]`: h of each layer, then c of each LSTM layer.
-            For a Transformer, `[states, sentences, steps, hidden_size]`: keys, then values, of each layer.
+            A Transformer captioner also returns this tuple, with a state of
+            `[states, sentences, steps, hidden_size]`: the keys of all layers, then the values of all layers.
         attention_weights: `[tokens, positions] float32`; None without attention.
     """
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captionlib.models.captioners.attention import ImageGroups, group_by_image
+from captionlib.models.dropout import Dropout
 from captionlib.models.standardization import Standardization
 
 __all__ = ["Transformer", "TransformerOutput"]
@@ -59,7 +60,7 @@ class Transformer(nn.Module):
     def __init__(self, channels: int, size: int, layers: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         if channels:
             self.standardization = Standardization(channels)
             self.annotation = nn.Linear(channels, size)
@@ -176,7 +177,7 @@ class _Layer(nn.Module):
     def __init__(self, size: int, heads: int, dropout: float, has_image: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.word_norm = nn.LayerNorm(size)
         self.word_projections = nn.Linear(size, 3 * size)  # query, key and value
         self.word_output = nn.Linear(size, size)

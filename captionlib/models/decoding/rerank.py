@@ -43,8 +43,8 @@ class RerankConfig:
         temperature: candidates are weighted by p ** (1 / temperature); a low value favors the most probable ones.
             3 works well with a beam of 30. With neighbors, use 4 to 8 and a wider beam.
         pool_size: number of the beam's best candidates to rerank. If None, the whole beam is reranked.
-        neighbors: number of similar training images with whose references the candidates are compared; 60 works well.
-            Requires the captioner's datastore (`captionlib build-datastore`).
+        neighbors: number of similar training images to use; the candidates are compared with the references of these
+            images. 60 works well. Requires the captioner's datastore (`captionlib build-datastore`).
         mutual_information_weight: exponent w of p(caption | image) / p(caption | mean features of the training images).
             A higher value favors captions that are specific to the image; 0.02 works well.
     """

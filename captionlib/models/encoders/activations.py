@@ -23,7 +23,7 @@ from captionlib.models.encoders.weights import find_class_names, load_weights, r
 __all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]
 
 _REPORTED_CLASSES = 10
-_REUSE_SUFFIX = re.compile(r"_\d+$")  # of the name of a node whose module an earlier node uses too
+_REUSE_SUFFIX = re.compile(r"_\d+$")  # ends the name of a node if an earlier node uses the same module
 _AFTER_CONVOLUTION = nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Hardswish | nn.GELU
 _RELU = re.compile(r"(?:^|\.)relu\d*$")  # name of a node that calls the function relu instead of a module
 

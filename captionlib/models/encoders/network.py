@@ -4,13 +4,15 @@ The functions that need torchvision import it, because importing it takes longer
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from typing_extensions import Self
 
 from captionlib.data.images.decoding import Preprocessing
@@ -61,7 +63,8 @@ class EncoderNetwork(EvalModeNetwork):
     """A truncated network with normalization before it and pooling after it.
 
     Args:
-        network: result of `truncate_network`, with its weights loaded.
+        network: result of `truncate_network`, with its weights loaded. Unless `trainable`, its batch normalizations
+            become part of the convolutions before them.
         preprocessing: supplies the mean and the standard deviation for normalization.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
@@ -82,11 +85,13 @@ class EncoderNetwork(EvalModeNetwork):
         trainable: bool = False,
     ) -> None:
         input_dtype = torch.float32 if trainable else dtype
+        if not trainable and isinstance(network, GraphModule):
+            _fuse_batch_norms(network.float())
         super().__init__(network.to(dtype=input_dtype), autocast=input_dtype != dtype)
         self._input_dtype = input_dtype
         self._pooling = pooling
         self._stored_dtype = stored_dtype
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        mean, std = (torch.tensor(values) for values in (preprocessing.mean, preprocessing.std))
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", mean / std, persistent=False)
 
@@ -96,8 +101,11 @@ class EncoderNetwork(EvalModeNetwork):
         Args:
             pixels: `[batch, crop, crop, 3] uint8`, RGB.
         """
-        images = pixels.permute(0, 3, 1, 2)  # a view in channels_last, the memory layout of decoded images
-        return self._pool(self.run_network((images * self.scale - self.shift).to(self._input_dtype)))
+        batch, height, width, _ = pixels.shape
+        rows = pixels.reshape(batch, height, -1).float()  # PyTorch is slow if its inner loop is that over 3 channels
+        rows = rows.mul_(self.scale.repeat(width)).sub_(self.shift.repeat(width)).to(self._input_dtype)
+        images = rows.view(pixels.shape).permute(0, 3, 1, 2)  # a view in channels_last
+        return self._pool(self.run_network(images))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Computes features as `forward` does, and rounds them to the stored dtype.
@@ -115,7 +123,7 @@ class EncoderNetwork(EvalModeNetwork):
         return features
 
     def export_weights(self) -> dict[str, Tensor]:
-        """Returns the network's weights on the CPU, under torchvision's names."""
+        """Returns the weights of a trainable network on the CPU, under torchvision's names."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
 
     def _pool(self, output: Tensor) -> Tensor:
@@ -127,6 +135,26 @@ class EncoderNetwork(EvalModeNetwork):
         if output.shape[2:].numel() == 1:  # a vector, or a feature map with a single position
             return output.flatten(1)
         return flatten_positions(output).contiguous()
+
+
+def _fuse_batch_norms(network: GraphModule) -> None:
+    """Scales the weights of convolutions by the batch normalizations that follow them, which then do nothing."""
+    modules = dict(network.named_modules())
+    for name, next_name in _list_successive_modules(network):
+        convolution, norm = modules.get(name), modules.get(next_name)
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            network.set_submodule(name, fuse_conv_bn_eval(convolution, norm))
+            network.set_submodule(next_name, nn.Identity())
+
+
+def _list_successive_modules(network: GraphModule) -> Iterator[tuple[str, str]]:
+    """Yields the name of each module whose output only one other module reads, and the name of that module."""
+    for operation in network.graph.nodes:
+        if operation.op == "call_module" and [len(each.users) for each in operation.all_input_nodes] == [1]:
+            yield str(operation.all_input_nodes[0].target), str(operation.target)
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Sequential):  # part of a module that the graph calls as a whole
+            yield from pairwise(f"{name}.{child}" for child, _ in module.named_children())
 
 
 def flatten_positions(output: Tensor) -> Tensor:

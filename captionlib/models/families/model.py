@@ -64,7 +64,10 @@ Model = TypeVar("Model", bound=ImageModel)
 def open_model(
     group: Group, address: str | os.PathLike[str], device: str, load_checkpoint: Callable[[str], Model]
 ) -> Model:
-    """Loads a model by its family, or with `load_checkpoint` if the address has no prefix; see `open_captioner`."""
+    """Loads a model of a group, such as `captioners`; see `open_captioner`.
+
+    If the address has the prefix of a family, the family loads the model; otherwise, `load_checkpoint` does.
+    """
     prefix, location = split_address(address)
     torch_device = resolve_device(device)
     load: Callable[[str], Model] = find_family(group, prefix) if prefix else load_checkpoint

@@ -1,8 +1,9 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
 A family is a provider of models: an entry point of an installed package, whose name is the prefix. The entry point is
-in the group `captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers`. An address without a prefix is the
-folder of a checkpoint that captionlib trained or, for encoders, the name of a torchvision model.
+in the group `captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers` (dual encoders for image-text
+retrieval). An address without a prefix is the folder of a checkpoint that captionlib trained or, for encoders, the name
+of a torchvision model.
 
 An address may end with options, such as `?template=a photo of {}`; each family defines its own.
 """

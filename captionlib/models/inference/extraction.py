@@ -173,4 +173,4 @@ def load_shared_encoder(
     return encoder
 
 
-_load_encoder_once = cached_per_process(open_encoder, size=2)  # one for a captioner and one for a ranker
+_load_encoder_once = cached_per_process(open_encoder, size=2)  # a captioner and a dual encoder may need one each

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from captionlib.config import configclass
 from captionlib.data.text.vocabulary import END, PAD
+from captionlib.models.dropout import Dropout
 from captionlib.models.normal_weights import sample_normal_weights
 from captionlib.models.standardization import Standardization
 
@@ -27,7 +28,7 @@ __all__ = ["RankerConfig", "RankerNetwork"]
 _WORD_RANGE = 0.1  # word embeddings are initialized from U(-0.1, 0.1)
 _INITIAL_TEMPERATURE = 0.07  # as in Wu et al. 2018 (arXiv 1805.01978) and CLIP
 
-Dropout = Annotated[float, Field(ge=0, lt=1)]
+_Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 @configclass
@@ -51,8 +52,8 @@ class RankerConfig:
     embedding_size: PositiveInt = 300
     joint_embedding_size: PositiveInt = 512
     pooling: Literal["last", "mean", "max"] = "max"
-    feature_dropout: Dropout = 0.2
-    dropout: Dropout = 0.2
+    feature_dropout: _Probability = 0.2
+    dropout: _Probability = 0.2
 
 
 class RankerNetwork(nn.Module):
@@ -78,8 +79,8 @@ class RankerNetwork(nn.Module):
         self.recurrence = _build_recurrence(config)
         state_size = config.embedding_size if self.recurrence is None else config.hidden_size
         self.sentence_projection = nn.Linear(state_size, config.joint_embedding_size)
-        self.dropout = nn.Dropout(config.dropout)
-        self.feature_dropout = nn.Dropout(config.feature_dropout)
+        self.dropout = Dropout(config.dropout)
+        self.feature_dropout = Dropout(config.feature_dropout)
         # Trained by the contrastive loss only; stored as a logarithm so that the temperature stays positive.
         self.log_temperature = nn.Parameter(torch.tensor(_INITIAL_TEMPERATURE).log())
         nn.init.uniform_(self.word_vectors.weight, -_WORD_RANGE, _WORD_RANGE)

@@ -43,6 +43,18 @@ def test_features_equal_those_of_torchvision(tmp_path: Path, pixels: np.ndarray)
     )
 
 
+@pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small"])
+def test_fused_batch_normalizations_do_not_change_features(model: str, pixels: np.ndarray) -> None:
+    config = EncoderConfig(model, "avgpool", "random:0", stored_dtype="float32")
+    fused, separate = (load_encoder(config, "cpu", trainable) for trainable in (False, True))
+    norms = [
+        sum(isinstance(layer, torch.nn.BatchNorm2d) for layer in each.network.modules()) for each in (fused, separate)
+    ]
+    assert norms[0] == 0 < norms[1]
+    expected = separate.encode(pixels)
+    np.testing.assert_allclose(fused.encode(pixels), expected, atol=1e-5 * expected.max())
+
+
 def test_pooling_reduces_over_positions(pixels: np.ndarray) -> None:
     whole = load_encoder(SMALL).encode(pixels)
     for pooling, expected in (("mean", whole.mean(1)), ("max", whole.max(1))):
