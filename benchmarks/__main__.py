@@ -39,6 +39,7 @@ BENCHMARKS = {
     "serve-scroll": "benchmarks.serve_scroll",
     "serve-clients": "benchmarks.serve_clients",
     "serve-soak": "benchmarks.serve_soak",
+    "report-page": "benchmarks.report_page",
     "flink-throughput": "benchmarks.flink_throughput",
 }
 

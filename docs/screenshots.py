@@ -1,4 +1,4 @@
-"""Takes screenshots of the pages of `serve`, `report` and `inspect`: `make screenshots`."""
+"""Takes screenshots of the pages of `serve`, `report`, `activations` and `inspect`: `make screenshots`."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def main(demo: Path) -> None:
         _wait_for_server(PORT)
         with open_browser(demo / "profile") as browser:
             _take_pages(browser, demo)
-            _take_comparison(browser, demo)
+            _take_reports(browser, demo)
             _take_job(browser, demo)
     finally:
         server.terminate()
@@ -50,24 +50,31 @@ def _take_pages(browser: WebDriver, demo: Path) -> None:
         "image": f"/image?{urlencode({'q': 'red ring', 'id': image_id, 'at': 0})}",
         "no-results": "/?q=%2Bmagneta+%2Bhoop",
         "api": "/docs",
+        "not-found": "/nothing",
     }
     for name, path in pages.items():
         _take(browser, site + path, name)
         _take(browser, site + path, f"{name}-dark", scheme="dark")
         _take(browser, site + path, f"{name}-phone", device="phone")
-    _take(browser, (demo / "report" / "index.html").resolve().as_uri(), "report")
 
 
-def _take_comparison(browser: WebDriver, demo: Path) -> None:
-    """Compares captions of beam search with sampled captions."""
+def _take_reports(browser: WebDriver, demo: Path) -> None:
+    """Shows the report of the demo, a comparison of beam search with sampling, and the activations of an image."""
+    _take_file(browser, demo / "report" / "index.html", "report")
     sampling = "--set", "decoding.strategy=sample", "--set", "decoding.temperature=0.9", "--set", "decoding.n_best=1"
     sampled = demo / "captions-sampled"
     _run("generate-captions", demo / "features", "-c", demo / "captioner", "-o", sampled, *sampling, "--no-progress")
     options = "-m", demo / "manifest", "--split", "test", "--compare", sampled, "-o", demo / "comparison"
     _run("report", demo / "captions", *options, "--no-progress")
-    page = (demo / "comparison" / "index.html").resolve().as_uri()
-    _take(browser, page, "comparison")
-    _take(browser, page, "comparison-phone", device="phone", scheme="dark")
+    _take_file(browser, demo / "comparison" / "index.html", "comparison")
+    image = next(iter(sorted(demo.glob("scenes/**/*.jpg"))))
+    _run("activations", image, "-o", demo / "activations.html", "--weights", "random:0")
+    _take_file(browser, demo / "activations.html", "activations")
+
+
+def _take_file(browser: WebDriver, page: Path, name: str) -> None:
+    _take(browser, page.resolve().as_uri(), name)
+    _take(browser, page.resolve().as_uri(), f"{name}-phone", device="phone", scheme="dark")
 
 
 def _take_job(browser: WebDriver, demo: Path) -> None:
@@ -123,6 +130,7 @@ def _take(browser: WebDriver, address: str, name: str, device: str = "desktop", 
     width, height = SIZES[device]
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": device == "phone"}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": device == "phone"})
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     browser.get(address)

@@ -23,6 +23,9 @@ def open_browser(profile: Path) -> Iterator[WebDriver]:
     options = webdriver.ChromeOptions()
     options.binary_location = str(CHROMIUM)
     arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900"]
+    # Without a display there is no mouse, so the media features `hover` and `pointer` would be those of a phone.
+    mouse = "primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4"
+    arguments.append(f"--blink-settings={mouse}")
     # The browser must open only the connections that the tests need.
     arguments += ["--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     for argument in [*arguments, "--no-first-run", f"--user-data-dir={profile}"]:

@@ -17,7 +17,7 @@ from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import DatasetError
 from captionlib.evaluation.predictions import is_dataset
 
-__all__ = ["ImageDisplay", "build_image_display", "read_image_display"]
+__all__ = ["AttentionMaps", "ImageDisplay", "build_image_display", "read_image_display"]
 
 AttentionMaps = npt.NDArray[np.uint8]
 

@@ -2,8 +2,9 @@
 
     folder/
       index.html       the page
-      data.js          captions, scores and attention maps of all images; the page shows 60 images at a time
+      data.js          captions and scores of all images; the page shows 60 images at a time
       thumbnails/      images, cropped as the encoder received them
+      attention/       attention maps, which the page loads with the image that they belong to
 
 The page can be opened from disk and needs no server.
 """
@@ -23,7 +24,7 @@ from captionlib.data.shards.inspection import FailureReport
 from captionlib.errors import DatasetError, ImageError
 from captionlib.evaluation.charts import build_charts
 from captionlib.evaluation.comparison import Comparison
-from captionlib.evaluation.image_display import ImageDisplay
+from captionlib.evaluation.image_display import AttentionMaps, ImageDisplay
 from captionlib.evaluation.pages import render_page
 from captionlib.evaluation.predictions import Prediction
 from captionlib.progress import progress_bar
@@ -34,12 +35,13 @@ __all__ = ["write_report"]
 PAGE = "index.html"
 DATA = "data.js"
 THUMBNAILS = "thumbnails"
+ATTENTION = "attention"
 
 # A central square crop, as in the preprocessing of most encoders.
 _THUMBNAIL = Preprocessing(
     resize_size=224, crop_size=224, interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)
 )
-_THUMBNAILS_PER_FOLDER = 1000
+_FILES_PER_FOLDER = 1000
 
 
 def write_report(
@@ -83,15 +85,15 @@ def write_report(
     with progress_bar("report", len(predictions), "images", progress) as bar:
         crop = _crop_for_thumbnails(display.preprocessing)
         thumbnails = bar.track(_write_thumbnails(output, predictions, crop))
-        for prediction, thumbnail in zip(predictions, thumbnails, strict=True):
+        for index, (prediction, thumbnail) in enumerate(zip(predictions, thumbnails, strict=True)):
             image_id = prediction.image_id
-            maps = display.attention_maps.get(image_id, ())
+            maps = display.attention_maps.get(image_id)
             items.append(
                 {
                     **_to_item(prediction),
                     "cider": _round((cider or {}).get(image_id)),
                     "attributes": dict((attributes or {}).get(image_id, {})),
-                    "attention": [base64.b64encode(attention_map.tobytes()).decode() for attention_map in maps],
+                    "attention": None if maps is None else _write_maps(output, index, maps),
                     "thumbnail": thumbnail,
                     "baseline": None if comparison is None else _to_baseline(comparison, image_id),
                 }
@@ -117,12 +119,15 @@ def write_report(
 def _clear(folder: Folder) -> None:
     """Removes the thumbnails of an earlier report. Raises an error if the folder contains other files."""
     names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
-    expected = (PAGE, DATA, THUMBNAILS) if DATA in names else (THUMBNAILS,)  # PAGE without DATA may be the user's own
+    expected = [THUMBNAILS, ATTENTION]
+    if DATA in names:  # PAGE without DATA may be the user's own
+        expected += [PAGE, DATA]
     if others := [name for name in names if name not in expected]:
         raise DatasetError(
             f"{folder.uri} contains files that are not from a report ({', '.join(others[:3])}); specify an empty folder"
         )
-    folder.remove(THUMBNAILS)
+    for name in (THUMBNAILS, ATTENTION):
+        folder.remove(name)
 
 
 def _crop_for_thumbnails(preprocessing: Preprocessing | None) -> Preprocessing:
@@ -137,19 +142,29 @@ def _crop_for_thumbnails(preprocessing: Preprocessing | None) -> Preprocessing:
 
 def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction], crop: Preprocessing) -> Iterator[str | None]:
     """Writes a thumbnail of each image and yields its path relative to the page, or None for an unreadable image."""
-    created: set[str] = set()
     with open_loader(LoadingConfig(), crop) as load:
         for index, (_, image) in enumerate(load({"uri": prediction.uri} for prediction in predictions)):
             if isinstance(image, ImageError):
                 yield None
                 continue
-            subfolder = f"{THUMBNAILS}/{index // _THUMBNAILS_PER_FOLDER:03d}"
-            if subfolder not in created:
-                folder.fs.makedirs(folder.path(subfolder), exist_ok=True)
-                created.add(subfolder)
-            name = f"{subfolder}/{index:06d}.jpg"
-            folder.fs.pipe_file(folder.path(name), encode_jpeg(image.pixels))
-            yield name
+            yield _write_file(folder, THUMBNAILS, index, "jpg", encode_jpeg(image.pixels))
+
+
+def _write_maps(folder: Folder, index: int, maps: AttentionMaps) -> str:
+    """Writes a script with the attention maps of an image, and returns its path relative to the page."""
+    texts = [base64.b64encode(attention_map.tobytes()).decode() for attention_map in maps]
+    return _write_file(folder, ATTENTION, index, "js", f"captionlibMaps({index}, {json.dumps(texts)});\n".encode())
+
+
+def _write_file(folder: Folder, kind: str, index: int, extension: str, content: bytes) -> str:
+    """Writes a file of an image, and returns its path relative to the page."""
+    name = f"{kind}/{index // _FILES_PER_FOLDER:03d}/{index:06d}.{extension}"
+    try:
+        folder.fs.pipe_file(folder.path(name), content)
+    except FileNotFoundError:  # the first file of a subfolder, on a file system with folders
+        folder.fs.makedirs(folder.path(name.rpartition("/")[0]), exist_ok=True)
+        folder.fs.pipe_file(folder.path(name), content)
+    return name
 
 
 def _to_item(prediction: Prediction) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from captionlib.models.inference.image_text_scores import check_works_without_ra
 
 __all__ = ["ImageQueryModels", "read_sentences"]
 
-_CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32())])
+_CANDIDATES = pa.schema([("caption", pa.string()), ("log_prob", pa.float32()), ("tokens", pa.int32())])
 _SCORED_CANDIDATES = _CANDIDATES.append(pa.field("image_text_score", pa.float32()))
 _ImageEncoder = tuple[ImageEncoder | PixelPassthrough, DecoderPool]  # the pool applies the encoder's preprocessing
 _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
@@ -135,7 +135,7 @@ class ImageQueryModels:
         return pa.Table.from_pydict(columns, _SENTENCES)
 
     def caption(self, content: bytes) -> pa.Table:
-        """Returns candidate captions for an image file, best first, in the columns caption and log_prob.
+        """Returns candidate captions for an image file, best first, in the columns caption, log_prob and tokens.
 
         With a ranker, the table also has the column image_text_score.
 
@@ -154,7 +154,12 @@ class ImageQueryModels:
             with self._lock:
                 captions = score_captions(captions, vector[None], self._ranker, self._generation.decoding)
         rows = [
-            {"caption": caption.text, "log_prob": caption.log_prob, "image_text_score": caption.image_text_score}
+            {
+                "caption": caption.text,
+                "log_prob": caption.log_prob,
+                "tokens": caption.token_count,
+                "image_text_score": caption.image_text_score,
+            }
             for caption in captions[0]
         ]
         return pa.Table.from_pylist(rows, _CANDIDATES if self._ranker is None else _SCORED_CANDIDATES)

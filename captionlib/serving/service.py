@@ -291,8 +291,12 @@ class SearchService:
         if self._models is None or not self._models.can_caption:
             raise QueryError("captioning is not available: the server has no captioner; start it with --captioner")
         with MODEL_SECONDS.labels("caption").time():
-            rows = self._models.caption(content).to_pylist()
-        return [CaptionCandidate(**row) for row in rows]
+            table = self._models.caption(content)
+        rows = zip(table.drop_columns(["tokens"]).to_pylist(), table["tokens"].to_pylist(), strict=True)
+        return [
+            CaptionCandidate(**row, word_probability=_compute_word_probability(row["log_prob"], tokens))
+            for row, tokens in rows
+        ]
 
     def search_by_image(self, content: bytes) -> ImageSearchResponse:
         """Finds captions, sentences and images that match an image file.

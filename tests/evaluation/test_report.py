@@ -83,7 +83,7 @@ def test_data_holds_everything_about_an_image(tmp_path: Path, image_file: Path) 
             "candidates": [["a dog", -0.6931], ["a cat", -9.21]],
             "references": ["Dog!"],
             "attributes": {"shape": True, "color": False},
-            "attention": [],
+            "attention": None,
             "thumbnail": "thumbnails/000/000000.jpg",
             "baseline": None,
         }
@@ -126,16 +126,20 @@ def test_all_text_is_escaped(tmp_path: Path) -> None:
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
 
 
-def test_data_holds_an_attention_map_per_token(tmp_path: Path, image_file: Path) -> None:
+def test_attention_maps_are_in_a_script_per_image(tmp_path: Path, image_file: Path) -> None:
     maps = np.array([[[0, 255], [7, 64]], [[255, 1], [2, 3]]], np.uint8)
     predictions = [Prediction("x", "dog", str(image_file)), Prediction("y", "cat", str(image_file))]
     write_report(tmp_path / "report", "", predictions, display=ImageDisplay(attention_maps={"x": maps}))
     with_maps, without_maps = read_items(tmp_path / "report")
-    assert [list(base64.b64decode(text)) for text in with_maps["attention"]] == [[0, 255, 7, 64], [255, 1, 2, 3]]
-    assert without_maps["attention"] == []
+    script = (tmp_path / "report" / with_maps["attention"]).read_text(encoding="ascii")
+    position, texts = json.loads(f"[{script.removeprefix('captionlibMaps(').rstrip().removesuffix(');')}]")
+    assert position == 0
+    assert [list(base64.b64decode(text)) for text in texts] == [[0, 255, 7, 64], [255, 1, 2, 3]]
+    assert without_maps["attention"] is None
     assert "Point at or tap a word" in read_page(tmp_path / "report").text
     write_report(tmp_path / "report", "", predictions)
     assert "Point at or tap a word" not in read_page(tmp_path / "report").text
+    assert not (tmp_path / "report" / "attention").exists()
 
 
 @pytest.mark.parametrize(("resize_size", "crop_size"), [(224, 224), (256, 224), (342, 299)])
@@ -177,7 +181,7 @@ def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
 def test_thumbnails_are_split_into_subfolders(
     tmp_path: Path, image_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("captionlib.evaluation.report._THUMBNAILS_PER_FOLDER", 2)
+    monkeypatch.setattr("captionlib.evaluation.report._FILES_PER_FOLDER", 2)
     write_report(tmp_path / "report", "", [Prediction(str(n), "a", str(image_file)) for n in range(5)])
     names = [item["thumbnail"] for item in read_items(tmp_path / "report")]
     assert names[-1] == "thumbnails/002/000004.jpg"

@@ -89,7 +89,7 @@ def test_comparison_shows_both_captions_and_the_difference_of_all_scores(tmp_pat
     assert first["baseline"]["gain"] == pytest.approx(first["cider"] - first["baseline"]["cider"], abs=2e-4)
     assert [item["baseline"]["gain"] for item in others] == [0, 0, 0]
     text = read_main(tmp_path / "report")
-    assert "A 1 images, 25.0% equal 3 B 0 images, 0.0%" in text
+    assert "A 1 (25.0%) equal 3 B 0 (0.0%)" in text
     value, other = (score_captions(each, REFERENCES).overall["ROUGE-L"] for each in (CAPTIONS, changed))
     assert f"ROUGE-L {value:.3f} {other:.3f} {value - other:+.3f}" in text
     assert "captions compared with greedy" in text

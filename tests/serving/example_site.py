@@ -96,7 +96,7 @@ def _add_captioner(models: ImageQueryModels) -> None:
 
     def caption(content: bytes) -> pa.Table:
         models.embed(content)  # rejects files that are not images
-        return pa.table({"caption": ["a teal square", "a square"], "log_prob": [-1.5, -2.5]})
+        return pa.table({"caption": ["a teal square", "a square"], "log_prob": [-1.5, -2.5], "tokens": [4, 3]})
 
     models.caption = caption  # type: ignore[method-assign]
     models._caption_encoder = models._embedding_encoder

@@ -5,6 +5,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from fastapi import FastAPI
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webdriver import WebDriver
@@ -109,9 +110,9 @@ def test_page_can_be_used_by_keyboard(site: str, browser: WebDriver) -> None:
         browser.switch_to.active_element.send_keys(Keys.TAB)
         active = browser.switch_to.active_element
         reached.add(active.get_attribute("name") or active.tag_name)
-        if active.tag_name == "a":
+        if active.get_attribute("class") == "open":
             break
-    assert {"mode", "split", "summary", "a"} <= reached
+    assert {"mode", "split", "button", "a"} <= reached
     chosen = browser.switch_to.active_element.find_element(By.CLASS_NAME, "caption").text
     browser.switch_to.active_element.send_keys(Keys.ENTER)
     wait_for(browser, "location.pathname == '/image'")
@@ -218,19 +219,59 @@ def test_words_show_their_attention_maps(site: str, browser: WebDriver) -> None:
     assert console_errors(browser) == []
 
 
-def test_pasted_image_is_searched(site: str, browser: WebDriver) -> None:
-    browser.get(f"{site}/image?id=nothing")
+@pytest.mark.parametrize("page", ["/?q=dog", "/image?id=im3", "/failures", "/docs", "/nothing"])
+@pytest.mark.parametrize(
+    "event", ["ClipboardEvent('paste', { clipboardData: data })", "DragEvent('drop', { dataTransfer: data })"]
+)
+def test_image_is_searched_wherever_it_is_pasted_or_dropped(
+    site: str, browser: WebDriver, page: str, event: str
+) -> None:
+    browser.get(site + page)
     browser.execute_script(
-        """
-        const data = new DataTransfer(), canvas = document.createElement("canvas");
-        canvas.toBlob(blob => {
-          data.items.add(new File([blob], "pasted.png", { type: "image/png" }));
-          document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true }));
-        });
-        """
+        "const data = new DataTransfer(), canvas = document.createElement('canvas');"
+        "canvas.toBlob(blob => {"
+        "  data.items.add(new File([blob], 'given.png', { type: 'image/png' }));"
+        f"  document.dispatchEvent(new {event});"
+        "})"
     )
     wait_for(browser, "location.pathname == '/image-search'")
-    assert browser.find_element(By.TAG_NAME, "h1").text == "pasted.png"
+    assert browser.find_element(By.TAG_NAME, "h1").text == "given.png"
+    browser.get_log("browser")
+
+
+def test_card_under_the_mouse_can_be_selected_and_offers_similar_images(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/?q=dog")
+    link = browser.find_element(By.CLASS_NAME, "more")
+    select = browser.find_element(By.CLASS_NAME, "select")
+    assert [each.value_of_css_property("opacity") for each in (link, select)] == ["0", "0"]
+    ActionChains(browser).move_to_element(browser.find_element(By.CSS_SELECTOR, ".cards img")).perform()
+    assert [each.value_of_css_property("opacity") for each in (link, select)] == ["1", "1"]
+    image_id = parse_qs(urlsplit(link.get_attribute("href") or "").query)["like"][0]
+    link.click()
+    wait_for(browser, f"document.querySelector('.summary').textContent.includes('Images like {image_id}')")
+    assert len(captions(browser)) > 10
+    assert console_errors(browser) == []
+
+
+def test_escape_closes_a_panel_and_then_returns_to_the_results(site: str, browser: WebDriver) -> None:
+    browser.get(f"{site}/image?id=im3&q=dog&at=3")
+    button = browser.find_element(By.CLASS_NAME, "by-image")
+    button.click()
+    assert browser.find_element(By.ID, "upload").is_displayed()
+    button.send_keys(Keys.ESCAPE)
+    wait_for(browser, "!document.querySelector(':popover-open')")
+    assert "/image?" in browser.current_url
+    button.send_keys(Keys.ESCAPE)
+    wait_for(browser, "location.pathname == '/'")
+
+
+def test_box_searches_from_every_page(site: str, browser: WebDriver) -> None:
+    for page in ("/image?id=im3&q=dog&at=3", "/failures", "/docs", "/nothing"):
+        browser.get(site + page)
+        box = browser.find_element(By.ID, "q")
+        box.clear()
+        box.send_keys("+dog +frisbee", Keys.ENTER)
+        wait_for(browser, summary_starts_with("4 images"))
     browser.get_log("browser")
 
 
@@ -239,7 +280,7 @@ def test_search_by_image(site: str, browser: WebDriver, tmp_path: Path) -> None:
 
     Image.new("RGB", (90, 70), "teal").save(tmp_path / "teal.png")
     browser.get(site)
-    browser.find_element(By.TAG_NAME, "summary").click()
+    browser.find_element(By.CLASS_NAME, "by-image").click()
     browser.find_element(By.ID, "image").send_keys(str(tmp_path / "teal.png"))
     wait_for(browser, "location.pathname == '/image-search'")
     assert browser.find_element(By.TAG_NAME, "h1").text == "teal.png"
@@ -277,7 +318,8 @@ PAGES = (
 )
 
 
-@pytest.mark.parametrize(("width", "height", "scheme"), [(360, 740, "dark"), (1200, 900, "light")])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (1200, 900)])
 def test_pages_fit_the_screen_and_are_accessible(
     site: str, browser: WebDriver, width: int, height: int, scheme: str
 ) -> None:
@@ -290,6 +332,9 @@ def test_pages_fit_the_screen_and_are_accessible(
         browser.get(site + page)
         if page == "/docs":
             wait_for(browser, "document.querySelectorAll('.opblock').length > 5")
+            for operation in browser.find_elements(By.CLASS_NAME, "opblock-summary-control"):
+                browser.execute_script("arguments[0].click()", operation)
+            wait_for(browser, "document.querySelectorAll('.opblock .responses-table').length > 5")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width, page
         assert find_violations(browser) == [], page
     assert console_errors(browser) == []

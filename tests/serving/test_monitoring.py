@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -83,6 +84,7 @@ def test_images_are_captioned_one_by_one(client: TestClient) -> None:
     files = [("images", (name, content, "image/png")) for name, content in (("a", make_png()), ("b", b"text"))]
     first, second = client.post("/api/v1/caption", files=files).json()["images"]
     assert (first["name"], first["captions"][0]["caption"], first["problem"]) == ("a", "a teal square", None)
+    assert first["captions"][0]["word_probability"] == pytest.approx(math.exp(-1.5 / 4)), "four tokens, one of them END"
     assert (second["captions"], second["problem"]["reason"]) == ([], "NotAnImage")
     too_many = [("images", ("x.png", b"", "image/png"))] * 17
     assert client.post("/api/v1/caption", files=too_many).status_code == 422

@@ -60,10 +60,10 @@ function appendMarked(element, text, where) {
   for (const part of text.split(/(\s+)/)) element.append(isMatch(part) ? createElement("mark", "", part) : part);
   return element;
 }
-function createDetails(listTag, title, texts) {
+function createDetails(listTag, name, texts) {
   const details = createElement("details"), list = createElement(listTag);
-  details.append(createElement("summary", "", title), list);
-  list.append(...texts.map(text => appendMarked(createElement("li"), text, title)));
+  details.append(createElement("summary", "", `${texts.length} ${texts.length === 1 ? name.slice(0, -1) : name}`), list);
+  list.append(...texts.map(text => appendMarked(createElement("li"), text, name)));
   return details;
 }
 function createImage(item) {
@@ -97,32 +97,65 @@ function createRuns(item) {
     return line;
   });
 }
+function formatNumber(number) {
+  return number.toFixed(2).replace("-", "−");
+}
 function createGain(gain) {
   const sign = gain > 0 ? "+" : gain < 0 ? "−" : "", label = createElement("span", `gain ${gain > 0 ? "better" : gain < 0 ? "worse" : ""}`);
   label.append(createElement("span", "screen-reader", "CIDEr of A minus B: "), `${sign}${Math.abs(gain).toFixed(2)}`);
   return label;
 }
+// The attention maps of an image are in a script of their own, which is loaded when its card is near the screen. A page
+// opened from disk cannot load other kinds of files.
+const mapCards = new Map(), loading = new Map();
+const nearScreen = new IntersectionObserver(entries => {
+  for (const { isIntersecting, target } of entries) if (isIntersecting) showMaps(target);
+}, { rootMargin: "300px" });
+async function showMaps(card) {
+  const item = mapCards.get(card);
+  nearScreen.unobserve(card);
+  mapCards.delete(card);
+  const maps = await loadMaps(item).catch(() => null);
+  if (!maps) return;
+  const caption = card.querySelector(".caption"), marked = new Set([...caption.querySelectorAll("mark")].map(mark => mark.textContent));
+  const buttons = createWordButtons({ caption: item.caption, attention: maps }, card.querySelector(".frame"));
+  for (const word of buttons.querySelectorAll(".word")) if (marked.has(word.textContent)) word.replaceChildren(createElement("mark", "", word.textContent));
+  caption.replaceWith(buttons);
+}
+function loadMaps(item) {
+  item.maps ??= new Promise((resolve, reject) => {
+    const script = Object.assign(document.createElement("script"), { src: item.attention, onerror: reject });
+    script.onload = () => script.remove();
+    loading.set(item.position, resolve);
+    document.head.append(script);
+  });
+  return item.maps;
+}
+window.captionlibMaps = (position, maps) => loading.get(position)(maps);
+
 function createCard(item) {
   const card = createElement("li"), frame = createElement("div", "frame"), text = createElement("div", "text");
   frame.append(createImage(item));
   const lines = [];
   if (item.cider !== null && !item.baseline) lines.push(`CIDEr ${item.cider.toFixed(2)}`);
   if (item.gain !== null) frame.append(createGain(item.gain));
-  if (item.logProb !== null && !item.baseline) lines.push(`log-probability ${item.logProb.toFixed(2)}`);
+  if (item.logProb !== null && !item.baseline) lines.push(`log-probability\u00a0${formatNumber(item.logProb)}`);
   if (item.imageTextScore !== null) lines.push(`fits the image: ${item.imageTextScore.toFixed(2)}`);
-  const hasMaps = item.caption && item.attention.length > 0;
   if (item.baseline) text.append(...createRuns(item));
-  else if (hasMaps) text.append(createWordButtons(item, frame));
   else text.append(appendMarked(createElement("p", "caption"), item.caption || "(empty caption)", "caption"));
-  for (const line of [...lines, item.id]) text.append(createElement("p", "meta", line));
+  if (item.attention && item.caption && !item.baseline) {
+    mapCards.set(card, item);
+    nearScreen.observe(card);
+  }
+  for (const line of [lines.join(" · "), item.id].filter(Boolean)) text.append(createElement("p", "meta", line));
   if (Object.keys(item.attributes).length) {
     const list = createElement("ul", "attributes");
     list.append(...Object.entries(item.attributes).map(createAttribute));
     text.append(list);
   }
   if (item.candidates.length > 1) {
-    const candidates = item.candidates.map(([caption, logProb]) => `${caption} (${logProb?.toFixed(2) ?? "unknown"})`);
-    text.append(createDetails("ol", `${candidates.length} candidates, with log-probabilities`, candidates));
+    const candidates = item.candidates.map(([caption, logProb]) => logProb === null ? caption : `${caption} (log-probability ${formatNumber(logProb)})`);
+    text.append(createDetails("ol", "candidates", candidates));
   }
   if (item.references.length) text.append(createDetails("ul", "references", item.references));
   card.append(frame, text);

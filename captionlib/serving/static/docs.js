@@ -12,3 +12,14 @@ SwaggerUIBundle({
   deepLinking: false, // its links are inside of buttons, which screen readers cannot announce
   defaultModelsExpandDepth: -1,
 });
+
+// Corrects what Swagger UI lacks: names of the fields for screen readers, ids that are unique, and examples that scroll
+// by keyboard.
+new MutationObserver(() => {
+  for (const label of document.querySelectorAll("#main label[id]")) label.removeAttribute("id");
+  for (const table of document.querySelectorAll("#main table[role=region]")) table.removeAttribute("role");
+  for (const field of document.querySelectorAll("[data-param-name] :is(select, input):not([aria-label])")) {
+    field.setAttribute("aria-label", field.closest("[data-param-name]").dataset.paramName);
+  }
+  for (const example of document.querySelectorAll("#main pre:not([tabindex])")) example.tabIndex = 0;
+}).observe(document.getElementById("main"), { childList: true, subtree: true });

@@ -55,5 +55,6 @@ function handle(event) {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || isTyping(event.target)) return;
+  if (document.querySelector(":popover-open")) return; // Escape closes it
   if (handle(event)) event.preventDefault();
 });

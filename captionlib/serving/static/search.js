@@ -3,7 +3,7 @@
 
 const form = document.getElementById("search");
 const results = document.getElementById("results");
-const ITEMS_PER_FRAME = 12;
+const ITEMS_PER_FRAME = 2;
 let timer = 0;
 let controller = null;
 let submitted = false; // whether the current results keep their entry in the browser's history
@@ -63,7 +63,8 @@ async function loadNextPage() {
   const link = results.querySelector("a[rel=next]");
   const address = link.getAttribute("href");
   const html = await fetchFragment(address).catch(() => null);
-  if (html === null) return;
+  if (html === null || !link.isConnected) return;
+  history.replaceState(null, "", address); // the page that a reload shows
   const page = new DOMParser().parseFromString(html, "text/html");
   const items = [...page.querySelectorAll(".cards li")];
   while (items.length) { // a few at a time, between frames
@@ -74,7 +75,6 @@ async function loadNextPage() {
   const next = page.querySelector("a[rel=next]");
   if (next) link.href = next.getAttribute("href");
   else link.remove();
-  history.replaceState(null, "", address); // the page that a reload shows
   watchNextPage();
 }
 

@@ -1,6 +1,6 @@
 // Searches by an image that is chosen, dropped or pasted anywhere on the page.
 
-const form = document.querySelector(".upload form");
+const form = document.getElementById("upload");
 
 function submit(files) {
   const file = [...files].find((each) => each.type.startsWith("image/")) ?? files[0];
