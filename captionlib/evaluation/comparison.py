@@ -11,7 +11,7 @@ from captionlib.evaluation.predictions import Prediction
 __all__ = ["ComparedScore", "Comparison", "compare_predictions"]
 
 _HIGHER_IS_BETTER = ("BLEU", "METEOR", "ROUGE", "CIDEr")  # other scores, such as the mean length, are neutral
-_TIE = 0.00005  # smaller differences are ties, because the page shows four decimals
+_TIE = 0.00005  # smaller differences are ties, because scores are displayed with four decimals
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,7 @@ class Comparison:
         scores: the scores of both, over the images with references; empty if there are no references.
         cider: CIDEr of each caption by image id.
         baseline_cider: CIDEr of each caption of the baseline.
-        not_compared: number of images that only the captions contain, and number of images that only the baseline
-            contains.
+        not_compared: number of images that the baseline lacks, and number of images that only the baseline has.
         notes: messages about missing or unreliable scores.
     """
 
@@ -90,8 +89,8 @@ def compare_predictions(
 ) -> Comparison:
     """Compares captions with a baseline, on the images that both have.
 
-    References come from the captions, or from the baseline if the captions have none. Images without references are
-    compared, but not scored.
+    The references of an image are those in `predictions` or, if there are none, those in `baseline`. Images without
+    references are compared, but not scored.
 
     Raises:
         DatasetError: the two have no image in common.

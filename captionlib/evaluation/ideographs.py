@@ -16,7 +16,10 @@ _CHARACTER = re.compile(
 
 
 def separate_characters(text: str) -> str:
-    """Returns normalized words and characters, joined by spaces, if the text has Han characters or kana."""
+    """Returns normalized words and characters, joined by spaces, if the text has Han characters or kana.
+
+    Other text is returned unchanged.
+    """
     if not _CHARACTER.search(text):
         return text
     return " ".join(_CHARACTER.sub(r" \g<0> ", " ".join(tokenize(text))).split())

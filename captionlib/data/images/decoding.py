@@ -77,7 +77,7 @@ _NUMPY_MIN_REDUCTION = 3  # from this factor on, NumPy shrinks an image faster t
 # An array is RGB, `[height, width, 3]`, if NumPy shrinks it, or RGBX, `[height, width, 4]`, if Pillow resizes it.
 _Pixels: TypeAlias = Image.Image | npt.NDArray[np.uint8]
 
-# Files with 32-bit gray values do not define white. The lowest of these levels that no value exceeds counts as white.
+# Files with 32-bit gray values do not define white. White is the lowest of these levels that no value exceeds.
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
 _FLOAT_WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1)  # if a value exceeds all of them, white is 1, as in ImageMagick
 
@@ -184,7 +184,7 @@ def decode_image(
         preprocessing: the sizes and the interpolation; `mean` and `std` are not applied.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
-        before_decoding: function that is called once the number of pixels is known, with this number.
+        before_decoding: function that is called as soon as the number of pixels is known, with this number.
 
     Raises:
         DecodeError: the image cannot be decoded. Its reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,

@@ -86,7 +86,7 @@ def decode_rgb_jpeg(
         size: width and height of the image.
         min_size: if not None, the image is decoded at the smallest scale (1/2, 1/4 or 1/8) with at least this width and
             height.
-        padded: add a fourth channel, as in Pillow's images.
+        padded: add an unused fourth channel, as Pillow stores RGB images in memory.
 
     Returns:
         `[height, width, 3]` or, if `padded`, `[height, width, 4]`; None if the file is damaged or needs Pillow. The

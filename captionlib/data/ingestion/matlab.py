@@ -24,7 +24,7 @@ __all__ = ["open_matrix"]
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _HDF5_OFFSET = 512  # MATLAB writes its own header before the HDF5 data
-_MAX_COMPRESSION = 100  # zlib compresses zeros by a factor of 1,000, but real features only by a small factor
+_MAX_COMPRESSION = 100  # zlib compresses zeros by a factor of 1,000, but image features only by a small factor
 _BASE_MEMORY_BYTES = 2**29
 _MAX_MEMORY_BYTES = 10 * 2**30  # SciPy holds up to two copies of a matrix of up to 4 GiB, the limit of version 7
 _BASE_TIMEOUT_SECONDS = 60.0

@@ -35,7 +35,7 @@ def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipC
 def read_numbered_rows(
     location: Location, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[object, ImageRecord]]:
-    """Yields the images of one `dataset.json`, each with its `imgid`: the column number in NeuralTalk's features file.
+    """Yields the images of one `dataset.json`, each with its `imgid`, its column in NeuralTalk's features file.
 
     Invalid images and captions are skipped.
 

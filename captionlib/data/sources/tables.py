@@ -326,8 +326,8 @@ def read_parquet_columns(
 ) -> Iterator[dict[str, Any]]:
     """Yields each row as a dictionary of Python values by column. A dotted name selects a field of a struct.
 
-    A map becomes the list of its values, or the value of `options.caption_language` if that is set. Bytes of text
-    that are not UTF-8 become lone surrogates (`surrogateescape`).
+    A map becomes the list of its values; if `options.caption_language` is set, only the value with this key is kept.
+    Bytes of text that are not UTF-8 become lone surrogates (`surrogateescape`).
 
     Raises:
         DatasetError: the file is damaged.

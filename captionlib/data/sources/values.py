@@ -228,7 +228,9 @@ def _parse_printed_list(text: str, origin: str, field: str) -> object:
         return parse_json(text, origin)
     except DatasetError as error:
         with contextlib.suppress(SyntaxError, ValueError):
-            if _PYTHON_LIST.fullmatch(text):  # excludes printed NumPy arrays, whose strings Python would join
+            if _PYTHON_LIST.fullmatch(
+                text
+            ):  # excludes printed NumPy arrays: without commas, Python would join their strings
                 return ast.literal_eval(text)
         raise EntryError(
             f"invalid {field}",

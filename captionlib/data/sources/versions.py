@@ -13,7 +13,8 @@ from captionlib.storage.file_systems import split_protocol
 
 __all__ = ["find_modified_times", "version_from_file", "version_from_listing", "version_from_stat", "version_from_uri"]
 
-# S3's ETags also have the form HEX-NUMBER, with a small number. A time of 1972 or later has at least 15 digits.
+# Matches what `version_from_stat` returns, but not S3's ETags, which can be HEX-NUMBER too. Their number is small, but
+# the nanoseconds since 1970 have at least 15 hexadecimal digits.
 _STAT_VERSION = "^[0-9a-f]+-(?P<nanoseconds>(?:1[0-9a-f]|[1-9a-f])[0-9a-f]{14})$"
 
 # Keys in the listings of remote file systems: a hash or version number of the content, and the modification time.

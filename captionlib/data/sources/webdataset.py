@@ -187,7 +187,7 @@ def _add_member(
     elif is_text and member.size > _MAX_TEXT_BYTES:
         skips.reject_captions("captions file larger than 1 MB", origin)
     elif is_text and (content := tar.extractfile(member)) is not None:
-        # `read_source` skips and counts captions that are not UTF-8.
+        # The caller, `read_source`, skips and counts captions that are not UTF-8.
         sample.texts[extension] = content.read().decode("utf-8-sig", errors="surrogateescape")
 
 

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["SubwordLevel", "Subwords", "join_subwords", "make_tokenizer", "mark_word_starts", "train_subwords"]
 
 SubwordLevel = Literal["bpe", "unigram"]
+"""Level of a vocabulary that consists of subwords, named after the algorithm that trains them."""
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
 # The training of `unigram` drops some single characters, and then adds them again in a random order. The first gets the
 # lowest score, and each of the others a slightly higher score than the one before. To make training reproducible, all
-# of them get the lowest score here. Scores are rounded, because the library also adds numbers in a random order.
+# of them get the lowest score here. Scores are rounded, because the library also computes sums in a random order.
 _SCORE_STEP = 1e-4
 _SCORE_DECIMALS = 6
 
@@ -135,5 +136,5 @@ def _require_tokenizers() -> None:
         import tokenizers  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            "levels bpe and unigram need an extra package; run pip install 'captionlib[subwords]'"
+            "subwords (bpe and unigram) need an extra package; run pip install 'captionlib[subwords]'"
         ) from error
