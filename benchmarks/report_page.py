@@ -80,7 +80,7 @@ def main() -> None:
 
 def _write_report(folder: Path, uris: list[str]) -> Run:
     _write_datasets(folder, uris)
-    command = [sys.executable, "-m", "jobs.cli", "report", str(folder / "captions"), "-o", str(folder / "report")]
+    command = [sys.executable, "-m", "captionlib", "report", str(folder / "captions"), "-o", str(folder / "report")]
     command += ["--manifest", str(folder / "manifest"), "--no-progress"]
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
