@@ -118,7 +118,7 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
 
 
 def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns the fraction of captions that state each scene attribute correctly, BLEU-4 and CIDEr.
+    """Returns the fraction of captions that are correct in each scene attribute, then BLEU-4 and CIDEr.
 
     Each score is a tuple of name, value and detail, for `write_report`. The details are empty.
     """

@@ -59,9 +59,9 @@ def command(
     webdataset, metadata and txt copy the images unchanged. Images that cannot be read are left out and counted. To
     resume an interrupted export, or to bring it up to date after CAPTIONS has changed, run the same command again.
 
-    coco and neuraltalk write one JSON file without images, and also accept JSON files in these formats as CAPTIONS. You
-    can submit COCO's results file for the test split, whose references are secret, because the file contains no
-    references. NeuralTalk's file contains the references in --manifest.
+    coco and neuraltalk write one JSON file without images, and also accept JSON files in these formats as CAPTIONS.
+    COCO's results file contains no references, so it can be written and submitted for COCO's test split, whose
+    references are secret. NeuralTalk's file also contains references, which are read from --manifest.
 
     \b
     Examples:

@@ -91,8 +91,8 @@ __all__ = ["command"]
 @click.option(
     "--verify-content",
     metavar="FOLDER",
-    help="Features or captions of the manifest. Images that seem unchanged are read and compared with the column "
-    "content_hash.",
+    help="Features or captions dataset of these images. Images that seem unchanged are read, and their hashes are "
+    "compared with its column content_hash.",
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")

@@ -128,8 +128,9 @@ def command(
     else. A query is stopped after --timeout, or when it uses 512 MiB more than --memory. The same limits apply to
     --where.
 
-    A collection stands for its index or its captions, depending on the query. If it leaves out duplicates, so do all
-    queries except --sql: its view has the rows of all images, and a column duplicate_of with the id of the kept image.
+    A collection stands for its index or its captions, depending on the query. If the collection leaves out
+    duplicates, so do all queries except --sql. With --sql, the view captions has the rows of all images, and a column
+    duplicate_of, which contains the id of the image that is kept.
 
     \b
     Examples:

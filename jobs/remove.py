@@ -44,7 +44,7 @@ def command(
     A collection is a folder that `captionlib init` created. Afterwards, no FOLDER contains the ids. Later updates of
     the manifest skip the images, because its file `_removed.json` lists hashes of their ids. The image files themselves
     are not deleted. Models that were trained on the images do not change. To remove the images from a model, train it
-    again, and run `build-datastore` again, which stores training captions for decoding.
+    again, and run `build-datastore` again, which stores captions of training images.
 
     \b
     Examples:

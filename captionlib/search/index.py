@@ -42,7 +42,8 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _CACHED_FILTERS = 16
-# Fusion uses the first 200, 400, ... rows of each ranking, so consecutive pages show parts of one fused ranking.
+# Fusion uses the first 200 rows of each ranking, or 400, 600, ... if the page ends further down. Pages that end within
+# the same multiple of 200 thus show parts of one fused ranking.
 _FUSION_DEPTH = 200
 _RANK_CONSTANT = 60  # see `fuse_rankings`
 _LOGGER = logging.getLogger("captionlib")

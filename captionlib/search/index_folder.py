@@ -153,7 +153,8 @@ class IndexDescription:
         duplicates: the duplicates that are left out or marked; None if no duplicates are known.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, in the order of their rows.
-        groups: groups of rows, by which search results are counted. The text index contains each row's group number.
+        groups: groups of rows with the same values of all facets, such as split and source, to count the search results
+            of each value. The text index contains each row's group number.
         captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.

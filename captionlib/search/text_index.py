@@ -51,8 +51,8 @@ class _Clause(NamedTuple):
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     """Writes a text index to a new folder.
 
-    `rows` have the columns of `ROW_SCHEMA`, the row number `row`, and `group`, the number of the row's group. Rows with
-    the same values of all facets, such as the split and the month, form a group.
+    `rows` have the columns of an index (`search.rows.ROW_SCHEMA`), the row number `row`, and `group`, the number of the
+    row's group. Rows with the same values of all facets, such as the split and the month, form a group.
 
     The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
     them as removed: they would remain in the files and in the word counts that determine BM25 scores.

@@ -374,9 +374,9 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
     """Converts the candidate captions of a row.
 
-    Their `word_probability` requires the number of tokens, which the index stores only for the best candidate. If that
-    is its number of words plus one, for the end token, each token is a word, so the tokens of every candidate can be
-    counted as words. Otherwise, `word_probability` is None.
+    Their `word_probability` requires the number of tokens, which the index stores only for the best candidate. If the
+    best candidate has one token more than words (the end token), tokens are words, so each candidate has one token more
+    than words. Otherwise, `word_probability` is None.
     """
     has_words = row["tokens"] == len(row["caption"].split()) + 1
     return [

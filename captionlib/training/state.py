@@ -29,6 +29,7 @@ STATE = "_training/state.pt"
 SETTINGS_FILE = "resolved.json"
 _RUN_FILES = {"_training", FAILURES_FOLDER, SETTINGS_FILE, METRICS, TENSORBOARD, CURVES, *CHECKPOINT_FILES}
 _CHANGEABLE = {"loading", "max_failure_ratio"}  # settings that may differ when a run is resumed
+# `unigram_patience`: epochs after which a run stops if its perplexity is not lower than that of a unigram model.
 _CHANGEABLE_TRAINING = {"patience", "unigram_patience", "checkpoint_interval_seconds"}
 
 

@@ -69,8 +69,8 @@ def reject_proxies(options: Mapping[str, Any]) -> None:
     if options.get("proxy") or client.get("proxy") or client.get("trust_env"):
         raise ConfigError(
             "private hosts cannot be rejected behind a proxy, which resolves host names itself; expected no proxy and "
-            "no trust_env in fsspec's HTTP options; remove these options, or let the proxy reject private hosts and "
-            "allow them in captionlib"
+            "no trust_env in fsspec's HTTP options; remove these options, or allow private hosts in captionlib "
+            "and let the proxy reject them"
         )
 
 

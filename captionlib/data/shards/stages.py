@@ -207,7 +207,7 @@ class _UnchangedRows:
 
     Attributes:
         positions: position of each image id in the input.
-        kept: positions in the input of the unchanged rows, ascending.
+        kept: positions of the unchanged rows in the input, ascending.
         tables: the unchanged rows of each output. Columns that the input also has are copied from the input.
         failures: the unchanged failures.
         is_pending: for each row of the input, whether it must be processed.

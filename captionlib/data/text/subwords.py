@@ -17,10 +17,10 @@ from captionlib.errors import ConfigError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["SubwordLevel", "Subwords", "join_subwords", "make_tokenizer", "mark_word_starts", "train_subwords"]
+__all__ = ["SubwordAlgorithm", "Subwords", "join_subwords", "make_tokenizer", "mark_word_starts", "train_subwords"]
 
-SubwordLevel = Literal["bpe", "unigram"]
-"""Level of a vocabulary that consists of subwords, named after the algorithm that trains them."""
+SubwordAlgorithm = Literal["bpe", "unigram"]
+"""Algorithm that trains subwords. It is also the level of a vocabulary, next to `words` and `characters`."""
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
@@ -45,7 +45,7 @@ class Subwords(NamedTuple):
     scores: tuple[float, ...] = ()
 
 
-def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min_count: int) -> Subwords:
+def train_subwords(words: Mapping[str, int], algorithm: SubwordAlgorithm, size: int, min_count: int) -> Subwords:
     """Trains at most `size` subwords on words and their frequencies. The order of the words has no effect.
 
     Words that contain a character with fewer occurrences than `min_count` are excluded. `bpe` does not merge pairs with
@@ -66,7 +66,7 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
             f"got {size}; raise it, or raise min_count"
         )
     options: dict[str, Any] = {"vocab_size": size + 1, "special_tokens": [_UNKNOWN], "show_progress": False}
-    if level == "bpe":
+    if algorithm == "bpe":
         tokenizer = Tokenizer(models.BPE(unk_token=_UNKNOWN))
         trainer: Any = trainers.BpeTrainer(min_frequency=min_count, **options)
     else:
@@ -76,7 +76,7 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
     marked = (repeat(_WORD_START + word, count) for word, count in sorted(kept.items()))
     tokenizer.train_from_iterator(chain.from_iterable(marked), trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    if level == "bpe":
+    if algorithm == "bpe":
         return Subwords(tuple(sorted({*model["vocab"]} - {_UNKNOWN})), merges=tuple(map(tuple, model["merges"])))
     scores = {subword: score for subword, score in model["vocab"] if subword != _UNKNOWN}
     subwords = tuple(sorted(scores))
@@ -93,7 +93,7 @@ def train_subwords(words: Mapping[str, int], level: SubwordLevel, size: int, min
     )
 
 
-def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
+def make_tokenizer(algorithm: SubwordAlgorithm, trained: Subwords) -> "Tokenizer":
     """Returns a tokenizer for the output of `mark_word_starts`. The id of `trained.subwords[i]` is i + 1; 0 is <unk>.
 
     Raises:
@@ -103,7 +103,7 @@ def make_tokenizer(level: SubwordLevel, trained: Subwords) -> "Tokenizer":
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     ids = {subword: subword_id for subword_id, subword in enumerate((_UNKNOWN, *trained.subwords))}
-    if level == "bpe":
+    if algorithm == "bpe":
         tokenizer = Tokenizer(models.BPE(vocab=ids, merges=list(trained.merges), unk_token=_UNKNOWN))
     else:
         scores = list(zip(ids, (0.0, *trained.scores), strict=True))

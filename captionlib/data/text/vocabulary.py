@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from captionlib.config import build_config, to_dict
 from captionlib.data.text.subwords import (
-    SubwordLevel,
+    SubwordAlgorithm,
     Subwords,
     join_subwords,
     make_tokenizer,
@@ -154,7 +154,7 @@ class Vocabulary:
 
     @classmethod
     def _train_subwords(
-        cls, words: Mapping[str, int], sentences: int, min_count: int, level: SubwordLevel, size: int
+        cls, words: Mapping[str, int], sentences: int, min_count: int, level: SubwordAlgorithm, size: int
     ) -> "Vocabulary":
         trained = train_subwords(words, level, size, min_count)
         if not trained.subwords:

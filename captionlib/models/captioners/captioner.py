@@ -143,7 +143,7 @@ class ImageState(NamedTuple):
     """Encoded images: the input of the recurrence.
 
     Attributes:
-        features: `[images, projected_size]`, the input of the image projection; `[images, 0]` for a language model.
+        features: `[images, projection_input_size]`, the input of the projection; `[images, 0]` for a language model.
         projection: `[images, size]`, the projected features. The size is that of an input, the gates or the state,
             depending on `image_input`; 0 for a language model, and for a Transformer without `every_step`.
         state: `[states, images, hidden_size]` before START: the h of each layer, then the c of each layer of an LSTM.
@@ -204,7 +204,9 @@ class CaptionerNetwork(nn.Module):
             self.recurrence = _create_recurrence(config)
         if config.image_input != "none" and (self.transformer is None or config.image_input == "every_step"):
             output_sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
-            self.image_projection = nn.Linear(self.projected_size, output_sizes.get(config.image_input, gates_size))
+            self.image_projection = nn.Linear(
+                self.projection_input_size, output_sizes.get(config.image_input, gates_size)
+            )
         self.attention: Attention | None = None
         if config.attention_size:
             self.attention = Attention(feature_size, config.attention_size, hidden_size, gates_size, config.dropout)
@@ -220,7 +222,7 @@ class CaptionerNetwork(nn.Module):
             self.output.weight = self.word_vectors.weight
 
     @property
-    def projected_size(self) -> int:
+    def projection_input_size(self) -> int:
         """Dimensions of the image projection's input, which are the features or their principal components."""
         return self.feature_size if self.components is None else len(self.components)
 
@@ -333,7 +335,7 @@ class CaptionerNetwork(nn.Module):
         return features.sign() * magnitudes**power
 
     def transform_features(self, features: Tensor) -> Tensor:
-        """Computes the input of the image projection, `[images, feature_size]` to `[images, projected_size]`."""
+        """Computes the input of the image projection, `[images, feature_size]` to `[images, projection_input_size]`."""
         features = self.power_normalize(features)
         if self.components is not None:
             return (features - self.standardization.mean) @ self.components.t()

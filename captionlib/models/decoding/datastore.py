@@ -43,7 +43,7 @@ class DatastoreEntries(NamedTuple):
 
     Attributes:
         image_ids: `[images]`, ids of the images.
-        vectors: `[images, projected_size]`, the inputs of the captioner's image projection (`ImageState.features`).
+        vectors: `[images, projection_input_size]`, the inputs of the image projection (`ImageState.features`).
         references: token ids of each image's references.
     """
 
@@ -69,7 +69,7 @@ class Datastore:
 
     Args:
         image_ids: ids of the training images.
-        vectors: `[images, projected_size]`, the `ImageState.features` of these images.
+        vectors: `[images, projection_input_size]`, the `ImageState.features` of these images.
         references: `list<list<int32>>` per image, token ids.
         fingerprint: hash of everything that determines the datastore.
     """
@@ -88,7 +88,7 @@ class Datastore:
         """Finds the neighbors of each image; more similar ones have larger weights.
 
         Args:
-            vectors: `[images, projected_size]`, the `ImageState.features` of these images.
+            vectors: `[images, projection_input_size]`, the `ImageState.features` of these images.
             count: the maximum number of neighbors.
             image_ids: ids of these images, to exclude an image from its own neighbors; None if they are unknown.
         """
@@ -133,7 +133,7 @@ def write_datastore(
     schema = pa.schema(
         [
             pa.field("image_id", pa.string(), nullable=False),
-            pa.field("vector", pa.list_(pa.float32(), captioner.model.projected_size), nullable=False),
+            pa.field("vector", pa.list_(pa.float32(), captioner.model.projection_input_size), nullable=False),
             pa.field("references", _REFERENCES, nullable=False),
         ],
         {"captionlib": json.dumps(origin)},

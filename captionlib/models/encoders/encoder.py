@@ -68,8 +68,8 @@ class EncoderConfig:
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
         resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
-        stored_dtype: dtype that features are rounded to, even if they are not stored. Captions of images and captions
-            of stored features are therefore the same.
+        stored_dtype: dtype that features are rounded to, even if they are not stored, so that an image and its
+            stored features give the same caption.
         decode_scale: `fast` decodes large JPEG files at a reduced scale, which changes the features slightly; `exact`
             decodes them at full resolution. If None, the scale used in training is used, or `exact` if that is unknown.
     """

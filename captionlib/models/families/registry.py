@@ -1,6 +1,6 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
-A family is a provider of models: an entry point of an installed package, whose name is the prefix. The entry point is
+A family is a provider of models: an entry point of an installed package. It is named like the prefix and is
 in the group `captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers` (dual encoders for image-text
 retrieval). An address without a prefix is the folder of a checkpoint that captionlib trained or, for encoders, the name
 of a torchvision model.

@@ -20,7 +20,7 @@ output of all positions of the image, without the class token and register token
 
 
 def find_node(model: str, node: str) -> Node:
-    """Returns `node` if it is the name of a node; `model` is the address of the model, for errors.
+    """Returns `node` if it is the name of a node; `model` identifies the model in error messages.
 
     Raises:
         ConfigError: there is no node of this name.
@@ -49,7 +49,7 @@ def to_feature_map(output: Tensor, model: str, height: int, width: int) -> Tenso
 
     Args:
         output: feature maps, or `[batch, tokens, channels]` in which the last tokens are the positions, row by row.
-        model: address of the model, for errors.
+        model: identifies the model in error messages.
         height: number of rows of the feature map.
         width: number of columns of the feature map.
 
