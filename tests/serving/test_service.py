@@ -1,5 +1,6 @@
 """Searching by image with a captioner, with a ranker, with both and with neither."""
 
+import math
 from pathlib import Path
 from typing import cast
 
@@ -26,7 +27,7 @@ class Models:
 
     def caption(self, content: bytes) -> pa.Table:
         assert self.can_caption
-        return pa.table({"caption": [content.decode()], "log_prob": [-1.0]})
+        return pa.table({"caption": [content.decode()], "log_prob": [-1.0], "tokens": [4]})
 
     def embed(self, _content: bytes) -> npt.NDArray[np.float32]:
         assert self.can_embed
@@ -52,6 +53,7 @@ def make_service(index: Index, can_caption: bool, can_embed: bool, sentences: li
 def test_results_of_the_available_models_are_returned(index: Index, can_caption: bool, can_embed: bool) -> None:
     found = make_service(index, can_caption, can_embed).search_by_image(b"a dog")
     assert [row.caption for row in found.captions] == ["a dog"] * can_caption
+    assert [row.word_probability for row in found.captions] == [pytest.approx(math.exp(-1 / 4))] * can_caption
     assert len(found.images) == 24 * can_embed
     assert len(found.sentences) == 10 * can_embed
     assert {row.sentence for row in found.sentences} <= {image.caption for image in found.images}

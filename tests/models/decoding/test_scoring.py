@@ -51,8 +51,12 @@ def test_mutual_information_demotes_generic_captions(config: CaptionerConfig, se
     average = torch.tensor([[0.5, -1.0, 2.0]])
     for plain, reranked in zip(decode(0), decode(0.3), strict=True):
         gains = np.array([one.log_prob for one in plain]) - teacher_forced(model, average, plain)
-        expected = rerank_candidates(plain, 2.0, CiderD(), factors=np.exp(0.3 * gains))
-        assert [one.token_ids for one in reranked] == [one.token_ids for one in expected]
+        weights = np.exp(np.array([one.log_prob for one in plain]) / 2.0)
+        sentences = [one.token_ids for one in plain]
+        risks = CiderD().compare(sentences, sentences) @ (weights / weights.sum()) * np.exp(0.3 * gains)
+        by_sentence = dict(zip(map(tuple, sentences), risks.tolist(), strict=True))
+        ordered = [by_sentence[tuple(one.token_ids)] for one in reranked]
+        assert ordered == pytest.approx(sorted(by_sentence.values(), reverse=True), rel=1e-4, abs=1e-6)
     assert [some[:2] for some in decode(0.3)] == decode(0.3, n_best=2)
 
 

@@ -153,7 +153,7 @@ def test_decoding_in_halves_yields_the_same_captions(
     decoder = Decoder(build(CONFIGS[0], seed=1), decoding)
     images = features(7, seed=1)
     expected = decoder.decode(images, image_ids)
-    encode, sizes = decoder._incremental.encode_images, []
+    encode, sizes = decoder._captioner.encode_images, []
 
     def run_out_of_memory(images: torch.Tensor) -> ImageState:
         sizes.append(len(images))
@@ -161,7 +161,7 @@ def test_decoding_in_halves_yields_the_same_captions(
             raise torch.OutOfMemoryError("too much")
         return encode(images)
 
-    monkeypatch.setattr(decoder._incremental, "encode_images", run_out_of_memory)
+    monkeypatch.setattr(decoder._captioner, "encode_images", run_out_of_memory)
     halved = decoder.decode(images, image_ids)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
     for candidates, expected_candidates in zip(halved, expected, strict=True):
