@@ -43,7 +43,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
       captionlib update s3://bucket/archive -- --runner=FlinkRunner --flink_master=localhost:8081 --parallelism=2
     """
     from captionlib.collection import open_collection
-    from captionlib.data.shards.removal import share_removed
+    from captionlib.data.shards.removal import copy_removed_to_new_manifests
     from captionlib.errors import DuplicateIdError
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
@@ -54,7 +54,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
         return
     generation = _check_models(opened)
     with lock_folder(opened.folder, "captionlib update"):
-        share_removed([Folder(address) for address in opened.find_manifests()])
+        copy_removed_to_new_manifests([Folder(address) for address in opened.find_manifests()])
         failed = _prepare_sources(opened, allow_removal, run.progress)
         try:
             _check_ids_differ(opened)
@@ -68,7 +68,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
 
 
 def _raise_failed(failed: Mapping[str, Exception]) -> None:
-    """Raises DatasetError if a source or the index was not updated. `failed` contains the error of each, by name."""
+    """Raises DatasetError if a source or the index was not updated. `failed` maps the name of each to its error."""
     from captionlib.errors import DatasetError
 
     if failed:
@@ -172,7 +172,7 @@ def _caption(
 ) -> None:
     """Writes the captions and, if there is a ranker (image-text retrieval model), the embeddings of a source.
 
-    If the captioner and the ranker have the same encoder, both are written in one pass.
+    If the captioner and the ranker have the same encoder, captions and embeddings are written in one pass.
     """
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS
     from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
@@ -206,7 +206,7 @@ def _caption(
 
 
 def _index(collection: Collection, failed: Container[str], run: RunConfig) -> dict[str, Exception]:
-    """Indexes the sources that have captions. Of sources in `failed`, these are the captions of an earlier update.
+    """Indexes the sources that have captions. For a source in `failed`, it uses the captions of an earlier update.
 
     Returns the error if the index cannot be updated because of the sources in `failed`.
     """

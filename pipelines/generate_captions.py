@@ -52,8 +52,8 @@ def generate_captions(
         ranker: the ranker's folder or address. It adds the column `image_text_score`, which says how well each caption
             fits its image.
         embeddings: folder of the embeddings dataset to write; requires `ranker`.
-        weights: path of the image encoder's weights file; required if the encoder was loaded from a file, unless the
-            checkpoint contains its weights.
+        weights: path of the image encoder's weights file; required if the captioner was trained with weights from a
+            file, unless the checkpoint contains them.
         limit: caption only a sample of this number of images, evenly spaced over the dataset. To caption all images
             later, use different output folders.
         device: auto, cpu, cuda or cuda:N.

@@ -111,7 +111,7 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
 
 
 def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.NDArray[np.bool_]:
-    """Returns, for each row of a captions shard, whether its image id is not in `left_out`, `[rows]`."""
+    """Returns one value per row of a captions shard: whether its image id is not in `left_out`."""
     if not left_out:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
@@ -121,9 +121,10 @@ def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.ND
 def read_caption_rows(
     parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], representatives: Mapping[str, str]
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a captions shard for which `kept`, `[rows]`, is true, with the columns of `ROW_SCHEMA`.
+    """Yields the rows of a captions shard for which `kept` is true, with the columns of `ROW_SCHEMA`.
 
-    `representatives` maps the id of each duplicate image to the id of the image that represents its group.
+    `kept` has one value per row. `representatives` maps the id of each duplicate image to the id of the image that
+    represents its group.
     """
     stored = pa.schema([ROW_SCHEMA.field(name) for name in (*RESULT_COLUMNS, "version")])
     for batch in _read_kept(parquet, stored.names, kept, _TEXT_BATCH_ROWS):
@@ -140,10 +141,10 @@ def read_caption_rows(
 def read_details(
     parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], references: pa.Table | None
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the details of the rows for which `kept`, `[rows]`, is true, with the columns of `DETAILS_SCHEMA`.
+    """Yields the details of the rows for which `kept` is true, with the columns of `DETAILS_SCHEMA`.
 
-    `references` has the columns image_id and captions of the manifest (table of images with reference captions). It
-    is None if the manifest is not available.
+    `kept` has one value per row. `references` has the columns image_id and captions of the manifest (table of images
+    with reference captions). It is None if the manifest is not available.
     """
     ids = None if references is None else references["image_id"].combine_chunks()
     for batch in _read_kept(parquet, ["image_id", *DETAILS_SCHEMA.names], kept, DETAILS_BATCH_ROWS):
@@ -151,7 +152,7 @@ def read_details(
         if references is not None:
             columns["references"] = references["captions"].take(pc.index_in(batch["image_id"], value_set=ids))
             columns["references"] = columns["references"].combine_chunks()
-        # Casting adds missing image-text scores as nulls, and converts fixed-size lists of attention weights to lists.
+        # Missing image-text scores become nulls. Casting converts fixed-size lists of attention weights to lists.
         yield pa.RecordBatch.from_arrays(
             [
                 columns[field.name].cast(field.type) if field.name in columns else pa.nulls(batch.num_rows, field.type)

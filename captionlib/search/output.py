@@ -207,7 +207,7 @@ def _to_json_value(value: Any, kind: pa.DataType) -> Any:
 
 
 def _to_json_scalar(value: Any, kind: pa.DataType) -> Any:
-    """Converts a scalar. A float becomes a short decimal that restores it; NaN and infinity become null."""
+    """Converts a scalar. A float gets as few digits as identify it; NaN and infinity become null."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

@@ -41,7 +41,7 @@ def make_attention(
     """Returns the attention maps of a caption; None if they cannot be shown.
 
     They can be shown if there are `weights`, `[tokens, positions]`, and if the crop of the image is known. The crop
-    depends on the preprocessing in `config`, the configuration of the captions, and on the size of the image in `row`.
+    depends on the size of the image in `row`, and on the preprocessing in `config` (the configuration of the captions).
     """
     if not weights or not row["width"] or not row["height"]:
         return None

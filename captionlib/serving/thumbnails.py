@@ -55,7 +55,7 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names, so a server without `allow_private_hosts` does not show thumbnails of one with it.
+        # Part of file names, so a server without `allow_private_hosts` never shows what a server with it has stored.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches

@@ -6,6 +6,7 @@
       __shards/part-00000.json ...    markers: JSON files, each of which records that a shard is complete
       __failures/part-00000.parquet   images of the shard that could not be read; absent if there are none
       _SUCCESS                        totals over all shards; written once all are finished
+      _removed.json                   hashes of the ids of images that `captionlib remove` removed
       __sample/                       sample of the input, while a stage with --limit runs
       __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
 
@@ -47,14 +48,14 @@ from captionlib.data.shards.markers import (
     compute_fingerprint,
     decode_marker,
     decode_progress,
-    decode_record,
     decode_totals,
-    encode_record,
+    from_checked_json,
     marker_file,
     parse_time,
     part_name,
     progress_file,
     sum_markers,
+    to_checked_json,
 )
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add_missing_columns, upgrade_schema
 from captionlib.data.shards.verification import VerifiedFile
@@ -381,7 +382,7 @@ class ShardedDataset:
                 "(1 accepts all failures)"
             )
         if self.read_totals() != totals:
-            self.folder.write(SUCCESS_FILE, encode_record({**asdict(totals), "fingerprint": self.fingerprint}))
+            self.folder.write(SUCCESS_FILE, to_checked_json({**asdict(totals), "fingerprint": self.fingerprint}))
             with suppress(StorageError):  # these files are harmless if they remain
                 self.folder.remove_temporary_files()
                 self.remove_progress()
@@ -551,7 +552,7 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
         "config": dataset.config,
         "arrow_schema": dataset.schema.serialize().to_pybytes().hex(),
     }
-    dataset.folder.write(DESCRIPTION_FILE, encode_record(content))
+    dataset.folder.write(DESCRIPTION_FILE, to_checked_json(content))
 
 
 def list_other_files(folder: Folder) -> list[str]:
@@ -560,7 +561,7 @@ def list_other_files(folder: Folder) -> list[str]:
 
 
 def _select_other_files(names: Collection[str]) -> list[str]:
-    own = {TEMPORARY_FOLDER, SAMPLE_FOLDER, LOCK_FILE, REMOVED_FILE}
+    own = {TEMPORARY_FOLDER, SAMPLE_FOLDER, LOCK_FILE, REMOVED_FILE}  # a folder can contain these without a dataset
     own.add(DESCRIPTION_FILE)  # another process may have just created a dataset
     if MARKERS_FOLDER in names:
         own |= set(_list_dataset_files(names))
@@ -679,7 +680,7 @@ def _read_description(folder: Folder) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        description = decode_record(content)
+        description = from_checked_json(content)
         if description["kind"] not in SCHEMA_VERSIONS:
             raise ValueError(f"unknown kind {description['kind']!r}")
         _ = description["schema_version"]

@@ -9,7 +9,7 @@ from captionlib.errors import CaptionlibError
 
 __all__ = ["LineageStep", "describe_config", "list_sources", "read_lineage"]
 
-_MAX_STEPS = 10  # more than any chain of stages; datasets that name each other as source would loop forever
+_MAX_STEPS = 10  # no chain of datasets is this long; ends the loop if datasets name each other as source
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class LineageStep:
 
     Attributes:
         folder: path or URL of the dataset.
-        kind: manifest (images and reference captions), features, captions, embeddings or duplicates; empty if the
-            dataset cannot be read.
+        kind: manifest (images and reference captions), features, captions, embeddings (computed by a ranker, an
+            image-text dual encoder) or duplicates; empty if the dataset cannot be read.
         description: how the dataset was made, in words.
         created: when it was created, as an ISO 8601 time in UTC; empty if unknown.
         rows: number of its rows.
@@ -52,12 +52,13 @@ def read_lineage(dataset: ShardedDataset) -> list[LineageStep]:
 def list_sources(dataset: ShardedDataset) -> tuple[list[ShardedDataset], LineageStep | None]:
     """Returns the datasets that this dataset was made from, in the order in which they were made.
 
-    If a dataset cannot be read, this dataset and all earlier ones are left out. A `LineageStep` then says why.
+    A dataset that cannot be read is left out, and so are all earlier ones. A `LineageStep` then says why.
     """
     sources: list[ShardedDataset] = []
     address = dataset.source
     while address and len(sources) < _MAX_STEPS:
         try:
+            # Reading must not change the dataset, so an interrupted update of it is not completed.
             sources.insert(0, open_dataset(address, complete_update=False))
         except (CaptionlibError, OSError) as error:
             return sources, LineageStep(address, problem=str(error))

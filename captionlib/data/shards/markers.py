@@ -35,17 +35,17 @@ __all__ = [
     "compute_fingerprint",
     "decode_marker",
     "decode_progress",
-    "decode_record",
     "decode_totals",
     "encode_progress",
-    "encode_record",
     "format_time",
+    "from_checked_json",
     "from_json",
     "marker_file",
     "parse_time",
     "part_name",
     "progress_file",
     "sum_markers",
+    "to_checked_json",
     "to_json",
     "write_marker",
 ]
@@ -207,7 +207,7 @@ def decode_marker(content: bytes) -> Marker:
     Raises:
         ValueError: the content is damaged or not a marker.
     """
-    marker = _MARKER.validate_python(decode_record(content))
+    marker = _MARKER.validate_python(from_checked_json(content))
     if marker.finished:
         parse_time(marker.finished)
     return marker
@@ -215,12 +215,12 @@ def decode_marker(content: bytes) -> Marker:
 
 def write_marker(folder: Folder, marker: Marker) -> None:
     """Writes the marker of a shard to the folder of a dataset."""
-    folder.write(marker_file(marker.shard), encode_record(asdict(marker)))
+    folder.write(marker_file(marker.shard), to_checked_json(asdict(marker)))
 
 
 def encode_progress(progress: ShardProgress) -> bytes:
     """Encodes the progress of a shard as the content of its progress file."""
-    return encode_record(asdict(progress))
+    return to_checked_json(asdict(progress))
 
 
 def decode_progress(content: bytes) -> ShardProgress:
@@ -229,7 +229,7 @@ def decode_progress(content: bytes) -> ShardProgress:
     Raises:
         ValueError: the content is damaged.
     """
-    progress = _PROGRESS.validate_python(decode_record(content))
+    progress = _PROGRESS.validate_python(from_checked_json(content))
     parse_time(progress.started)
     parse_time(progress.updated)
     return progress
@@ -241,7 +241,7 @@ def decode_totals(content: bytes) -> tuple[Totals, str]:
     Raises:
         ValueError: the content is damaged or does not contain totals.
     """
-    record = decode_record(content)
+    record = from_checked_json(content)
     return _TOTALS.validate_python(record), str(record.get("fingerprint"))
 
 
@@ -319,13 +319,13 @@ def from_json(content: str | bytes) -> Any:
     raise ValueError("nested too deeply")
 
 
-def encode_record(content: Mapping[str, Any]) -> bytes:
-    """Encodes values as JSON that contains their checksum; see `decode_record`."""
+def to_checked_json(content: Mapping[str, Any]) -> bytes:
+    """Encodes values as JSON that contains their checksum; see `from_checked_json`."""
     return to_json({**content, _RECORD_CHECKSUM: _compute_record_checksum(content)})
 
 
-def decode_record(content: bytes) -> dict[str, Any]:
-    """Decodes the result of `encode_record`. A record without a checksum is accepted.
+def from_checked_json(content: bytes) -> dict[str, Any]:
+    """Decodes the result of `to_checked_json`. A JSON object without a checksum is accepted.
 
     Raises:
         ValueError: the content is not a JSON object, or differs from its checksum.

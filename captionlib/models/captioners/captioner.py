@@ -55,8 +55,8 @@ class CaptionerConfig:
             (NeuralTalk's LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of
             Karpathy & Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's
             RNN). `initial_state`: the state before START. `none`: a language model. A Transformer supports `none`,
-            `initial_input` and `every_step`. With `initial_input`, it only attends to the image. With `every_step`, the
-            projected image is also added to the embedding of each word.
+            `initial_input` and `every_step`. With `initial_input`, the image enters only through attention. With
+            `every_step`, the projected image is also added to the embedding of each word.
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
         feature_power: exponent of the magnitudes of features; signs are kept. An exponent below 1 damps large
             activations (Perronnin et al. 2010).
@@ -293,9 +293,10 @@ class CaptionerNetwork(nn.Module):
         return F.log_softmax(self.output(self.dropout(output.hidden)).float(), 1), output.state
 
     def predict_bag_of_words(self, features: Tensor) -> Tensor:
-        """Predicts which words the captions of each image contain, regardless of their order.
+        """Estimates which words occur anywhere in the captions of each image.
 
-        The prediction is the distribution of the first token: log-probabilities, `[images, vocabulary_size] float32`.
+        The estimate is the log-probability of each word as the first token, `[images, vocabulary_size] float32`. The
+        objective `bag_of_words` trains the first step to predict all words of the captions.
         """
         image_state = self.encode_images(features)
         images = torch.arange(len(features), device=features.device)

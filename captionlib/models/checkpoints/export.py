@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from captionlib.config import describe_differences
-from captionlib.data.shards.markers import decode_record, encode_record, to_json
+from captionlib.data.shards.markers import from_checked_json, to_checked_json, to_json
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.checkpoints.encoder_file import (
     CONFIG,
@@ -75,7 +75,7 @@ def export_checkpoint(
         TRAINING: to_json(training),
         CARD: render_card(config, training, ENCODER in contents, notes),
         WEIGHTS: source.read(WEIGHTS),
-        CONFIG: encode_record(config),  # written last
+        CONFIG: to_checked_json(config),  # written last
     }
     if not _contains(target, contents):
         _clear(target)
@@ -88,7 +88,7 @@ def export_checkpoint(
 def _read_config(source: Folder) -> tuple[dict[str, Any], Checkpoint]:
     """Returns the content of `config.json` as it is stored, and the verified checkpoint."""
     try:
-        config = decode_record(source.read(CONFIG))
+        config = from_checked_json(source.read(CONFIG))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         config = {}
     return config, read_checkpoint(source, str(config.get("kind")))

@@ -38,8 +38,8 @@ class ImageEncoder(Protocol):
             images: `[batch, crop, crop, 3] uint8`, RGB.
 
         Returns:
-            A function that waits for the features and returns them, `[batch, *shape]` of the stored dtype. It raises
-            DatasetError if they overflow that dtype.
+            A function that waits for the features and returns them, `[batch, *shape]` of `EncoderConfig.stored_dtype`.
+            It raises DatasetError if they overflow that dtype.
         """
 
 
@@ -56,7 +56,7 @@ def open_encoder(config: EncoderConfig, device: str = "auto") -> ImageEncoder:
 
     Raises:
         CheckpointError: the model is damaged or of a different kind.
-        ConfigError: the family, the model, the node, the weights or the device do not exist.
+        ConfigError: the family, model, node (layer whose output is used), weights or device does not exist.
     """
     prefix, location = split_address(config.model)
     if not prefix:

@@ -52,7 +52,7 @@ class HuggingFaceCaptioner:
         folder = open_model_folder(location)
         self._location = location
         self._model, missing = load_weights(location, AutoModelForImageTextToText.from_pretrained, folder)
-        # Captioners do not use the vector that an encoder pools. TrOCR and ViT-GPT2 files often lack these weights.
+        # Captioners do not use the pooled output of the encoder. TrOCR and ViT-GPT2 files often lack these weights.
         require_weights(location, [name for name in missing if "pooler" not in name])
         self._type = str(self._model.config.model_type)
         image_processor = load_part(location, AutoImageProcessor.from_pretrained, folder)
@@ -72,7 +72,7 @@ class HuggingFaceCaptioner:
         return self._preprocessing
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Rejects features; see `ImageModel`."""
+        """Rejects the features of an encoder, because the model takes pixels; see `ImageModel`."""
         require_pixels(f"hf:{self._location}", self.encoder, description)
 
     def to(self, device: torch.device) -> None:

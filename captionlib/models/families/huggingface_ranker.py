@@ -58,7 +58,7 @@ class HuggingFaceRanker:
         return self._preprocessing
 
     def require_encoder(self, description: Any) -> None:
-        """Rejects features; see `ImageModel`."""
+        """Rejects the features of an encoder, because the model takes pixels; see `ImageModel`."""
         require_pixels(f"hf:{self._location}", self.encoder, description)
 
     def to(self, device: torch.device) -> None:
@@ -85,7 +85,7 @@ class HuggingFaceRanker:
         texts = [_insert(sentence, self.sentence_template) for sentence in sentences]
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # similar lengths need little padding
         sorted_texts = [texts[index] for index in order]
-        parts = [torch.empty(0, getattr(self, "size", 0))]  # not set while `__init__` computes it
+        parts = [torch.empty(0, getattr(self, "size", 0))]  # `size` is not set yet when `__init__` calls this method
         for start in range(0, len(texts), _BATCH_SIZE):
             batch = sorted_texts[start : start + _BATCH_SIZE]
             parts += halve_on_out_of_memory(partial(self._encode_texts, batch), len(batch))

@@ -68,7 +68,7 @@ def open_input_loader(
         threads: CPU threads of the encoders; if None, PyTorch's default.
 
     Raises:
-        DatasetError: the encoder that is loaded here, such as on a Beam worker, differs from that of a model.
+        DatasetError: the encoder that this process (such as a Beam worker) loads differs from that of a model.
     """
     if None in input_transforms:  # the dataset contains features
         shape = models[0].encoder["shape"]

@@ -42,7 +42,8 @@ def run_query(open_rows: OpenRows, memory_bytes: int, timeout_seconds: float) ->
             for batch in rows:
                 writer.write_batch(batch)
                 sink.flush()
-            # After an error, the stream must stay incomplete: the parent raises the error when it reads the end.
+            # Only after success: the parent stops reading at the end marker that `close` writes. After an error, it
+            # must read on to the end of the output, where the child's error is raised.
             writer.close()
 
     limits = ProcessLimits(

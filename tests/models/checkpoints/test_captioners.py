@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from captionlib.data.shards.markers import decode_record, encode_record
+from captionlib.data.shards.markers import from_checked_json, to_checked_json
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
@@ -110,8 +110,8 @@ def test_load_rejects_missing_device(folder: Path) -> None:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    config = decode_record((folder / "config.json").read_bytes())
-    (folder / "config.json").write_bytes(encode_record(config | changes))
+    config = from_checked_json((folder / "config.json").read_bytes())
+    (folder / "config.json").write_bytes(to_checked_json(config | changes))
 
 
 def damage_weights(folder: Path) -> None:
