@@ -70,7 +70,7 @@ def open_input_loader(
         threads: CPU threads of the encoders; if None, PyTorch's default.
 
     Raises:
-        DatasetError: the encoder that this process (such as a Beam worker) loads is not the encoder of a model.
+        DatasetError: the encoder that this process (such as a Beam worker) loads differs from the encoder of a model.
     """
     if None in input_transforms:  # the dataset contains features
         shape = models[0].encoder["shape"]
