@@ -22,7 +22,7 @@ __all__ = ["command"]
 @captioner_option(
     "--checkpoint",
     example_arguments="caption {images}",
-    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner of Hugging Face (name or folder).",
+    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner from Hugging Face (name or folder).",
 )
 @weights_option
 @click.option(
