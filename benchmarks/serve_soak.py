@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     options = parser.parse_args()
     seconds = 60 * options.minutes
+    if seconds <= WARM_UP_SECONDS:
+        parser.error(f"--minutes: expected more than {WARM_UP_SECONDS / 60:g}, because memory is compared with that time")
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     results = Results()
