@@ -94,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     seconds = 60 * options.minutes
     if seconds <= WARM_UP_SECONDS:
-        parser.error(f"--minutes: expected more than {WARM_UP_SECONDS / 60:g}, because memory is compared with that time")
+        parser.error(f"--minutes: expected more than {WARM_UP_SECONDS / 60:g}, the time of the warm-up")
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     results = Results()
