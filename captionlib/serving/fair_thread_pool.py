@@ -93,7 +93,7 @@ class FairThreadPool:
         return next((key for key in self._waiting if self._running[key] < self._threads_per_key), None)
 
     def _reject_latest(self, latest_key: str) -> None:
-        """Rejects the latest call of the key with the most waiting calls. In a tie, the key is `latest_key`."""
+        """Rejects the latest call of the key with the most waiting calls. In a tie, `latest_key` is chosen."""
         longest = max(self._waiting, key=lambda key: (len(self._waiting[key]), key == latest_key))
         turn = self._waiting[longest][-1]
         self._stop_waiting(longest, turn)

@@ -197,7 +197,7 @@ class _Layer(nn.Module):
         key = torch.cat([past_keys.to(key.dtype), key], 1)
         value = torch.cat([past_values.to(value.dtype), value], 1)
         queries, keys, values = (self._split_heads(part) for part in (query, key, value))
-        # On a CPU in bfloat16, the backward pass of PyTorch's fused attention takes 9 times as long (16 words).
+        # For 16 words in bfloat16 on a CPU, the backward pass of PyTorch's fused attention takes 9 times as long.
         scores = (queries * queries.shape[3] ** -0.5) @ keys.transpose(2, 3)
         if query.shape[1] > 1:  # this causal mask also excludes the padding after the last token of a sentence
             future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
