@@ -87,8 +87,8 @@ def command(
 
     if language is not None:
         overrides = (*overrides, f"language={language}")
-    # click allows only one argument of variable length. Beam's options begin with a dash, and folders do not.
-    captions = tuple(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    # click allows only one argument of variable length. A Beam option begins with "-", or with "@" if it is a file of options.
+    captions = tuple(takewhile(lambda argument: not argument.startswith(("-", "@")), arguments))
     beam_options = arguments[len(captions) :]
     if not captions:
         raise click.UsageError("expected one or more folders CAPTIONS before the options of Beam, got none.")
