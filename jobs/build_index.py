@@ -87,7 +87,7 @@ def command(
 
     if language is not None:
         overrides = (*overrides, f"language={language}")
-    # click allows only one argument of variable length. A Beam option begins with "-", or with "@" if it is a file of options.
+    # click allows only one argument of variable length. Beam options begin with "-", and files of them with "@".
     captions = tuple(takewhile(lambda argument: not argument.startswith(("-", "@")), arguments))
     beam_options = arguments[len(captions) :]
     if not captions:
