@@ -33,7 +33,7 @@ Config = TypeVar("Config")
 
 _EXTENDS = "extends"
 _MAX_EXTENDS_DEPTH = 8
-_MESSAGES = {"tuple_type": "Input should be a list"}  # YAML has no tuples
+_MESSAGES = {"tuple_type": "Input should be a list"}  # replaces Pydantic's message, because YAML has no tuples
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("expected no aliases (*name), got one; repeat the value in its place")
+            raise yaml.YAMLError("expected no aliases (*name), got one; repeat the value instead")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

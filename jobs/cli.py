@@ -185,11 +185,11 @@ def captionlib() -> None:
 def run_program() -> NoReturn:
     """Runs the command line and ends the process, for the script `captionlib` and `python -m captionlib`.
 
-    The process ends without running the destructors of C++ libraries. Those of Arrow can abort the process, even after
-    the command has succeeded, if threads have just been started.
+    The process ends without running the destructors of C++ libraries. Arrow's destructors can abort the process
+    if threads have just been started, even after the command has succeeded.
     """
     exit_code = 0
-    # Functions that are registered later, by libraries, run before this one.
+    # Exit functions that libraries register later run before this one.
     atexit.register(lambda: _end_process(exit_code))
     try:
         main()

@@ -80,8 +80,8 @@ def command(
     CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which contains references
     and needs no manifest. The scores equal those of pycocoevalcap, and have 95% confidence intervals from a
     bootstrap over images. METEOR and the standard tokenizer need Java. A ranker (dual encoder for image-text
-    retrieval) is scored on a features dataset, from image to text and from text to image: Recall@1, 5 and 10, and the
-    median and mean rank.
+    retrieval) is scored on a features dataset in both directions, from image to text and from text to image. Its scores
+    are Recall@1, 5 and 10, and the median and mean rank.
 
     \b
     Examples:

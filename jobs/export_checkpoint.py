@@ -16,7 +16,7 @@ __all__ = ["command"]
     "--scores",
     multiple=True,
     metavar="FILE.json",
-    help="A scores.json of `captionlib evaluate`, to include in the model card. Repeatable.",
+    help="A scores.json from `captionlib evaluate`, to include in the model card. Repeatable.",
 )
 @weights_option
 @click.option(
@@ -59,7 +59,7 @@ def command(
     evaluations = [load_json(locate(file)) for file in scores]
     for file, evaluation in zip(scores, evaluations, strict=True):
         if not isinstance(evaluation, dict) or not {"scores", "image_to_text"} & evaluation.keys():
-            raise ConfigError(f"--scores {file}: expected scores.json of `captionlib evaluate --output`")
+            raise ConfigError(f"--scores {file}: expected a scores.json from `captionlib evaluate --output`")
     names = export_checkpoint(
         checkpoint,
         output,

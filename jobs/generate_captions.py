@@ -23,7 +23,7 @@ __all__ = ["command"]
 @captioner_option(
     "--checkpoint",
     example_arguments="generate-captions {source} -o {output}",
-    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner of Hugging Face (name or folder).",
+    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner from Hugging Face (name or folder).",
 )
 @click.option(
     "--ranker",

@@ -71,7 +71,8 @@ __all__ = ["command"]
 @click.option(
     "--version-column",
     metavar="NAME",
-    help="Tables: column whose value changes with the image. [default: size and time of a local file, or the uri]",
+    help="Tables: column whose value changes when the image changes. [default: size and time of a local file, or the "
+    "uri]",
 )
 @click.option(
     "--shard-size",
@@ -92,7 +93,7 @@ __all__ = ["command"]
     "--verify-content",
     metavar="FOLDER",
     help="Features or captions dataset of these images. Images that seem unchanged are read, and their hashes are "
-    "compared with its column content_hash.",
+    "compared with the content_hash column of this dataset.",
 )
 @click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")

@@ -80,7 +80,7 @@ class _SectionedCommand(click.Command):
     "--limit",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Maximum number of rows. [default: 20 of an index, all of a dataset]",
+    help="Maximum number of rows. [default: 20 for an index, all for a dataset]",
 )
 @click.option(
     "--timeout",
@@ -117,7 +117,7 @@ def command(
     overrides: tuple[str, ...],
     **queries_and_options: str | int | None,
 ) -> None:
-    """Search an index, a collection, or captions or any other dataset in FOLDER. Several datasets are queried as one.
+    """Search FOLDER: an index, a collection, or a dataset such as captions. Several datasets are queried as one.
 
     An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob, tokens,
     image_text_score, width and height. A remote index is copied to this machine once.

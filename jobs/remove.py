@@ -29,7 +29,7 @@ _ORDER = ("manifest", "features", "captions", "embeddings", "duplicates")  # inp
 )
 @click.option("--dry-run", is_flag=True, help="Only show how many images would be removed.")
 @click.option(
-    "--thumbnails", metavar="FOLDER", help="The folder for thumbnails of `serve`. [default: the user's cache]"
+    "--thumbnails", metavar="FOLDER", help="The folder where `serve` stores thumbnails. [default: the user's cache]"
 )
 def command(
     folders: tuple[str, ...],
@@ -44,7 +44,7 @@ def command(
     A collection is a folder that `captionlib init` created. Afterwards, no FOLDER contains the ids. Later updates of
     the manifest skip the images, because its file `_removed.json` lists hashes of their ids. The image files themselves
     are not deleted. Models that were trained on the images do not change. To remove the images from a model, train it
-    again, and run `build-datastore` again, which stores captions of training images.
+    again. If it has a datastore, run `build-datastore` again, because a datastore contains captions of training images.
 
     \b
     Examples:
@@ -145,7 +145,7 @@ def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:
         address,
         description.config,
         embeddings=embeddings or None,
-        duplicates=_regroup_duplicates(description),
+        duplicates=_rebuild_duplicates(description),
         removed_ids=removed_ids,
         run=RunConfig(progress=False),
     )
@@ -153,7 +153,7 @@ def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:
     click.echo(f"{address}: {index.captions_count:,} captions")
 
 
-def _regroup_duplicates(description: IndexDescription) -> str | None:
+def _rebuild_duplicates(description: IndexDescription) -> str | None:
     """Returns the duplicates dataset that an index was built with, or None if there is none.
 
     Writes the dataset again if images were removed from it.

@@ -1,4 +1,7 @@
-"""Builds a search index from captions and embeddings: workers index shards (files), and one merges the results."""
+"""Builds a search index from captions and embeddings.
+
+Workers index shards (files) in parallel. One worker then merges the results.
+"""
 
 import os
 from collections.abc import Collection

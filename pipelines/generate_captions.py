@@ -45,12 +45,13 @@ def generate_captions(
         26
 
     Args:
-        source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
+        source: a complete features dataset, or a complete manifest (list of images), whose images
+            are encoded in the same run.
         checkpoint: the captioner's folder, or the address of a model from another library, such as `hf:FOLDER`.
         output: folder of the captions dataset to write.
         config: settings for decoding and image loading.
-        ranker: the ranker's folder or address. It adds the column `image_text_score`, which says how well each caption
-            fits its image.
+        ranker: the ranker's folder or address. A ranker adds the column `image_text_score`, which measures how well
+            each caption fits its image.
         embeddings: folder of the embeddings dataset to write; requires `ranker`.
         weights: path of the image encoder's weights file; required if the captioner was trained with weights from a
             file, unless the checkpoint contains them.

@@ -1,4 +1,4 @@
-"""Defines the transform that distributes shards (files of a dataset) to workers, shared by several pipelines."""
+"""Defines the transform with which several pipelines distribute shards (files of a dataset) to workers."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress

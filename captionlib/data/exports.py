@@ -7,7 +7,8 @@
       __export/export.json                      what is exported
       __export/part-00000.json                  counts of a finished shard
 
-A shard (Parquet file) of a dataset becomes one tar or folder. A second run exports only unfinished and changed shards.
+Each shard (Parquet file) of a dataset becomes one tar or folder. A second run exports only unfinished and changed
+shards.
 """
 
 import io
@@ -39,7 +40,7 @@ __all__ = ["EXPORT_COLUMNS", "ExportFormat", "ExportSummary", "add_sample", "exp
 ExportFormat = Literal["webdataset", "metadata", "txt"]
 
 EXPORT_COLUMNS = ("image_id", "uri", "split", "width", "height", "caption", "captions", "log_prob")
-"""The columns of an exported row: `caption` and `log_prob` of a generated caption, `captions` of references."""
+"""Columns of an exported row. `caption` is a generated caption with its `log_prob`; `captions` are the references."""
 
 _THREADS = 16
 _STATE_FOLDER = "__export"  # `datasets` ignores folders whose names begin with two underscores
@@ -77,7 +78,7 @@ def export_images(
     An existing export of the same datasets is resumed or updated: only unfinished and changed shards are written.
 
     Args:
-        datasets: complete manifests, features or captions.
+        datasets: complete manifests (lists of images), features or captions.
         output: folder to write.
         to: `webdataset`, `metadata` for Hugging Face's imagefolder format, or `txt` for a .txt beside each image.
         selection: the images to export.
@@ -95,7 +96,7 @@ def export_images(
         if dataset.kind not in ("manifest", "features", "captions"):
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
     export = _Export(Folder(output), to, selection)
-    # A dataset is identified by its list of images (manifest) and by a hash (fingerprint) of its configuration.
+    # A dataset is identified by its manifest and by a hash (fingerprint) of its configuration.
     identities = [f"{dataset.manifest_id} {dataset.fingerprint}" for dataset in opened]
     images, failures = 0, Counter[str]()
     # The marker of a shard is the file that records that the shard is complete.
@@ -131,7 +132,7 @@ class _Export:
     selection: ImageSelection
 
     def claim_folder(self, description: Mapping[str, Any]) -> None:
-        """Writes the description of the export, unless it exists. If it is damaged, the export starts again.
+        """Writes the description of the export if it is missing or damaged. Existing parts are then removed first.
 
         Raises:
             DatasetError: the folder contains other files.
@@ -170,7 +171,7 @@ class _Export:
         """Removes temporary files, and parts of shards that no longer exist.
 
         Raises:
-            DatasetError: the folder was removed meanwhile.
+            DatasetError: the folder was removed or moved during the export.
         """
         self.folder.remove_temporary_files()
         for name in self.folder.list():
@@ -269,7 +270,7 @@ def add_sample(tar: tarfile.TarFile, key: str, row: Mapping[str, Any], content: 
         tar: the open tar.
         key: name of the three files, without extension.
         row: the row, whose keys are some of `EXPORT_COLUMNS`.
-        content: bytes of the image; `find_problem` returns None for them.
+        content: bytes of an image for which `find_problem` returns None.
     """
     for extension, data in (
         (_find_extension(content), content),

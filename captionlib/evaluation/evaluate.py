@@ -96,14 +96,16 @@ def evaluate_captions(
 
     Raises:
         ConfigError: `features` is given without `checkpoint`, or `checkpoint` without features or a manifest.
-        DatasetError: there are no captions in these splits, they have no references, or `require_all` is violated.
+        DatasetError: there are no captions in these splits, they have no references, or captions are missing and
+            `require_all` is True.
         SubprocessError: Java fails.
     """
     if checkpoint is not None:
         features = features or manifest
     if (checkpoint is None) != (features is None):
         raise ConfigError(
-            "perplexity: expected a checkpoint, and features or a manifest, got only one of them; pass both or neither"
+            "perplexity: expected a checkpoint together with features or a manifest, got only one of the two; "
+            "specify both or neither"
         )
     training_references: Iterable[str] = ()
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Exports captions as COCO's or NeuralTalk's results, or references as COCO's annotations, to one JSON file."""
+"""Exports captions or references to a JSON file in the format of COCO or NeuralTalk."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,10 +36,10 @@ def export_json(
 
     Args:
         sources: captions datasets, or JSON files of COCO or NeuralTalk. For `coco`, also manifests (lists of images) or
-            features datasets, whose references are written.
+            features datasets; their references are exported.
         output: file to write.
-        to: `coco` writes COCO's annotations if all sources are manifests or features (see `to_coco_captions`), and
-            otherwise COCO's results. `neuraltalk` writes `result_struct.json`.
+        to: `coco` writes COCO's annotations if all sources are manifests or features datasets (see
+            `to_coco_captions`), and otherwise COCO's results. `neuraltalk` writes `result_struct.json`.
         selection: the images to export.
         manifest: manifest or features dataset whose references and splits are added to the captions.
 

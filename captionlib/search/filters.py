@@ -55,7 +55,8 @@ class Filter:
 class FacetCounts:
     """Numbers of images by the values of each facet.
 
-    The counts of a facet ignore the filter's condition on that facet, so they show what its other values would match.
+    The counts of a facet ignore the filter's condition on that facet, so they show how many images each other
+    value of the facet would match.
 
     Attributes:
         total: number of images that match all conditions.
@@ -110,9 +111,9 @@ class Facets:
             splits[group.split] += count if failed in ([], ["split"]) else 0
             sources[self.sources[group.dataset]] += count if failed in ([], ["source"]) else 0
             months[group.month] += count if failed in ([], ["date"]) else 0
-            matches_others = failed in ([], ["duplicates"])
-            kept += count if matches_others and not group.is_duplicate else 0
-            duplicates += count if matches_others and group.is_duplicate else 0
+            meets_other_conditions = failed in ([], ["duplicates"])
+            kept += count if meets_other_conditions and not group.is_duplicate else 0
+            duplicates += count if meets_other_conditions and group.is_duplicate else 0
         months.pop("", None)
         by_split, by_source, by_month = (dict(sorted(counter.items())) for counter in (splits, sources, months))
         return FacetCounts(total, by_split, by_source, by_month, kept, duplicates)

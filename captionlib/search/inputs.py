@@ -141,7 +141,7 @@ def read_caption_rows(
 def read_details(
     parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], references: pa.Table | None
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the details of the rows for which `kept` is true, with the columns of `DETAILS_SCHEMA`.
+    """Yields the columns of `DETAILS_SCHEMA`, which only the page of an image shows, for the rows that `kept` selects.
 
     `kept` has one value per row. `references` has the columns image_id and captions of the manifest (table of images
     with reference captions). It is None if the manifest is not available.
@@ -175,8 +175,9 @@ def _read_kept(
 def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
     """Returns the manifest (table of images) that captions were generated from, or None if it cannot be read.
 
-    The captions may have been generated from a features dataset that was extracted from the manifest. If the captions
-    are remote, a local manifest is ignored, because workers on other machines cannot read it.
+    The captions may have been generated from a features dataset that was extracted from the manifest. If one of
+    these datasets is local and another one is remote, the manifest is ignored, because workers on other machines cannot
+    read local files.
     """
     datasets = [captions]
     while datasets[-1].kind != "manifest":
@@ -196,7 +197,7 @@ class ManifestShards:
 
     Attributes:
         dataset: the manifest.
-        checksums: checksums by shard number, of the shards that have not changed since the captions were generated.
+        checksums: checksums by shard number. Shards that have changed since the captions were generated are omitted.
     """
 
     dataset: ShardedDataset
@@ -209,15 +210,17 @@ class ManifestShards:
 
 
 def _match_shards(datasets: Sequence[ShardedDataset]) -> dict[int, str]:
-    """Returns the checksums of the manifest's shards that have not changed since the captions were made from them.
+    """Returns the checksums of the manifest's shards that have not changed since the captions were generated from them.
 
-    `datasets` begin with the captions and end with the manifest; each dataset was made from the next one.
+    `datasets` starts with the captions and ends with the manifest. Each dataset was created from the next one.
     """
     markers = [dataset.read_markers() for dataset in datasets]
     matches = {}
     for shard in markers[0]:
         chain = [each[shard] for each in markers if shard in each]
-        if len(chain) == len(markers) and all(made.input_checksum == given.checksum for made, given in pairwise(chain)):
+        if len(chain) == len(markers) and all(
+            output.input_checksum == source.checksum for output, source in pairwise(chain)
+        ):
             matches[shard] = chain[-1].checksum
     return matches
 

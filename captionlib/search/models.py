@@ -31,7 +31,7 @@ _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
 def read_sentences(path: str) -> list[str]:
-    """Reads sentences, one per line, from a text file. Images are compared with them.
+    """Reads the sentences for `ImageQueryModels.rank_sentences` from a text file, one per line.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -49,11 +49,11 @@ class ImageQueryModels:
     Args:
         ranker: a dual encoder for image-text retrieval. Without it, images cannot be embedded.
         captioner: folder of a captioner, or an address such as `hf:FOLDER`. If None, images cannot be captioned.
-        weights: weights file of the image encoder. It is required only if the models were trained with an encoder whose
-            weights come from a file, and the captioner does not contain them.
+        weights: weights file of the image encoder. Required only if the models were trained with an encoder whose
+            weights come from a file, and the captioner does not contain these weights.
         device: device of the models, such as `cuda`.
         image_decoding: limits for decoding image files.
-        generation: how images are captioned.
+        generation: settings for generating captions.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.

@@ -191,7 +191,7 @@ def _dump_json(value: Any) -> str:
 
 
 def _to_json_values(column: pa.Array) -> list[Any]:
-    """Returns the values of a column, with only types that JSON has."""
+    """Converts the values of a column to types that JSON has."""
     return [_to_json_value(value, column.type) for value in column.to_pylist()]
 
 
@@ -207,7 +207,7 @@ def _to_json_value(value: Any, kind: pa.DataType) -> Any:
 
 
 def _to_json_scalar(value: Any, kind: pa.DataType) -> Any:
-    """Converts a scalar. A float gets as few digits as identify it; NaN and infinity become null."""
+    """Converts a scalar. A float keeps only the digits that are needed to identify it; NaN and infinity become null."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

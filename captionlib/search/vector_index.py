@@ -77,7 +77,7 @@ def write_trained_index(layout: VectorLayout, sample: Vectors, path: Path) -> No
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
-    missing = max(0, layout.nlist - len(sample))  # random vectors to add, as k-means needs one per list
+    missing = max(0, layout.nlist - len(sample))  # random vectors to add: k-means needs one per list
     random = np.random.default_rng(_SEED).normal(size=(missing, layout.dimension))
     vectors = np.concatenate([sample, random / np.linalg.norm(random, axis=1, keepdims=True)])
     index.train(np.ascontiguousarray(vectors, np.float32))
@@ -111,7 +111,7 @@ def merge_indexes(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], p
 
 
 def _write_index(index: Any, path: Path) -> None:
-    """Writes an index without letting Faiss open the file: if the disk is full, Faiss may only print an error.
+    """Writes an index to a file that Python opens. If Faiss opens the file, it may only print an error on a full disk.
 
     Raises:
         OSError: the file cannot be written.
@@ -122,7 +122,7 @@ def _write_index(index: Any, path: Path) -> None:
         def write(content: bytes) -> None:
             try:
                 file.write(content)
-            except OSError as error:  # must not reach Faiss
+            except OSError as error:  # raised below, because it must not pass through Faiss
                 errors.append(error)
 
         faiss.write_index(index, faiss.PyCallbackIOWriter(write))
@@ -133,7 +133,7 @@ def _write_index(index: Any, path: Path) -> None:
 
 def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
     """Renumbers the rows in `moves`, which must be sorted, and removes the vectors of all other rows."""
-    # Without the zeros, there would be nothing to unpack if `moves` is empty.
+    # The zeros make `zip` yield three tuples even if `moves` is empty.
     starts, ends, new_starts = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
     last_row = max(int(ids.max(initial=0)) for ids, _ in _iter_lists(index))
     is_kept = np.zeros(max(int(ends.max()), last_row + 1), np.bool_)
@@ -173,7 +173,7 @@ class VectorIndex:
                 f"{path}: expected {layout.nlist} lists of vectors of dimension {layout.dimension}, "
                 f"got {self._index.nlist} of {self._index.d}; build the index again"
             )
-        # By default Faiss starts 32 prefetch threads per query, which takes ten times as long as the query.
+        # By default, Faiss starts 32 prefetch threads per query. Starting them takes ten times as long as the query.
         faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
         self.layout = layout
         self._rows = rows
@@ -228,7 +228,7 @@ class VectorIndex:
         return None
 
     def _make_selector(self, matching: RowNumbers | None) -> tuple[Any, Any]:
-        """Returns Faiss's filter and the bitmap that it points to, which the caller must keep alive."""
+        """Returns a Faiss filter and its bitmap. The filter points to the bitmap, so the caller must keep it alive."""
         if matching is None:
             return None, None
         mask = np.zeros(self._rows, np.bool_)

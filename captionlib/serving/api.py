@@ -30,10 +30,10 @@ from captionlib.serving.uploads import Uploads
 __all__ = ["API", "DATE_PATTERN", "ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
 
 API = "/api/v1"
-"""Prefix of the paths of the API. A change that breaks clients gets a new prefix."""
+"""Path prefix of the API. A change that breaks clients gets a new prefix."""
 
 DATE_PATTERN = "^([0-9]{4}(-[0-9]{2})?)?$"
-"""A year or a month; empty for any date."""
+"""Pattern of a date filter: a year or a month, or empty for any date."""
 
 _MAX_CAPTIONED_IMAGES = 16
 _THUMBNAIL_HEADERS = {"Cache-Control": "private, max-age=86400"}
@@ -106,8 +106,8 @@ def search_images(
         str,
         Query(
             max_length=MAX_QUERY_CHARACTERS,
-            description='Words and "phrases". Put + before one to require it, and - to exclude it. With mode=sentence, '
-            "a description of the images in plain words.",
+            description='Words and "phrases". Put + before a word or phrase to require it, or - to exclude it. '
+            "With mode=sentence, a description of the images in plain words.",
             examples=['dog +frisbee "on the beach" -cat'],
         ),
     ],
@@ -144,7 +144,7 @@ def search_images(
     ] = None,
     duplicates: Annotated[
         Literal["all", "kept"],
-        Query(description="kept: leave out images that are marked as duplicates of another image.", examples=["all"]),
+        Query(description="Use kept to leave out images that are marked as duplicates of another.", examples=["all"]),
     ] = "all",
     min_log_prob: Annotated[
         float | None,
@@ -207,7 +207,7 @@ def get_image(service: Service, image_id: ImageId) -> ImageResponse:
 
 @router.post(
     f"{API}/image-search",
-    summary="Caption an uploaded image, rank the server's configured sentences for it, and find similar images",
+    summary="Caption an uploaded image, and find similar images and sentences",
     tags=["Search"],
     responses=describe_problems(400, 404, 408, 413, 422, 503),
 )
@@ -222,7 +222,7 @@ async def search_by_image(
 
 @router.post(
     f"{API}/caption",
-    summary="Caption one or several uploaded images",
+    summary="Caption one or more uploaded images",
     tags=["Caption"],
     responses=describe_problems(400, 404, 408, 413, 422, 503),
 )
@@ -232,7 +232,11 @@ async def caption(
     uploads: UploadQueue,
     images: Annotated[
         list[UploadFile],
-        File(min_length=1, max_length=_MAX_CAPTIONED_IMAGES, description="Image files; repeat the field for several."),
+        File(
+            min_length=1,
+            max_length=_MAX_CAPTIONED_IMAGES,
+            description="Image files. Repeat the field to upload several.",
+        ),
     ],
 ) -> CaptionResponse:
     captioned = []

@@ -99,12 +99,17 @@ class Search:
 
 
 class SearchService:
-    """Searches an index by text and, with models, by image. Exiting the context closes the models.
+    """Searches an index by text and, with models, by image. This class is thread-safe.
 
-    The models are a captioner, a ranker (dual encoder for image-text retrieval), or both. This class is thread-safe. In
-    the context, the service switches to a new version of the index within seconds after its publication. If `models` is
-    None, searching by image is disabled. Uploaded images are compared with `sentences`, or with the captions of similar
-    images if there are no sentences.
+    Within the context, the service switches to a new version of the index within seconds after it is published. Exiting
+    the context closes the models.
+
+    Args:
+        index: the index to search.
+        config: the limits of the web application.
+        models: a captioner, a ranker (dual encoder for image-text retrieval), or both. If None, searching by image is
+            disabled.
+        sentences: sentences to compare with uploaded images. If empty, the captions of similar images are used.
     """
 
     def __init__(
@@ -374,16 +379,16 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
     """Converts the candidate captions of a row.
 
-    Their `word_probability` requires the number of tokens, which the index stores only for the best candidate. If the
-    best candidate has one token more than words (the end token), tokens are words, so each candidate has one token more
-    than words. Otherwise, `word_probability` is None.
+    `word_probability` requires the number of tokens, which the index stores only for the best candidate. If that is the
+    number of its words plus one (for the END token), tokens are words, and the tokens of the other candidates can be
+    counted too. Otherwise, `word_probability` is None.
     """
-    has_words = row["tokens"] == len(row["caption"].split()) + 1
+    tokens_are_words = row["tokens"] == len(row["caption"].split()) + 1
     return [
         CaptionCandidate(
             **each,
             word_probability=_compute_word_probability(each["log_prob"], len(each["caption"].split()) + 1)
-            if has_words
+            if tokens_are_words
             else None,
         )
         for each in candidates

@@ -34,7 +34,7 @@ class BagOfWordsObjective(CaptioningObjective[CaptionerNetwork]):
         return BatchLoss(total / max(len(log_probs), 1), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes exp(-mean ln p) over the words of the validation captions that are in the vocabulary."""
+        """Computes the perplexity, exp(-mean log p), of the validation caption words that are in the vocabulary."""
         return {"word_perplexity": compute_perplexity(map(self._score_words, self._validation.in_order()))}
 
     def _score_words(self, batch: CaptionBatch) -> Tensor:

@@ -54,7 +54,7 @@ class CaptionerTrainingConfig:
         training: settings of the training loop.
         objective: `cross_entropy` maximizes the probability of reference captions. `bag_of_words` is an optional first
             stage for small datasets, which predicts a caption's words without their order. `self_critical` is an
-            optional last stage, which maximizes the CIDEr-D of sampled captions. Each stage is a run of its own;
+            optional last stage, which maximizes the CIDEr-D of sampled captions. Each stage is a separate run;
             `init_from` is the checkpoint of the previous stage.
         self_critical: settings of the self-critical objective.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
@@ -103,10 +103,12 @@ class CaptionerTrainingConfig:
     def __post_init__(self) -> None:
         if self.init_from is not None and self.word_vectors is not None:
             raise ConfigError(
-                "word_vectors: expected none with init_from, which has trained word vectors; leave it out"
+                "word_vectors: expected none with init_from, whose checkpoint already has word vectors; leave it out"
             )
         if self.word_vectors is not None and self.level != "words":
-            raise ConfigError(f"word_vectors: expected level words, got {self.level}; change level or leave it out")
+            raise ConfigError(
+                f"word_vectors: expected level words, got {self.level}; change level or leave word_vectors out"
+            )
         if self.objective == "self_critical" and self.init_from is None:
             raise ConfigError(
                 "init_from: expected a captioner trained by cross_entropy for objective self_critical, got none"
@@ -147,7 +149,7 @@ def train_captioner(
         output: the folder for the checkpoint of the best epoch, metrics, curves and the state to resume from.
         config: the configuration of the captioner and its training.
         weights: the encoder's weights file, for a new captioner (without `init_from`) with an `encoder_top`. Required
-            only if the file is no longer where it was during the extraction of the features.
+            only if the file has been moved since the features were extracted.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         overwrite: replace a run with a different configuration.
         progress: show a progress bar.

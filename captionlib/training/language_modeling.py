@@ -43,7 +43,7 @@ class LanguageModelTrainingConfig:
         validation_fraction: the fraction of a text file that is held out as validation data to select the best epoch.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_tokens: longer sentences are truncated in training.
+        max_tokens: the maximum number of tokens in a sentence; longer sentences are truncated.
         sequence_length: the number of tokens in each of the sequences that a continuous text is split into.
         batch_size: sentences or sequences per batch.
     """

@@ -57,19 +57,20 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains a model, or resumes an interrupted run. `output` holds the checkpoint of the best epoch so far.
 
-    Within `join_process_group`, the processes train one model together.
+    Inside a `join_process_group` block, all processes train one model together.
 
     Args:
         objective: the model, its training data and its loss.
         config: settings of the optimizer and the loop.
         output: the run's folder.
-        settings: all settings of the run, with `config` under `training`, and the fingerprints (hashes) of its inputs.
+        settings: all settings of the run, including `config` under the key `training`, and the fingerprints (hashes) of
+            its inputs.
         progress: show a progress bar.
 
     Returns:
-        The metrics of each epoch: `epoch`, `loss`, the mean `reward` if there are rewards, the validation scores,
-        `learning_rate`, `total_seconds` of training since the first epoch, and `data_wait`, the fraction of this time
-        that was spent waiting for data.
+        The metrics of each epoch: `epoch`, `loss`, the mean `reward` of sampled captions if the objective has rewards,
+        the validation scores, `learning_rate`, `total_seconds` of training since the first epoch, and `data_wait`, the
+        fraction of this time that was spent waiting for data.
 
     Raises:
         DatasetError: the folder holds a run with a different configuration, or its checkpoint has been removed.
@@ -92,7 +93,7 @@ def train(
 
 
 class _Run(Generic[Batch, Model]):
-    """A call of `train`: the state of the run, and its steps."""
+    """The state and methods of a single call to `train`."""
 
     def __init__(
         self, objective: Objective[Batch, Model], config: TrainingConfig, output: Folder, settings: dict[str, Any]
@@ -154,7 +155,7 @@ class _Run(Generic[Batch, Model]):
             f"{values} in the last {'epoch' if len(last) == 1 else f'{len(last)} epochs'}"
         )
         if len(last) == patience:
-            raise self._diverged(reason, "; set training.unigram_patience to null to continue nevertheless")
+            raise self._diverged(reason, "; set training.unigram_patience to null to continue anyway")
         if self.group.is_first and self.is_finished():
             print(f"warning: {reason}; train longer or with a lower training.learning_rate", file=sys.stderr)
 
@@ -231,7 +232,7 @@ class _Run(Generic[Batch, Model]):
         self._optimizer.zero_grad()
         if loss is not None:
             loss.mean.backward()  # type: ignore[no-untyped-call]
-        totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]  # loss sum, term count, reward sum, caption count
+        totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]  # the other fields of `BatchLoss`
         must_save = self.group.is_first and time.monotonic() > save_at
         # A single all-reduce sums the totals and lets the processes agree on stopping and saving.
         *group_totals, stops, saves = self.group.sum([*totals, is_stop_requested(), must_save], self._device)
@@ -249,7 +250,7 @@ class _Run(Generic[Batch, Model]):
         return stops > 0, saves > 0
 
     def complete_epoch(self, progress: bool) -> None:
-        """Validates the model, or the average of its weights if configured, and saves the results."""
+        """Validates the model, with averaged weights if `ema_decay` is set, and saves the results."""
         model = self._objective.model
         with nullcontext() if self._average is None else apply_average(model, self._average):
             model.eval()

@@ -13,6 +13,7 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 Row = dict[str, float]
+"""Metrics of an epoch. `data_wait` is the fraction of the training time spent waiting for data."""
 
 
 def log_epoch(output: Folder, history: Sequence[Row]) -> None:

@@ -94,7 +94,7 @@ class RankerTrainingConfig:
 
 @dataclass(frozen=True)
 class RankingBatch:
-    """Images with captions, and the epoch, on which the loss may depend."""
+    """Images with captions, and the epoch number, because the loss can depend on the epoch."""
 
     captions: CaptionBatch
     epoch: int

@@ -57,7 +57,7 @@ def contrastive_loss(scores: Tensor, image_of_sentence: Tensor, log_temperature:
 
 
 def _find_negatives(scores: Tensor, image_of_sentence: Tensor) -> Tensor:
-    """Returns whether each caption describes a different image, `[images, captions] bool`."""
+    """Returns `[images, captions] bool`, which is True where the caption describes a different image."""
     return torch.arange(len(scores), device=scores.device)[:, None] != image_of_sentence
 
 

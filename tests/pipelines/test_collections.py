@@ -309,7 +309,7 @@ def test_export_and_query_accept_a_collection_and_inspect_names_status(collectio
     assert texts == sorted(read_captions(collection).values())
     count = ("--sql", "SELECT count(*) AS n FROM captions", "--format", "jsonl")
     assert run("query", collection, collection / "images" / "captions", *count).output.strip() == '{"n": 16}'
-    with pytest.raises(DatasetError, match="is a collection, which `captionlib init` created; see `captionlib status"):
+    with pytest.raises(DatasetError, match=r"is a collection \(created by `captionlib init`\); run `captionlib status"):
         run("inspect", collection)
 
 

@@ -28,7 +28,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
 @pytest.fixture
 def page(tmp_path: Path, browser: WebDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Opens the page of a dataset with 2 of 3 finished shards, one of which has a failure."""
-    monkeypatch.setattr(job_page, "_MIN_AGE_SECONDS", 0.0)
+    monkeypatch.setattr(job_page, "_MIN_RENDER_INTERVAL_SECONDS", 0.0)
     read_asset = job_page.read_asset
     monkeypatch.setattr(job_page, "read_asset", lambda name: read_asset(name).replace(b"SECONDS = 5", b"SECONDS = 0.2"))
     dataset = write(tmp_path / "data", done=2)

@@ -322,7 +322,7 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
 
 def test_folder_with_foreign_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DatasetError, match=r"files that no training run wrote \(thesis.txt\)"):
+    with pytest.raises(DatasetError, match=r"files that do not belong to a training run \(thesis.txt\)"):
         prepare_run_folder(Folder(tmp_path), overwrite=True)
     (tmp_path / "thesis.txt").unlink()
     run(Line(), tmp_path)

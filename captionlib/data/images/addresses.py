@@ -9,8 +9,8 @@ protocol. It may select a part of the file:
 If a local file is itself named `/a#row=1&column=b`, this address refers to that file, not to a cell of `/a`. The path
 of a `file://` URL is percent-decoded, unless a file exists at the undecoded path.
 
-Chains of file systems (`zip://a::https://b`) and protocols whose files name other files (`reference`) are rejected
-without opening the file.
+Chains of file systems (`zip://a::https://b`), and protocols of file systems that interpret the content of files
+(`reference://`), are rejected without opening the file.
 """
 
 import os

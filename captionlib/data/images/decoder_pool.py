@@ -1,7 +1,7 @@
 """Decodes images in separate processes, because damaged or malicious images can hang or crash a decoder.
 
 Each process decodes one image at a time, with a timeout and a memory limit. A process that does not respond is killed
-and replaced. Each process runs a new interpreter instead of a fork, so it inherits no threads or locks.
+and replaced. Each process is a new interpreter, not a fork, so it inherits no threads or locks.
 """
 
 import fcntl
@@ -129,7 +129,7 @@ class DecoderPool:
             self._discard(decoder)
 
     def _try_decode(self, content: bytes, acquire: Callable[[], "_Decoder"]) -> DecodedImage | DecodeError | None:
-        """Returns an image or the error that it caused, or None if the process died."""
+        """Returns the decoded image, or the error that the image caused, or None if the process died."""
         try:
             decoder = acquire()
             try:
@@ -269,7 +269,7 @@ class _Decoder:
 
 
 def _enlarge_pipe(descriptor: int) -> None:
-    """Enlarges a pipe, if the system supports it, so it holds a whole image and neither end blocks."""
+    """Enlarges a pipe, if the system supports it, so that it holds a whole image and neither end blocks."""
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

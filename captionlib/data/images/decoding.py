@@ -184,7 +184,7 @@ def decode_image(
         preprocessing: the sizes and the interpolation; `mean` and `std` are not applied.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
-        before_decoding: function that is called as soon as the number of pixels is known, with this number.
+        before_decoding: function that is called with the number of pixels, before they are decoded.
 
     Raises:
         DecodeError: the image cannot be decoded. Its reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,

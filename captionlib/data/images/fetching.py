@@ -138,7 +138,7 @@ class ImageFetcher:
         self.close()
 
     def close(self) -> None:
-        """Cancels all pending requests and retries, in all threads."""
+        """Cancels all pending requests and prevents further attempts, in all threads."""
         self._closed.set()
         with self._lock:
             for request in self._requests:
@@ -153,7 +153,7 @@ class ImageFetcher:
         """Fetches the bytes at an address.
 
         Raises:
-            FetchError: the bytes cannot be fetched. The message does not quote any content.
+            FetchError: the bytes cannot be fetched. The message does not quote any fetched content.
         """
         try:
             return self._retrying(self._attempt, uri)
@@ -330,7 +330,7 @@ _REASONS = (
 
 
 def _describe_status(status: int, retry_after: float | None) -> FetchError:
-    """Describes an HTTP error status and the remedy."""
+    """Returns the error for an HTTP status, with its reason and a remedy."""
     wait = "" if retry_after is None else f" with a request to retry after {retry_after:.0f} seconds"
     reason, remedy = _STATUS_REASONS.get(status) or _STATUS_REASONS[400 if status < 500 else 500]
     return FetchError(reason, f"expected the image, got HTTP status {status}{wait}; {remedy}")

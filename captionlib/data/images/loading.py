@@ -1,4 +1,4 @@
-"""Fetches and decodes images in parallel and in order, and prefetches a limited number of them for the model."""
+"""Fetches and decodes images in parallel, and yields them in order. The number of prefetched images is limited."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator

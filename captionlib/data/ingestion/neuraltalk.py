@@ -134,8 +134,8 @@ def _check_orientation(
 ) -> None:
     """Checks that the matrix has a column, not a row, for each image.
 
-    If `dataset.json` lists only some of the images, neither dimension equals the number of images. Then the matrix
-    counts as transposed if its number of columns, but not its number of rows, is a usual size of a network layer.
+    If `dataset.json` lists only some of the images, neither dimension equals the number of images. In that case, the
+    matrix is rejected if its number of columns, but not its number of rows, is a common size of a network layer.
     """
     rows, columns = matrix.shape
     images = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1
@@ -180,7 +180,10 @@ def _find_columns(
 
 
 def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[str, Any]:
-    """Describes the features. A captioner rejects features whose description differs from that of its training data."""
+    """Describes the encoder that computed the features, with a checksum of the features file.
+
+    A captioner rejects features whose description of the encoder differs from that of its training data.
+    """
     return {
         "model": config.model,
         "node": config.node,

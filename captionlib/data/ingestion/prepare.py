@@ -49,10 +49,12 @@ class PrepareConfig:
             existing manifest keeps its shard size, and the size for a new one grows with the number of images.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: keep images of an existing manifest that are not in the source. The source may then list only new ones.
+        append: keep images of an existing manifest that are not in the source. The source may then list only new
+            images.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
-        verify_content: path or URL of features, captions or embeddings made from the manifest. If set, an update reads
-            each image whose file seems unchanged, and compares a hash of its content with their `content_hash`.
+        verify_content: path or URL of a features, captions or embeddings dataset made from the manifest. If set, an
+            update reads each image whose file seems unchanged, and compares a hash of its content with the
+            `content_hash` in that dataset.
     """
 
     source_format: str = "auto"
@@ -81,12 +83,12 @@ class PrepareSummary:
         source_format: specified or detected format of the sources.
         images: number of images, without skipped ones.
         shards: number of shards of the manifest.
-        captions: number of captions of these images.
-        splits: number of these images by split.
+        captions: number of captions of the images.
+        splits: number of images by split.
         skipped: number of skipped items by reason.
-        examples: file and line of the first skipped item by reason, for invalid images and captions only.
-        changes: numbers of new, changed, gone and unchanged images compared with the previous manifest.
-        updated: whether the output already contained a manifest.
+        examples: file and line of the first invalid image or caption by reason.
+        changes: numbers of new, changed, gone (no longer in the sources) and unchanged images.
+        updated: whether the sources were compared with an existing manifest. If False, all images are new.
     """
 
     source_format: str
@@ -160,7 +162,7 @@ def _prepare(
 ) -> PrepareSummary:
     """Writes or updates a manifest.
 
-    Locking creates the folder, so a new folder is locked only after the sources were checked.
+    Locking creates the folder, so a new folder is locked only after the sources have been checked.
     """
     is_new = not Folder(output).exists(DESCRIPTION_FILE)
     existing = _open_output(output, config, overwrite)
@@ -206,7 +208,7 @@ def _prepare(
 def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrite: bool) -> ShardedDataset | None:
     """Returns the manifest in the output folder, or None if there is none or it is to be overwritten.
 
-    Called before the sources are read, because reading can take long.
+    Called before the sources are read, because reading them can take a long time.
 
     Raises:
         ConfigError: the manifest has a different shard size.
@@ -341,8 +343,8 @@ def _check_images_exist(rows: Sequence[ImageRecord]) -> None:
     if rows:
         reason = "" if first_error is None else f"; {first_error.reason}: {first_error}"
         raise DatasetError(
-            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the "
-            "folder that image paths are relative to with --images, or use --no-check-images if only the workers of "
+            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; use "
+            "--images to set the folder that image paths are relative to, or --no-check-images if only the workers of "
             "later jobs can read the images"
         )
 

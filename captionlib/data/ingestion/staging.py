@@ -83,7 +83,7 @@ def stage_rows(
     digest = hashlib.blake2b(digest_size=16)
     splits: Counter[str] = Counter()
     captions = 0
-    # Rows of the manifest that have not been compared yet. None if a row differs.
+    # Rows of the manifest that have not been compared yet. None if there is no manifest, or once a row has differed.
     expected = None if existing is None else RowBuffer(part for _, part in read_manifest(existing))
     with _open_writer(path) as writer:
         while batch := list(itertools.islice(rows, _BATCH_ROWS)):
@@ -191,8 +191,8 @@ def check_ids_differ(manifests: Mapping[str, ShardedDataset]) -> None:
         found = [f"{uri} of source {name}" for name, each in manifests.items() for uri in _find_uris(each, *repeated)]
         raise DuplicateIdError(
             f"expected one image per id in all sources together, got {repeated[0]!r} for {' and '.join(found)}; change "
-            "one of the sources. If they are different images in two folders, replace both sources by one with the "
-            "parent of the folders, so that the ids contain the names of the folders"
+            "one of the sources. If two folders contain different images with the same name, use their parent folder "
+            "as a single source, so that the ids contain the folder names"
         )
 
 

@@ -9,7 +9,7 @@ from captionlib.errors import CaptionlibError
 
 __all__ = ["LineageStep", "describe_config", "list_sources", "read_lineage"]
 
-_MAX_STEPS = 10  # no chain of datasets is this long; ends the loop if datasets name each other as source
+_MAX_STEPS = 10  # more than any dataset has; ends the loop if datasets name each other as source
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def read_lineage(dataset: ShardedDataset) -> list[LineageStep]:
 def list_sources(dataset: ShardedDataset) -> tuple[list[ShardedDataset], LineageStep | None]:
     """Returns the datasets that this dataset was made from, in the order in which they were made.
 
-    A dataset that cannot be read is left out, and so are all earlier ones. A `LineageStep` then says why.
+    If one of them cannot be read, it and all earlier ones are left out, and the second value describes the problem.
+    Otherwise, the second value is None.
     """
     sources: list[ShardedDataset] = []
     address = dataset.source

@@ -1,4 +1,4 @@
-"""Runs a stage on a sample of its input, and estimates the time and output size for the rest of the input.
+"""Samples the input of a stage, and estimates the time and output size for the rest of the input.
 
 A stage is a step that reads one dataset (a folder of Parquet shards) and writes another, such as feature extraction.
 """
@@ -39,10 +39,10 @@ class StageInput:
 
     @property
     def input_arguments(self) -> dict[str, Any]:
-        """The arguments of `create_dataset` that say what the output of the stage was made from.
+        """The arguments of `create_dataset` that record what the output of the stage was made from.
 
-        The output of a sample has no source, because the sample is removed. Its `manifest_id` still identifies the list
-        of images.
+        A sample is removed after the run, so its output has no `source`. The `manifest_id` still identifies the list of
+        images.
         """
         if self.limit is None:
             return {"source": self.dataset}
@@ -139,7 +139,7 @@ class Estimate:
 def estimate_remaining(source: ShardedDataset, outputs: Sequence[ShardedDataset], workers: int) -> Estimate:
     """Estimates the cost of processing the remaining images of a dataset from the complete outputs of a sample.
 
-    The time does not include the start of the workers and the loading of models.
+    The time does not include starting the workers or loading the models.
     """
     totals = outputs[0].compute_totals()  # `totals.images` is the number of images in the sample
     remaining = max(0, source.compute_totals().rows - totals.images)
@@ -151,7 +151,7 @@ def estimate_remaining(source: ShardedDataset, outputs: Sequence[ShardedDataset]
 
 
 def _count_bytes(dataset: ShardedDataset) -> int:
-    """Returns the size of the columns of a dataset. File footers, which dominate small files, are not counted."""
+    """Returns the compressed size of a dataset's columns. File footers, which dominate small files, are not counted."""
     size = 0
     for shard in range(dataset.shards):
         with dataset.folder.open(f"{part_name(shard)}.parquet") as file:

@@ -43,7 +43,7 @@ PROGRESS_SECONDS = 5.0  # interval between updates of the progress of an unfinis
 class ShardWriter:
     """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`.
 
-    If writing takes long, the progress so far is written to a file, so that all Beam runners can show it.
+    If writing takes long, the progress so far is written to a file, so that it can be shown with any Beam runner.
     """
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, folder: Folder, shard: int) -> None:
@@ -172,7 +172,7 @@ def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetW
         use_dictionary=[field.name for field in dataset.schema if pa.types.is_string(field.type)],
         bloom_filter_options={"image_id": {"ndv": max(1, min(rows, ROW_GROUP_ROWS)), "fpp": 0.01}},
     )
-    # The footer shows how the file was made. It contains no times, so equal rows give equal files.
+    # The footer shows how the file was made. It contains no times, so identical rows give identical files.
     footer = {"kind": dataset.kind, "fingerprint": dataset.fingerprint, "config": dataset.config}
     parquet.add_key_value_metadata({"captionlib": json.dumps(footer, sort_keys=True)})
     return parquet

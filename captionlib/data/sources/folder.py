@@ -58,7 +58,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
 
 def find_images(address: str) -> list[str]:
-    """Returns the addresses of the images that a folder or glob contains. Any other address is returned as it is.
+    """Returns the addresses of the images that a folder or glob contains. Any other address is returned unchanged.
 
     Raises:
         DatasetError: a folder cannot be read, or a folder or glob has no images.
@@ -122,9 +122,10 @@ def _identify(folder: Location) -> object | None:
 
 
 def _was_deleted(root: Location, folder: str, ancestors: Sequence[object]) -> bool:
-    """Returns whether a missing directory was deleted. If not, its disk was unmounted, so its parent has changed too.
+    """Returns whether a missing directory was deleted. Otherwise, its disk was unmounted.
 
-    `ancestors` are the identities that the parents of `folder` had when they were listed, that of `root` first.
+    Unmounting a disk, unlike deleting a directory, also changes the identity of the remaining parent directory.
+    `ancestors` holds the identities of the parents of `folder` when they were listed, starting with `root`.
     """
     if not root.is_local:
         return bool(folder)

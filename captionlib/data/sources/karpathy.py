@@ -35,9 +35,10 @@ def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipC
 def read_numbered_rows(
     location: Location, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[object, ImageRecord]]:
-    """Yields the images of one `dataset.json`, each with its `imgid`, its column in NeuralTalk's features file.
+    """Yields the images of one `dataset.json`, each with its `imgid`.
 
-    Invalid images and captions are skipped.
+    The `imgid` is the index of the image's column in NeuralTalk's features file. Invalid images and captions
+    are skipped.
 
     Raises:
         DatasetError: the file is not in Karpathy's format.

@@ -129,8 +129,8 @@ class Vocabulary:
         """Builds a vocabulary from training captions.
 
         At the levels `words` and `characters`, tokens that occur fewer than `min_count` times are excluded. At the
-        other levels, at most `size` subwords are trained on the words. Characters that occur fewer than `min_count`
-        times are excluded, and so are all words that contain them.
+        levels `bpe` and `unigram`, the vocabulary has at most `size` subwords. They are learned from the words of the
+        captions, without the words that contain a character with fewer than `min_count` occurrences.
 
         Raises:
             ConfigError: no token is frequent enough, `size` is too small, or the package that trains subwords is not
@@ -154,9 +154,9 @@ class Vocabulary:
 
     @classmethod
     def _train_subwords(
-        cls, words: Mapping[str, int], sentences: int, min_count: int, level: SubwordAlgorithm, size: int
+        cls, word_counts: Mapping[str, int], sentences: int, min_count: int, level: SubwordAlgorithm, size: int
     ) -> "Vocabulary":
-        trained = train_subwords(words, level, size, min_count)
+        trained = train_subwords(word_counts, level, size, min_count)
         if not trained.subwords:
             raise ConfigError(
                 f"vocabulary: expected characters that occur at least {min_count} times, got none in {sentences} "
@@ -164,7 +164,7 @@ class Vocabulary:
             )
         tokenizer = make_tokenizer(level, trained)
         counter = Counter[int]()
-        for word, count in words.items():
+        for word, count in word_counts.items():
             for subword_id in tokenizer.encode(mark_word_starts([word])).ids:  # 0: unknown; i + 1: trained.subwords[i]
                 counter[subword_id] += count
         order = sorted(range(len(trained.subwords)), key=lambda i: (-counter[i + 1], trained.subwords[i]))

@@ -4,8 +4,8 @@
     s_i = a_i (Wq h + b) / sqrt(size)           score, for the hidden state h
     z   = sum_i softmax(s)_i a_i                context vector
 
-The score is a scaled dot product (Luong et al. 2015, arXiv 1508.04025) instead of a small network. One matrix product
-then computes the scores of all sentences of an image.
+The score is a scaled dot product (Luong et al. 2015, arXiv 1508.04025) instead of a small network, so one
+matrix product computes the scores of all sentences of an image.
 """
 
 from typing import NamedTuple
@@ -20,10 +20,10 @@ __all__ = ["Attention", "ImageGroups", "group_by_image"]
 
 
 class ImageGroups(NamedTuple):
-    """Assigns rows (sentences) to the cells of an `[images, width]` grid: the rows of an image to one line of cells.
+    """Assigns rows (sentences) to the slots of an `[images, width]` grid. Rows of the same image share a line of slots.
 
     Attributes:
-        slot: `[rows] int64`, the cell of each row: image * width + the index of the row within its image.
+        slot: `[rows] int64`, the slot of each row: image * width + the index of the row within its image.
         width: the largest number of rows per image.
     """
 

@@ -12,8 +12,8 @@ class ImageCaptioner(nn.Module):
     """A captioner whose input is pixels.
 
     Args:
-        encoder: trainable; see `EncoderNetwork`.
-        captioner: trained on features of this encoder.
+        encoder: the encoder to fine-tune; see `EncoderNetwork`.
+        captioner: a captioner that was trained on features of this encoder.
     """
 
     def __init__(self, encoder: EncoderNetwork, captioner: CaptionerNetwork) -> None:

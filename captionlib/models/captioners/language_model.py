@@ -45,5 +45,5 @@ class LanguageModelConfig:
 
 
 def build_language_model(config: LanguageModelConfig, vocabulary_size: int) -> CaptionerNetwork:
-    """Builds a language model with weights from PyTorch's global random number generator."""
+    """Builds a language model with random weights, sampled by PyTorch's global random number generator."""
     return CaptionerNetwork(config.to_captioner_config(), 0, vocabulary_size)

@@ -30,7 +30,7 @@ __all__ = [
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 ENCODER = "encoder.safetensors"
-ENCODER_ADDRESS = "encoder_weights"  # key of the path or URL in the provenance
+ENCODER_ADDRESS = "encoder_weights"  # key in the provenance, for the path or URL of the encoder's weights
 
 LOCAL_WEIGHTS = ("file", "folder")
 """Values of `weights` in the description of an encoder whose weights came from a local file or folder."""
@@ -44,7 +44,7 @@ def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Ma
 
     Args:
         folder: the checkpoint.
-        encoder: `Encoder.description` of the encoder.
+        encoder: description of the encoder; see `Encoder`.
         provenance: the data and versions that the model was trained with.
     """
     if encoder.get("weights") not in LOCAL_WEIGHTS:
@@ -54,7 +54,7 @@ def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Ma
     recorded = provenance.get(ENCODER_ADDRESS)
     if not isinstance(recorded, str) or not recorded:
         return None
-    is_address = Path(recorded).is_absolute() or "://" in recorded  # otherwise the name of a file
+    is_address = Path(recorded).is_absolute() or "://" in recorded  # otherwise only a file name
     if is_address and _exists(recorded):
         return recorded
     name = recorded.rsplit("/", 1)[-1]
@@ -109,6 +109,6 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
 
 
 def _exists(address: str) -> bool:
-    """Returns whether a local file or folder exists. Returns True for a remote one, because checking takes time."""
+    """Returns whether a local file or folder exists. Remote files are assumed to exist, because checking takes time."""
     fs, path = open_file_system(address)
     return Path(path).exists() if isinstance(fs, LocalFileSystem) else True

@@ -128,7 +128,7 @@ class EncoderConfig:
         return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
 
     def override_preprocessing(self, preprocessing: Preprocessing) -> Preprocessing:
-        """Returns a preprocessing with the configured `resize_size` and `decode_scale`."""
+        """Returns `preprocessing` with the configured `resize_size` and `decode_scale`."""
         return replace(
             preprocessing,
             resize_size=self.resize_size or preprocessing.resize_size,
@@ -226,8 +226,8 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     """Builds an encoder and loads its weights; `trainable` prepares them for fine-tuning (see `EncoderNetwork`).
 
     Raises:
-        ConfigError: the model, the node, the weights or the device do not exist, or the weights lack layers up to the
-            node.
+        ConfigError: the model, the node, the weights or the device does not exist, or the weights lack a layer that
+            the node needs.
     """
     torch_device = resolve_device(device)
     with choose_build_device(config.weights, config.missing_weights):
@@ -249,7 +249,7 @@ def build_encoder(
     """Builds an encoder from a network with loaded weights.
 
     Args:
-        network: module from normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
+        network: module that maps normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
             `[batch, size]` or `[batch, channels, height, width]`.
         config: the configuration, which becomes part of the encoder's description.
         preprocessing: how to convert an image to pixels, and the mean and standard deviation for normalization.
@@ -305,7 +305,8 @@ def pack_encoder_weights(config: EncoderConfig) -> bytes:
     Tensors are stored in float16 if that changes no value.
 
     Args:
-        config: a torchvision network with weights from a file, which may contain more tensors.
+        config: configuration of a torchvision network with weights from a file. The file may contain more tensors than
+            the encoder needs.
 
     Raises:
         ConfigError: the file cannot be read.

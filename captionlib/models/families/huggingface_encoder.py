@@ -25,7 +25,7 @@ __all__ = ["load"]
 
 
 class _VisionTower(nn.Module):
-    """The image part of a model of Transformers, up to a node."""
+    """The vision tower of a Transformers model. Computes the features that `node` selects; see `Node`."""
 
     def __init__(self, model: Any, node: Node, address: str) -> None:
         super().__init__()
@@ -79,11 +79,11 @@ def _load_tower(location: str, folder: Path, node: Node) -> Any:
         raise CheckpointError(f"hf:{location}: expected a model with an image encoder, got {type(model).__name__}")
     prefix = "" if tower is model else "vision_model."
     tower_missing = [name for name in missing if name.startswith(prefix)]
-    poolers = [name for name in tower_missing if "pooler" in name]
-    if node == "pooled" and poolers:
+    missing_pooler = [name for name in tower_missing if "pooler" in name]
+    if node == "pooled" and missing_pooler:
         raise ConfigError(
-            f"encoder.node: hf:{location} has no trained weights for pooled ({poolers[0]}); use class_token or "
+            f"encoder.node: hf:{location} has no trained weights for pooled ({missing_pooler[0]}); use class_token or "
             "feature_map"
         )
-    require_weights(location, set(tower_missing) - set(poolers))
+    require_weights(location, set(tower_missing) - set(missing_pooler))
     return tower

@@ -39,7 +39,7 @@ class ImageModel(Protocol):
         """
 
     def find_input_transform(self, weights: str | None) -> InputTransform:
-        """Returns how images become the input.
+        """Returns the transform from images to the input of the model.
 
         `weights` is the path of the encoder's weights file, if the user specified it.
 
@@ -64,7 +64,7 @@ Model = TypeVar("Model", bound=ImageModel)
 def open_model(
     group: Group, address: str | os.PathLike[str], device: str, load_checkpoint: Callable[[str], Model]
 ) -> Model:
-    """Loads a model of a group, such as `captioners`; see `open_captioner`.
+    """Loads a model of a group (kind of model), such as `captioners`; see `open_captioner`.
 
     If the address has the prefix of a family, the family loads the model; otherwise, `load_checkpoint` does.
     """

@@ -1,9 +1,9 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
-A family is a provider of models: an entry point of an installed package. It is named like the prefix and is
-in the group `captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers` (dual encoders for image-text
-retrieval). An address without a prefix is the folder of a checkpoint that captionlib trained or, for encoders, the name
-of a torchvision model.
+A family is a provider of models: an entry point of an installed package. Its name is the prefix. Its group is
+`captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers` (dual encoders for image-text retrieval). An
+address without a prefix is the folder of a checkpoint that captionlib trained or, for encoders, the name of a
+torchvision model.
 
 An address may end with options, such as `?template=a photo of {}`; each family defines its own.
 """
@@ -37,17 +37,17 @@ def resolve_model_address(address: str | os.PathLike[str]) -> str:
     prefix, location = split_address(address)
     if not prefix:
         return resolve_address(address)
-    folder, mark, options = location.partition("?")
+    folder, question_mark, options = location.partition("?")
     fs, path = open_file_system(folder)
-    return f"{prefix}:{resolve_address(folder) if fs.exists(path) else folder}{mark}{options}"
+    return f"{prefix}:{resolve_address(folder) if fs.exists(path) else folder}{question_mark}{options}"
 
 
 def find_family(group: Group, prefix: str) -> Callable[..., Any]:
-    """Returns the function that loads models of a family. It raises CheckpointError if the code of the family fails.
+    """Returns the function that loads models of a family. That function raises CheckpointError if loading fails.
 
     Raises:
-        ConfigError: no installed package has such a family, or a package that the family needs is missing.
-        CheckpointError: the package that provides the family is damaged.
+        ConfigError: no installed package provides the family, or a package that the family needs is missing.
+        CheckpointError: importing the family's code fails.
     """
     families: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"captionlib.{group}")}
     if prefix not in families:

@@ -14,7 +14,7 @@ __all__ = ["check_condition", "check_reads_only", "to_query_error"]
 _ALLOWED_TABLE_FUNCTIONS = frozenset({"generate_series", "json_each", "json_tree", "range", "repeat", "unnest"})
 _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SET_OPERATION_NODE"})
 
-# These functions read settings and variables, sleep, write the log or change sequences.
+# These functions read settings and variables, sleep, write to the log or change sequences.
 _REFUSED_FUNCTIONS = frozenset(
     {"current_setting", "currval", "getenv", "getvariable", "nextval", "pg_sleep", "setval", "sleep_ms", "write_log"}
 )
@@ -101,7 +101,7 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def to_query_error(error: Exception) -> QueryError:
-    """Converts a DuckDB error. Keeps only its description, in one line, without the SQL and advice that follow.
+    """Converts a DuckDB error. Keeps only its description, as one line, and omits the SQL and advice that follow.
 
     If the file system raised an exception, DuckDB's error contains the stack trace. Only the message of the exception
     is kept.
