@@ -238,7 +238,7 @@ def _check_keys(config_type: Any, values: Mapping[str, Any], prefix: str, origin
 
 
 def _section_type(field_type: Any) -> Any | None:
-    """Returns the class C of a field of type `C`, `C | None` or `tuple[C, ...]`. Returns None for other types."""
+    """Returns the dataclass C of a field of type `C`, `C | None` or `tuple[C, ...]`. Returns None for other types."""
     types = [field_type, *get_args(field_type)]
     return next((section for section in types if dataclasses.is_dataclass(section)), None)
 

@@ -50,7 +50,7 @@ beam_argument = click.argument("beam_options", nargs=-1, type=click.UNPROCESSED,
 _PRETRAINED = "hf:Salesforce/blip-image-captioning-large@main"
 _NO_CAPTIONER = """{command} needs a captioner, -c FOLDER. To get one, run one of these:
   pip install 'captionlib[transformers]' && captionlib {example} -c {pretrained}  # BLIP, 1.9 GB
-  captionlib demo -o demo && captionlib {example} -c demo/captioner  # takes minutes; for rendered shapes only"""
+  captionlib demo -o demo && captionlib {example} -c demo/captioner  # takes minutes; for synthetic images only"""
 
 
 class _NoCaptionerError(click.ClickException):

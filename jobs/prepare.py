@@ -71,8 +71,8 @@ __all__ = ["command"]
 @click.option(
     "--version-column",
     metavar="NAME",
-    help="Tables: column whose value changes when the image changes. [default: size and time of a local file, or the "
-    "uri]",
+    help="Tables: column whose value changes when the image changes. [default: size and modification time of a local "
+    "file, or the uri]",
 )
 @click.option(
     "--shard-size",

@@ -95,8 +95,8 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork])
         no_image = torch.zeros(1, 0, device=self._device)  # all sentences share one image without features
         scores = self.model(no_image, sentences, sentences.new_zeros(len(sentences)))
         log_probs: Tensor = scores.log_probs
-        # The model appends END to each row. log_probs is ordered by time step, and all sequences have the same length,
-        # so the last len(sentences) entries are those of END. They are dropped for continuous text.
+        # The model appends END to each row, but continuous text has no END, so these entries are dropped. They are the
+        # last ones, because log_probs is ordered by time step and all sequences of a continuous text are equally long.
         return log_probs if rows_are_sentences else log_probs[: -len(sentences)]
 
 

@@ -91,7 +91,7 @@ class FetchConfig:
             if protocol in INTERPRETING_PROTOCOLS or not is_known_protocol(protocol):
                 raise ConfigError(
                     f"protocols: expected fsspec protocols, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
-                    ", which is unknown, or unsafe because it interprets what it reads; remove it"
+                    ", which is unknown or unsafe; remove it"
                 )
 
 
@@ -222,7 +222,10 @@ class ImageFetcher:
                 self._requests.discard(request)
 
     async def _read_http(self, fs: Any, url: str, span: _Span) -> bytes:
-        """Reads a span and closes the connection. If the server ignores the Range header, the rest is discarded."""
+        """Reads a span and closes the connection.
+
+        If the server ignores the Range header, the bytes outside the span are discarded.
+        """
         session = await fs.set_session()
         headers = {**session.headers, **fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
         if span.end is not None:

@@ -144,7 +144,7 @@ def _render_use(kind: str, config: Mapping[str, Any], has_encoder: bool) -> Iter
     encoder = config.get("encoder", {})
     if not encoder:
         return
-    network, digest = f"{encoder.get('model')} at {encoder.get('node')}", encoder.get("weights_sha256")
+    network, digest = f"{encoder.get('model')} (output node {encoder.get('node')})", encoder.get("weights_sha256")
     weights, file = encoder.get("weights"), config.get("provenance", {}).get(ENCODER_ADDRESS, "")
     if has_encoder:
         text = f"The weights of the encoder, {network}, are in `{ENCODER}`."
