@@ -2,7 +2,7 @@
 
     output/
       part-00000.tar                            `webdataset`: an image, a .txt and a .json per sample
-      part-00000/000000.jpg, metadata.jsonl     `metadata`: imagefolder of Hugging Face's `datasets`
+      part-00000/000000.jpg, metadata.jsonl     `metadata`: imagefolder format of Hugging Face's `datasets`
       part-00000/000000.jpg, 000000.txt         `txt`: the captions beside each image, one per line
       __export/export.json                      what is exported
       __export/part-00000.json                  counts of a finished shard
@@ -132,7 +132,9 @@ class _Export:
     selection: ImageSelection
 
     def claim_folder(self, description: Mapping[str, Any]) -> None:
-        """Writes the description of the export if it is missing or damaged. Existing parts are then removed first.
+        """Checks that the folder is empty or contains this export.
+
+        If the description of the export is missing or damaged, removes all existing parts and writes the description.
 
         Raises:
             DatasetError: the folder contains other files.
@@ -259,12 +261,12 @@ class _Export:
 
 
 def find_problem(content: bytes) -> str | None:
-    """Returns why the bytes of an image cannot be exported; None if they can."""
+    """Returns the reason why the bytes of an image cannot be exported, or None if they can."""
     return "UnknownFormat" if find_format(content) is None else None
 
 
 def add_sample(tar: tarfile.TarFile, key: str, row: Mapping[str, Any], content: bytes) -> None:
-    """Adds a sample of WebDataset to a tar: the image, its captions as text, and the row as JSON.
+    """Adds a WebDataset sample to a tar: the image, its captions as text, and the row as JSON.
 
     Args:
         tar: the open tar.

@@ -17,7 +17,7 @@ def max_margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, ha
     For a pair with score p, a negative with score n costs max(0, margin - p + n). The image's negatives are the
     captions of other images, and the caption's negatives are the other images. The loss of a pair is the sum of the
     costs of all its negatives (Karpathy & Fei-Fei 2015). With `hard_negatives`, it is the sum of only two costs: the
-    image's highest and the caption's highest (Faghri et al. 2018, VSE++).
+    highest among the image's negatives and the highest among the caption's negatives (Faghri et al. 2018, VSE++).
 
     Args:
         scores: `[images, captions]`, cosine similarities.
