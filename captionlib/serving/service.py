@@ -339,9 +339,10 @@ class SearchService:
 
 
 def make_cursor(offset: int, search: object) -> str:
-    """Returns the cursor that continues a search, or another list, at an offset.
+    """Returns the cursor of the page that starts at an offset.
 
-    The cursor contains a checksum of `search`, so it is rejected for a different search.
+    The cursor contains a checksum of `search`, the parameters of a search or of another list, so it is rejected for
+    different parameters.
     """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
@@ -379,9 +380,9 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
     """Converts the candidate captions of a row.
 
-    `word_probability` requires the number of tokens, which the index stores only for the best candidate. If that is the
-    number of its words plus one (for the END token), tokens are words, and the tokens of the other candidates can be
-    counted too. Otherwise, `word_probability` is None.
+    `word_probability` requires the number of tokens, which the index stores only for the best candidate. If the best
+    candidate has one more token than words (the END token), tokens are words, so the tokens of all candidates can be
+    counted. Otherwise, `word_probability` is None.
     """
     tokens_are_words = row["tokens"] == len(row["caption"].split()) + 1
     return [

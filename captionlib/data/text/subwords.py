@@ -37,7 +37,7 @@ class Subwords(NamedTuple):
     Attributes:
         subwords: all subwords, in any order.
         merges: for `bpe`, the pairs to merge, in this order.
-        scores: for `unigram`, ln p of each subword.
+        scores: for `unigram`, the log-probability of each subword.
     """
 
     subwords: tuple[str, ...]
