@@ -162,7 +162,7 @@ def _prepare_once(
 ) -> GenerateCaptions:
     """Prepares a captioner once per process, and again if its datastore changes.
 
-    `_datastore` is the fingerprint (hash) of the captioner's datastore, which contains training images for reranking.
+    `_datastore` is the fingerprint (hash) of the captioner's datastore (training data for reranking).
     It is not used here, but is part of the cache key.
     """
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
