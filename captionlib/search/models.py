@@ -82,9 +82,9 @@ class ImageQueryModels:
                 check_works_without_ranker(generation.decoding)
             model = open_captioner(captioner, device)
             self._generate = model.prepare(generation)
-            self._caption_encoder = self._load(model, weights)
-        # If both models have the same encoder, `_load` loads it only once.
-        self._embedding_encoder = self._load(ranker, weights) if ranker else None
+            self._caption_encoder = self._load_encoder(model, weights)
+        # If both models have the same encoder, `_load_encoder` loads it only once.
+        self._embedding_encoder = self._load_encoder(ranker, weights) if ranker else None
 
     def __enter__(self) -> "ImageQueryModels":
         return self
@@ -171,7 +171,7 @@ class ImageQueryModels:
             wait_for_features = encoder.encode_async([pixels])
             return wait_for_features()
 
-    def _load(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
+    def _load_encoder(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
         encoder_description = model.encoder
         for description, image_encoder in self._loaded:
             if description == encoder_description:

@@ -60,8 +60,8 @@ _REASONS = {
     "DecoderDied": "decoding failed",
     "Empty": "the file is empty",
     "Forbidden": "access is denied",
-    "ForbiddenHost": "the server does not fetch images from private hosts",
-    "MissingPackage": "a package that reads the address is not installed",
+    "ForbiddenHost": "fetching images from private hosts is not allowed",
+    "MissingPackage": "a package needed to read the address is not installed",
     "NotAnImage": "the file is not an image",
     "NotAFile": "the address is not a file",
     "NotFound": "the image was not found",
@@ -281,15 +281,15 @@ class _Facet:
 
     Attributes:
         name: name of the parameter in the URL.
-        label: name of the facet.
-        unset: label of the choice that does not restrict the search.
+        label: displayed name of the facet.
+        unset_label: label of the choice that does not restrict the search.
         selected: the chosen value; empty if there is none.
         options: the values, their labels and the number of images with each.
     """
 
     name: str
     label: str
-    unset: str
+    unset_label: str
     selected: str
     options: list[tuple[str, str, int]]
 

@@ -55,8 +55,8 @@ class CaptionerConfig:
             (NeuralTalk's LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of
             Karpathy & Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's
             RNN). `initial_state`: the state before START. `none`: a language model. A Transformer supports `none`,
-            `initial_input` and `every_step`. With `initial_input`, the image enters only through attention. With
-            `every_step`, the projected image is also added to the embedding of each word.
+            `initial_input` (the image enters only through attention) and `every_step` (the projected image is also
+            added to the embedding of each word).
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
         feature_power: exponent of the magnitudes of features; signs are kept. An exponent below 1 damps large
             activations (Perronnin et al. 2010).

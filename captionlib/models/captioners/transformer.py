@@ -71,7 +71,7 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        if channels:  # initialized as one matrix with many outputs, the keys and values would be too small
+        if channels:  # initialized separately, because Xavier's bound for the whole matrix is too small
             for projection in self.image_keys_values.weight.chunk(2 * layers):
                 nn.init.xavier_uniform_(projection)
 
