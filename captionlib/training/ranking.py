@@ -135,15 +135,15 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
     def loss(self, batch: RankingBatch) -> BatchLoss:
         """Computes the mean loss over all pairs of an image and one of its captions."""
         images, captions = self._embed(batch.captions)
-        image_of_sentence = torch.from_numpy(batch.captions.image_of_sentence).to(self._device)
+        image_of_caption = torch.from_numpy(batch.captions.image_of_caption).to(self._device)
         with torch.autocast(self._device.type, enabled=False):  # a temperature of 0.04 amplifies rounding errors
             scores = images.float() @ captions.float().t()
         if self._config.loss == "contrastive":
-            loss = contrastive_loss(scores, image_of_sentence, self.model.log_temperature)
+            loss = contrastive_loss(scores, image_of_caption, self.model.log_temperature)
         else:
             hard_negatives = self._config.loss == "hard_negative" and batch.epoch >= self._config.warmup_epochs
-            loss = max_margin_loss(scores, image_of_sentence, self._config.margin, hard_negatives)
-        return BatchLoss(loss, loss.item() * len(image_of_sentence), len(image_of_sentence))
+            loss = max_margin_loss(scores, image_of_caption, self._config.margin, hard_negatives)
+        return BatchLoss(loss, loss.item() * len(image_of_caption), len(image_of_caption))
 
     def validate(self) -> dict[str, float]:
         """Computes the mean recall and the median ranks of retrieval in both directions."""
@@ -152,7 +152,7 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
             image_embeddings, caption_embeddings = self._embed(batch)
             images.append(image_embeddings.float().cpu().numpy())
             captions.append(caption_embeddings.float().cpu().numpy())
-            image_of_caption.append(batch.image_of_sentence + image_count)
+            image_of_caption.append(batch.image_of_caption + image_count)
             image_count += len(image_embeddings)
         scores = score_retrieval(np.concatenate(images), np.concatenate(captions), np.concatenate(image_of_caption))
         return {
@@ -173,12 +173,12 @@ def sample_captions(batch: CaptionBatch, count: int, generator: np.random.Genera
     if not count:
         return batch
     shuffled = generator.permutation(len(batch.sentences))
-    shuffled = shuffled[np.argsort(batch.image_of_sentence[shuffled], kind="stable")]
-    images = batch.image_of_sentence[shuffled]
+    shuffled = shuffled[np.argsort(batch.image_of_caption[shuffled], kind="stable")]
+    images = batch.image_of_caption[shuffled]
     position = np.arange(len(images)) - np.searchsorted(images, images)  # index of each caption within its image
     selected = shuffled[position < count]
     sentences = [batch.sentences[index] for index in selected]
-    return CaptionBatch(batch.features, sentences, batch.image_of_sentence[selected])
+    return CaptionBatch(batch.features, sentences, batch.image_of_caption[selected])
 
 
 def train_ranker(

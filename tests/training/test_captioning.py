@@ -175,7 +175,7 @@ def test_smoothed_loss_is_cross_entropy_with_smoothed_targets(features: ShardedD
     uniform = -model(
         torch.from_numpy(batch.features),
         pad_sentences(batch.sentences),
-        torch.from_numpy(batch.image_of_sentence),
+        torch.from_numpy(batch.image_of_caption),
         True,
     ).mean_log_probs.mean()
     assert smooth[0].item() == pytest.approx((0.9 * plain[0] + 0.1 * uniform).item(), rel=1e-6)

@@ -39,19 +39,19 @@ def test_contrastive_is_the_softmax_of_each_pair_among_its_negatives() -> None:
     assert contrastive_loss(SCORES, IMAGE_OF_SENTENCE, torch.tensor(0.5).log()).item() == pytest.approx(expected)
 
 
-def compute_losses(scores: Tensor, image_of_sentence: Tensor) -> list[Tensor]:
+def compute_losses(scores: Tensor, image_of_caption: Tensor) -> list[Tensor]:
     return [
-        max_margin_loss(scores, image_of_sentence, 0.2),
-        max_margin_loss(scores, image_of_sentence, 0.2, hard_negatives=True),
-        contrastive_loss(scores, image_of_sentence, torch.tensor(-1.0)),
+        max_margin_loss(scores, image_of_caption, 0.2),
+        max_margin_loss(scores, image_of_caption, 0.2, hard_negatives=True),
+        contrastive_loss(scores, image_of_caption, torch.tensor(-1.0)),
     ]
 
 
 def sample_scores(seed: int) -> tuple[Tensor, Tensor]:
-    """Returns random scores and `image_of_sentence`."""
+    """Returns random scores and `image_of_caption`."""
     generator = torch.Generator().manual_seed(seed)
-    image_of_sentence = torch.arange(4).repeat_interleave(torch.randint(1, 4, (4,), generator=generator))
-    return 2 * torch.rand(4, len(image_of_sentence), generator=generator) - 1, image_of_sentence
+    image_of_caption = torch.arange(4).repeat_interleave(torch.randint(1, 4, (4,), generator=generator))
+    return 2 * torch.rand(4, len(image_of_caption), generator=generator) - 1, image_of_caption
 
 
 @given(st.integers(0, 10_000))

@@ -95,7 +95,7 @@ class Transformer(nn.Module):
         batch_sizes: list[int],
         state: Sequence[Tensor] | Tensor,
         annotations: Tensor | None,
-        image_of_sentence: Tensor | None,
+        image_of_caption: Tensor | None,
         parent: Tensor | None = None,
         image: Tensor | None = None,
     ) -> TransformerOutput:
@@ -107,7 +107,7 @@ class Transformer(nn.Module):
             state: the keys of each layer, then the values of each layer, `[parents, steps, size]` each. With several
                 time steps in `batch_sizes`, the state must be empty (no steps).
             annotations: the output of `annotate`; None for a language model.
-            image_of_sentence: `[sentences] int64`, the image that each sentence attends to; None for a language model.
+            image_of_caption: `[sentences] int64`, the image that each sentence attends to; None for a language model.
             parent: `[sentences] int64`, the row of the state that each sentence continues; None if sentence i continues
                 row i.
             image: `[tokens, size]`, the projected image of each token; None with `image_input: initial_input`.
@@ -118,8 +118,8 @@ class Transformer(nn.Module):
         if image is not None:
             hidden = hidden + image
         groups = None
-        if annotations is not None and image_of_sentence is not None:
-            groups = group_by_image(image_of_sentence[layout.sentence], annotations.shape[1])
+        if annotations is not None and image_of_caption is not None:
+            groups = group_by_image(image_of_caption[layout.sentence], annotations.shape[1])
         keys, values, weights = [], [], []
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
