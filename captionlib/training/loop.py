@@ -69,8 +69,8 @@ def train(
 
     Returns:
         The metrics of each epoch: `epoch`, `loss`, the mean `reward` of sampled captions if the objective has rewards,
-        the validation scores, `learning_rate`, `total_seconds` of training since the first epoch, and `data_wait`, the
-        fraction of this time that was spent waiting for data.
+        the validation scores, `learning_rate`, `total_seconds` of training since the first epoch, and
+        `data_wait_fraction`, the fraction of this time that was spent waiting for data.
 
     Raises:
         DatasetError: the folder holds a run with a different configuration, or its checkpoint has been removed.
@@ -279,7 +279,7 @@ class _Run(Generic[Batch, Model]):
             **scores,
             "learning_rate": self._config.learning_rate * factor,
             "total_seconds": round(state.training_seconds, 1),
-            "data_wait": round(state.data_wait_seconds / max(state.training_seconds, 1e-9), 4),
+            "data_wait_fraction": round(state.data_wait_seconds / max(state.training_seconds, 1e-9), 4),
         }
         state.history.append(row)
         if progress:

@@ -12,8 +12,10 @@ CURVES = "curves.png"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
+_NOT_PLOTTED = frozenset({"epoch", "total_seconds", "learning_rate", "data_wait_fraction"})
+
 Row = dict[str, float]
-"""Metrics of an epoch. `data_wait` is the fraction of the training time spent waiting for data."""
+"""Metrics of an epoch. `data_wait_fraction` is the fraction of the training time spent waiting for data."""
 
 
 def log_epoch(output: Folder, history: Sequence[Row]) -> None:
@@ -44,7 +46,7 @@ def draw_curves(output: Folder, history: Sequence[Row]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in history[0] if name not in {"epoch", "total_seconds", "learning_rate", "data_wait"}]
+    names = [name for name in history[0] if name not in _NOT_PLOTTED]
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(4.5 * len(names), 3.4), layout="constrained")
     FigureCanvasAgg(figure)

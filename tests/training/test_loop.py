@@ -286,7 +286,7 @@ def test_run_logs_metrics_and_events(tmp_path: Path) -> None:
     history = run(Line(), tmp_path)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
     assert json.loads((tmp_path / "resolved.json").read_bytes())["training"]["epochs"] == CONFIG.epochs
-    assert all(0 <= row["data_wait"] <= 1 for row in history)
+    assert all(0 <= row["data_wait_fraction"] <= 1 for row in history)
     events = [event for path in sorted((tmp_path / "tensorboard").iterdir()) for event in read_events(path)]
     losses = [
         (event.step, value.simple_value) for event in events for value in event.summary.value if value.tag == "loss"

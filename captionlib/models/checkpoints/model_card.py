@@ -48,8 +48,8 @@ _LIMITS = {
         "Sentences can repeat parts of the training text and its prejudices.",
     ),
 }
-# Values in the training history that are not scores. `data_wait` is the fraction of the time spent waiting for data.
-_NON_SCORES = {"epoch", "loss", "reward", "learning_rate", "total_seconds", "data_wait"}
+# Values in the training history that are not scores.
+_NON_SCORES = {"epoch", "loss", "reward", "learning_rate", "total_seconds", "data_wait_fraction"}
 # Keys whose values may be paths.
 _PATH_KEYS = {"init_from", "word_vectors", "checkpoint", "file", ENCODER_ADDRESS}
 
