@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from captionlib.storage.folders import Folder, scratch_folder
 
-__all__ = ["CURVES", "METRICS", "TENSORBOARD", "draw_curves", "log_epoch"]
+__all__ = ["CURVES", "METRICS", "TENSORBOARD", "plot_curves", "log_epoch"]
 
 CURVES = "curves.png"
 METRICS = "metrics.jsonl"
@@ -41,7 +41,7 @@ def _serialize_events(row: Row) -> bytes:
         return path.read_bytes()
 
 
-def draw_curves(output: Folder, history: Sequence[Row]) -> None:
+def plot_curves(output: Folder, history: Sequence[Row]) -> None:
     """Plots the loss and the validation scores of all epochs in `curves.png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -26,7 +26,7 @@ STEPS = 4
 @pytest.fixture(autouse=True)
 def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves the time of drawing curves, which other tests cover."""
-    monkeypatch.setattr("captionlib.training.loop.draw_curves", lambda *_: None)
+    monkeypatch.setattr("captionlib.training.loop.plot_curves", lambda *_: None)
 
 
 class Line:
@@ -138,7 +138,7 @@ def test_run_without_its_checkpoint_is_not_resumed(tmp_path: Path, epochs: int) 
 
 
 def test_run_whose_folder_is_removed_at_the_end_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captionlib.training.loop.draw_curves", lambda *_: shutil.rmtree(tmp_path / "run"))
+    monkeypatch.setattr("captionlib.training.loop.plot_curves", lambda *_: shutil.rmtree(tmp_path / "run"))
     with pytest.raises(DatasetError, match="does not hold the checkpoint"):
         run(Line(), tmp_path / "run")
 
