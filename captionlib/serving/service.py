@@ -74,7 +74,7 @@ class Search:
         sort: order of the results in mode `text`.
         source: name of the captions dataset of the images; None for all.
         date: year or month in which the files of the images were last modified; None for all.
-        kept_only: whether to leave out images that are marked as duplicates.
+        exclude_duplicates: whether to leave out images that are marked as duplicates.
         like: id of an image in the index, to find similar images. It is used only if there is no query.
     """
 
@@ -85,12 +85,12 @@ class Search:
     sort: Sort = "relevance"
     source: str | None = None
     date: str | None = None
-    kept_only: bool = False
+    exclude_duplicates: bool = False
     like: str | None = None
 
     @property
     def filter(self) -> Filter:
-        return Filter(None, self.split, self.min_log_prob, self.source, self.date, self.kept_only)
+        return Filter(None, self.split, self.min_log_prob, self.source, self.date, self.exclude_duplicates)
 
     @property
     def is_empty(self) -> bool:
@@ -196,7 +196,7 @@ class SearchService:
             splits=counts.splits,
             sources=counts.sources,
             dates=counts.months,
-            kept=counts.kept,
+            non_duplicates=counts.non_duplicates,
             duplicates=counts.duplicates,
         )
         if response.total == 0:
