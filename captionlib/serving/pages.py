@@ -124,11 +124,11 @@ def _read_search(
     source: Annotated[str, Query(max_length=300)] = "",
     date: str = "",
     duplicates: str = "include",
-    like: str = "",
+    similar_to: str = "",
 ) -> Search:
     """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default.
 
-    `source` is the name of a captions dataset. `like` is the id of an image, to find similar images.
+    `source` is the name of a captions dataset. `similar_to` is the id of an image, to find similar images.
     """
     return Search(
         query=q,
@@ -138,7 +138,7 @@ def _read_search(
         source=source or None,
         date=date if date and re.fullmatch(DATE_PATTERN, date) else None,
         exclude_duplicates=duplicates == "exclude",
-        like=None if q.strip() else like or None,
+        similar_to=None if q.strip() else similar_to or None,
     )
 
 
@@ -186,7 +186,7 @@ def show_image(
     image_id: ImageId,
     position: Annotated[int, Query(alias="at", ge=-1)] = -1,
 ) -> HTMLResponse:
-    is_result = 0 <= position <= MAX_OFFSET and (search.query.strip() or search.like)
+    is_result = 0 <= position <= MAX_OFFSET and (search.query.strip() or search.similar_to)
     previous, following = service.find_adjacent(search, position, image_id) if is_result else (None, None)
     image = service.get_image(image_id)
     return pages.render(
@@ -359,7 +359,7 @@ def _format_search(search: Search, path: str = "/", **changes: Any) -> str:
         "date": search.date,
         "duplicates": "exclude" if search.exclude_duplicates else "include",
         "sort": search.sort,
-        "like": search.like,
+        "similar_to": search.similar_to,
     }
     parameters = {
         name: value for name, value in (values | changes).items() if value not in (_DEFAULTS.get(name), None, "")
