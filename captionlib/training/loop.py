@@ -23,7 +23,7 @@ from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup
 from captionlib.training.interrupts import catch_stop_signals
-from captionlib.training.metrics_log import plot_curves, log_epoch
+from captionlib.training.metrics_log import log_epoch, plot_curves
 from captionlib.training.objective import Batch, Model, Objective
 from captionlib.training.optimization import (
     TrainingConfig,

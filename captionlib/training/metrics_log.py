@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from captionlib.storage.folders import Folder, scratch_folder
 
-__all__ = ["CURVES", "METRICS", "TENSORBOARD", "plot_curves", "log_epoch"]
+__all__ = ["CURVES", "METRICS", "TENSORBOARD", "log_epoch", "plot_curves"]
 
 CURVES = "curves.png"
 METRICS = "metrics.jsonl"

@@ -64,8 +64,8 @@ def open_loader(
 ) -> Iterator[LoadImages]:
     """Starts threads and decoder processes, and yields a function that loads images; see `load_images`.
 
-    Every image is fetched once, and decoded with `preprocessing` and with each one in `extra_preprocessing`. On exit, all
-    fetching and decoding in progress is canceled.
+    Every image is fetched once, and decoded with `preprocessing` and with each one in `extra_preprocessing`. On exit,
+    all fetching and decoding in progress is canceled.
     """
     with ExitStack() as stack:  # exits in reverse order, so threads are joined after their work is canceled
         threads = stack.enter_context(ThreadPoolExecutor(config.threads, thread_name_prefix="load-images"))
