@@ -69,8 +69,8 @@ class FetchConfig:
         backoff_seconds: wait before the second attempt. It doubles for each further attempt, up to 30 s, plus jitter.
         max_retry_after_seconds: longest wait that a server can request with the header `Retry-After`. If it requests a
             longer wait, the image fails without another attempt.
-        max_column_chunk_bytes: maximum size of a column chunk (a column of a row group) of a Parquet file. It is also the
-            size of the cache for column chunks.
+        max_column_chunk_bytes: maximum size of a column chunk (a column of a row group) of a Parquet file. It is also
+            the size of the cache for column chunks.
         protocols: allowed protocols of image addresses. `file` also allows local paths. fsspec protocols that chain
             file systems, or interpret the content of files (such as `reference`), are never allowed.
         allow_private_hosts: allow http and https connections to loopback, link-local and private networks. Set it to

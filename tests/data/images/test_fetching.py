@@ -454,7 +454,7 @@ def test_invalid_parquet_cells_fail(fetcher: ImageFetcher, parquet: Path, tmp_pa
     assert reason(fetcher, f"{tmp_path}/damaged.parquet#row=0&column=plain") == "DamagedFile"
 
 
-def test_large_cells_and_row_groups_fail(parquet: Path) -> None:
+def test_large_cells_and_column_chunks_fail(parquet: Path) -> None:
     with ImageFetcher(FetchConfig(max_image_bytes=12)) as fetcher:
         assert fetcher.fetch(f"{parquet}#row=2&column=plain") == bytes([2]) * 12
         assert reason(fetcher, f"{parquet}#row=3&column=plain") == "TooLarge"
