@@ -212,7 +212,7 @@ def train_rows(features: ShardedDataset) -> list[np.ndarray]:
 
 def test_attention_needs_maps(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=8))
-    with pytest.raises(DatasetError, match="got one vector per image; extract with pooling none"):
+    with pytest.raises(DatasetError, match="got one vector per image; extract features with pooling none"):
         train(features, tmp_path / "captioner", config)
 
 
