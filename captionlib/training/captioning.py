@@ -259,8 +259,8 @@ def _make_batches(
     if augmentation and len(get_feature_shape(dataset)) == 1:
         raise DatasetError(
             f"{dataset.folder.uri}: random_crop and horizontal_flip need feature maps [positions, channels], got "
-            "one vector per image; extract features with pooling none at a node with spatial output, such as features.29 "
-            "of vgg16, or leave both out"
+            "one vector per image; extract features with pooling none at a node with spatial output, such as "
+            "features.29 of vgg16, or leave both out"
         )
     buffer_bytes = config.shuffle_buffer_megabytes << 20
     pooled = model.attention_module is None and model.encoder_top is None
