@@ -23,7 +23,7 @@ from captionlib.data.batches.captions import (
     read_captions,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.text.vocabulary import Level, Vocabulary
+from captionlib.data.text.vocabulary import Tokenization, Vocabulary
 from captionlib.evaluation.retrieval import score_retrieval
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import save_ranker
@@ -55,12 +55,12 @@ class RankerTrainingConfig:
         warmup_epochs: the number of initial epochs in which `hard_negative` uses all negatives.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch. All their images are ranked together.
-        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
+        tokenization: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
             captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
         max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if `level` is `characters`.
+            or 200 characters if `tokenization` is `characters`.
         batch_images: images per batch in each process. All negatives come from the batch of the same process.
         captions_per_image: the number of captions to sample per image and epoch; 0 uses all captions.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
@@ -83,7 +83,7 @@ class RankerTrainingConfig:
     warmup_epochs: NonNegativeInt = 5
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    level: Level = "words"
+    tokenization: Tokenization = "words"
     min_count: PositiveInt = 4
     vocabulary_size: PositiveInt = 8000
     max_words: PositiveInt | None = None
@@ -231,7 +231,7 @@ def train_ranker(
 
 def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, device: torch.device) -> RankingObjective:
     captions = read_captions(dataset, config.train_splits)
-    vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
+    vocabulary = Vocabulary.from_captions(captions, config.min_count, config.tokenization, config.vocabulary_size)
     encode, buffer_bytes = make_caption_tokenizer(vocabulary, config.max_words), config.shuffle_buffer_megabytes << 20
     training = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled=True)
     validation = CaptionBatches(

@@ -218,7 +218,7 @@ def make_caption_tokenizer(vocabulary: Vocabulary, max_words: int | None = None)
 
     If `max_words` is None, the limit is 30 words, or 200 characters for a vocabulary of characters.
     """
-    limit = max_words or _DEFAULT_LIMITS.get(vocabulary.level, _DEFAULT_LIMITS["words"])
+    limit = max_words or _DEFAULT_LIMITS.get(vocabulary.tokenization, _DEFAULT_LIMITS["words"])
     return lambda caption: vocabulary.encode_tokens(vocabulary.tokenize(caption)[:limit])
 
 

@@ -107,8 +107,8 @@ def render_card(
 
 def describe_vocabulary(vocabulary: Mapping[str, Any]) -> str:
     """Returns the size of the vocabulary of a checkpoint and the kind of its tokens."""
-    level = vocabulary.get("level", "words")
-    unit = level if level in ("words", "characters") else f"subwords ({level})"
+    tokenization = vocabulary.get("tokenization", "words")
+    unit = tokenization if tokenization in ("words", "characters") else f"subwords ({tokenization})"
     return f"{len(vocabulary.get('words', ())):,} {unit}"
 
 
