@@ -23,7 +23,8 @@ _DEFAULT_LENGTHS = {
     "--length",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Maximum number of tokens (words, characters or subwords) after the prefix. Continuous text has exactly N.",
+    help="Maximum number of tokens (words, characters or subwords) after the prefix. A model trained on continuous "
+    "text generates exactly N.",
 )
 @click.option("--temperature", type=float, help="A lower value makes texts more predictable.  [default: 1]")
 @click.option("--top-k", type=int, help="Sample from the k most probable tokens.")

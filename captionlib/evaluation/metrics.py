@@ -83,7 +83,7 @@ def _bleu(sums: Numbers) -> Numbers:
 
 
 def compute_meteor(captions: Tokenized, references: Tokenized) -> Metric:
-    """Computes METEOR 1.5 (Denkowski & Lavie 2014) from the counts of its Java program; see `count_alignments`."""
+    """Computes METEOR 1.5 (Denkowski & Lavie 2014) from the counts of METEOR's Java program; see `count_alignments`."""
     rows = count_alignments([(caption, references[image_id]) for image_id, (caption,) in captions.items()])
     return Metric(("METEOR",), rows, _meteor)
 
@@ -131,7 +131,7 @@ def compute_ratio(
     denominators: Sequence[float] | Numbers,
     transform: Callable[[Numbers], Numbers] = lambda quotient: quotient,
 ) -> Metric:
-    """Computes a score from the quotient of two sums over images. It is undefined if the denominators sum to 0.
+    """Computes a score from the quotient of two sums over images. The score is NaN if the denominators sum to 0.
 
     `transform` maps the quotient to the score, element by element. By default, the score is the quotient.
     """

@@ -105,13 +105,14 @@ def find_duplicates(
         output: folder to write.
         threshold: minimum cosine similarity, in (0, 1], of the embeddings of near-duplicates. If 1, only exact copies
             are duplicates.
-        overwrite: replace an existing dataset that has a different threshold.
-        progress: show a progress bar.
+        overwrite: whether to replace a dataset that has a different threshold or was made from other manifests.
+        progress: whether to show a progress bar.
 
     Raises:
         ConfigError: `threshold` is out of range.
         DatasetError: `embeddings` are not complete embeddings datasets of one ranker (image-text retrieval model).
-        FingerprintError: the output contains a dataset with a different threshold, and `overwrite` is False.
+        FingerprintError: the output contains a dataset with a different threshold or from other manifests, and
+            `overwrite` is False.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
@@ -224,7 +225,7 @@ def _index_vectors(shards: Sequence[Shard], rows: int, dimension: int) -> Any:
     index = faiss.index_factory(dimension, f"IVF{layout.nlist},SQfp16", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.spherical = True
-    index.cp.min_points_per_centroid = 1  # no warning about few vectors per list
+    index.cp.min_points_per_centroid = 1  # disables the warning about few vectors per list
     if shards:
         chosen = [shards[index] for index in np.unique(np.linspace(0, len(shards) - 1, _TRAINING_SHARDS).astype(int))]
         per_shard = -(-layout.nlist * _TRAINING_VECTORS_PER_LIST // len(chosen))
@@ -243,7 +244,7 @@ def _read_vectors(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.floa
 def _group_similar(
     index: Any, positions: Indices, unique: Indices, groups: _Groups, threshold: float, bar: ProgressBar
 ) -> None:
-    """Adds each image in `unique` to the group of the first kept image that is similar enough. Changes `groups`.
+    """Adds each image in `unique` to the group of the first similar kept image. Changes `groups` in place.
 
     `unique` contains the indices of the images in `_Images`, without exact copies. `positions` is `_Images.positions`.
     """

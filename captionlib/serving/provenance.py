@@ -40,19 +40,20 @@ def make_attention(
 ) -> Attention | None:
     """Returns the attention maps of a caption; None if they cannot be shown.
 
-    They can be shown if there are `weights`, `[tokens, positions]`, and if the crop of the image is known. The crop
-    depends on the size of the image in `row`, and on the preprocessing in `config` (the configuration of the captions).
+    They can be shown if there are `weights`, `[tokens, positions]`, and if it is known how the encoder crops the image.
+    The crop depends on the size of the image in `row`, and on the preprocessing in `config` (the configuration of the
+    captions).
     """
     if not weights or not row["width"] or not row["height"]:
         return None
     try:
-        shown = build_image_display([{"image_id": "", "attention": weights}], config.get("encoder", {}))
+        display = build_image_display([{"image_id": "", "attention": weights}], config.get("encoder", {}))
     except DatasetError:  # the maps are not square
         return None
-    if shown.preprocessing is None:
+    if display.preprocessing is None:
         return None
-    crop = _find_crop(shown.preprocessing, row["width"], row["height"])
-    maps = shown.attention_maps[""]
+    crop = _find_crop(display.preprocessing, row["width"], row["height"])
+    maps = display.attention_maps[""]
     return Attention(maps=[base64.b64encode(each.tobytes()).decode() for each in maps], crop=crop)
 
 

@@ -113,7 +113,7 @@ def finetune_captioner(
     Raises:
         CheckpointError: `init_from` is not a checkpoint, or the weights belong to a different encoder.
         ConfigError: `init_from` is missing, or no layer from `encoder.from_node` on has weights to fine-tune.
-        DatasetError: the manifest is incomplete, or a split has no captions.
+        DatasetError: the manifest is incomplete, or the training or validation splits contain no captions.
         FailureRatioError: more images are unreadable than the configuration allows.
     """
     if config.init_from is None:

@@ -138,7 +138,7 @@ class Comparison:
 
     @contextmanager
     def _register(self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[None]:
-        """Registers rows as a table that can be read once. An error in `batches` is raised instead of DuckDB's."""
+        """Registers rows as a table that can be read once. If `batches` raises an error, it replaces DuckDB's error."""
         errors: list[Exception] = []
 
         def read() -> Iterator[pa.RecordBatch]:
@@ -209,10 +209,10 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     changed_shards, missing = comparison.list_changed_shards(), comparison.count_missing_by_shard()
     remaining = {shard: count - missing.get(shard, 0) for shard, count in rows.items()}
     last = max((shard for shard, count in remaining.items() if count), default=0)  # empty shards after it are dropped
-    new_rows = comparison.count().new
+    new_count = comparison.count().new
     room = max(0, shard_size - remaining[last])
-    fills_last = new_rows > 0 and room > 0
-    added = -(-max(0, new_rows - room) // shard_size)
+    fills_last = new_count > 0 and room > 0
+    added = -(-max(0, new_count - room) // shard_size)
     shards = last + 1 + added
     changed = comparison.read_changed()
     pending = next(changed, None)

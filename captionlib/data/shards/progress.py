@@ -1,6 +1,7 @@
-"""Shows the progress of a job that writes a dataset. It counts the images of finished shards and of shards in progress.
+"""Shows the progress of a job that writes a dataset.
 
-A finished shard has a marker, the JSON file that records that the shard is complete.
+The progress bar counts the images of finished shards and of shards in progress. A finished shard has a marker, the JSON
+file that records that the shard is complete.
 """
 
 import threading

@@ -56,12 +56,11 @@ _TOKEN = re.compile(
 
 
 def tokenize(sentence: str, tokenization: Tokenization = "words") -> list[str]:
-    """Splits a sentence into words in the style of the Penn Treebank, or into characters.
+    """Splits a sentence into words in the style of the Penn Treebank, or into characters with `characters`.
 
-    With tokenization `bpe` and `unigram`, it also splits it into words, which `Vocabulary` splits into subwords.
-    Words are lowercased, and punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`.
-    Hyphenated words and numbers are kept (`t-shirt`, `1,000`). If the words are joined by spaces and tokenized again,
-    the result is the same.
+    With `bpe` and `unigram`, the result is words too; `Vocabulary` splits them into subwords. Words are lowercased, and
+    punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`. Hyphenated words and numbers are
+    kept (`t-shirt`, `1,000`). If the words are joined by spaces and tokenized again, the result is the same.
     """
     if tokenization == "characters":
         return list(sentence)
