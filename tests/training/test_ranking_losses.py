@@ -64,7 +64,7 @@ def test_the_order_of_captions_changes_nothing(seed: int) -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 10_000))
-def test_another_sentence_of_the_same_image_is_not_a_negative(seed: int) -> None:
+def test_another_caption_of_the_same_image_is_not_a_negative(seed: int) -> None:
     scores, images = sample_scores(seed)
     scores.requires_grad_()
     for loss in compute_losses(scores, images):
