@@ -288,6 +288,7 @@ def _resize(
         if pixels.shape[2] == 3:
             return Image.fromarray(shrink_image(pixels, size, box))
         pixels = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
+        pixels.im.setmode("RGB")  # RGB images also have an unused fourth channel; for RGBX, Pillow would resize it too
     return pixels.resize(size, method, box)
 
 
