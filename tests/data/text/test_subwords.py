@@ -86,7 +86,9 @@ def test_rare_characters_are_unknown(tokenization: Tokenization) -> None:
 
 @BOTH
 def test_rejects_impossible_sizes_and_captions(tokenization: Tokenization) -> None:
-    with pytest.raises(ConfigError, match=r"vocabulary_size: expected more than \d+, the number .*, got 5; raise vocabulary_size or"):
+    with pytest.raises(
+        ConfigError, match=r"vocabulary_size: expected more than \d+, the number .*, got 5; raise vocabulary_size or"
+    ):
         build(tokenization, size=5)
     with pytest.raises(ConfigError, match="characters that occur at least 99 times, got none in 15 sentences"):
         build(tokenization, min_count=99)
