@@ -88,13 +88,13 @@ serve_option = click.option(
 )
 
 
-def serve_when_done(folder: str, port: int | None, *before: str) -> None:
-    """If `port` is not None, runs the commands `before` on a folder, and then serves the folder."""
+def serve_when_done(folder: str, port: int | None, *commands: str) -> None:
+    """If `port` is not None, runs `commands` on a folder, and then serves the folder."""
     if port is None:
         return
     root = click.get_current_context().find_root()
     group = cast(click.Group, root.command)
-    for name, *options in (*((name,) for name in before), ("serve", "--port", str(port))):
+    for name, *options in (*((name,) for name in commands), ("serve", "--port", str(port))):
         command = group.get_command(root, name)
         assert command is not None
         with command.make_context(name, [folder, *options], parent=root) as context:

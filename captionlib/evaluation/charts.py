@@ -7,8 +7,7 @@ from typing import Any
 
 __all__ = ["Chart", "Sparkline", "build_charts", "build_sparkline"]
 
-# data_wait is the fraction of the training time that is spent waiting for data.
-_NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "data_wait"})
+_NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "data_wait_fraction"})
 
 _TRAINING_METRICS = frozenset({"loss", "reward"})  # all other metrics are computed on the validation splits
 

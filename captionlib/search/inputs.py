@@ -110,12 +110,12 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
             yield pq.ParquetFile(file)
 
 
-def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.NDArray[np.bool_]:
-    """Returns a mask of the rows of a captions shard that selects the images that are not in `left_out`."""
-    if not left_out:
+def find_kept_rows(parquet: pq.ParquetFile, excluded_ids: Collection[str]) -> npt.NDArray[np.bool_]:
+    """Returns a mask of the rows of a captions shard that selects the images that are not in `excluded_ids`."""
+    if not excluded_ids:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
-    return np.fromiter((image_id not in left_out for image_id in ids), np.bool_, len(ids))
+    return np.fromiter((image_id not in excluded_ids for image_id in ids), np.bool_, len(ids))
 
 
 def read_caption_rows(

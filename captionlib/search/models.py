@@ -20,7 +20,7 @@ from captionlib.models.families.model import Arrays, ImageModel
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import PixelPassthrough
-from captionlib.models.inference.image_text_scores import check_works_without_ranker, score_captions
+from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
 
 __all__ = ["ImageQueryModels", "read_sentences"]
 
@@ -79,7 +79,7 @@ class ImageQueryModels:
         self._generation = generation
         if captioner is not None:
             if ranker is None:
-                check_works_without_ranker(generation.decoding)
+                check_needs_no_ranker(generation.decoding)
             model = open_captioner(captioner, device)
             self._generate = model.prepare(generation)
             self._caption_encoder = self._load_encoder(model, weights)

@@ -143,11 +143,12 @@ def search_images(
         ),
     ] = None,
     duplicates: Annotated[
-        Literal["all", "kept"],
+        Literal["include", "exclude"],
         Query(
-            description="Use kept to leave out images that are marked as duplicates of another image.", examples=["all"]
+            description="Use exclude to leave out images that are marked as duplicates of another image.",
+            examples=["include"],
         ),
-    ] = "all",
+    ] = "include",
     min_log_prob: Annotated[
         float | None,
         Query(
@@ -168,8 +169,8 @@ def search_images(
 ) -> SearchResponse:
     if mode not in service.modes:
         raise HTTPException(400, f"mode {mode} is not available; expected {' or '.join(service.modes)}")
-    kept_only = duplicates == "kept"
-    search = Search(q, mode, split or None, min_log_prob, sort, source or None, date or None, kept_only)
+    exclude_duplicates = duplicates == "exclude"
+    search = Search(q, mode, split or None, min_log_prob, sort, source or None, date or None, exclude_duplicates)
     return service.search(search, cursor, limit)
 
 
