@@ -18,8 +18,8 @@ def command(source: str, output: str, config: str | None, overrides: tuple[str, 
     extract-features writes features datasets; prepare writes manifests (lists of images). The model is a captioner
     without image input. A text file has one sentence per line, or is one continuous text (--set layout=continuous).
     Tokens are words or characters (--set tokenization=characters). Training keeps the checkpoint of the epoch with the
-    lowest perplexity on the val and dev splits or on a held-out part of the text file. Ctrl-C saves the state and stops;
-    the same command resumes.
+    lowest perplexity on the val and dev splits or on a held-out part of the text file. Ctrl-C saves the state and
+    stops; the same command resumes.
 
     \b
     Examples:
