@@ -22,7 +22,7 @@ _log_format: LogFormat = "text"
 
 
 def set_log_format(log_format: LogFormat) -> None:
-    """Sets the format of progress and messages. With `json`, each is one line with a JSON object."""
+    """Sets the format of progress and messages. With `json`, each line is a JSON object."""
     global _log_format  # noqa: PLW0603 - set once, by the command line
     _log_format = log_format
 
@@ -52,7 +52,7 @@ class ProgressBar:
         self._interval_seconds = 0.0
 
     def update(self, count: int, status: str | None = None) -> None:
-        """Adds `count` finished items. `status` is shown after the counts; if None, the current text is kept."""
+        """Adds `count` finished items. `status` is shown after the counts; if None, the current status is kept."""
         self.count += count
         if status is not None:
             self._status = status
@@ -123,7 +123,7 @@ def progress_bar(label: str, total: int | None, unit: str, enabled: bool = True)
 @contextmanager
 def _draw(bar: ProgressBar, label: str, total: int | None) -> Iterator[None]:
     """Draws the bar on a terminal during the block."""
-    from rich.console import Console  # takes 0.2 s, and most commands draw no bar
+    from rich.console import Console  # the import takes 0.2 s, and most commands draw no bar
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (

@@ -11,7 +11,9 @@ __all__ = ["command"]
 
 @click.command()
 @click.argument("source")
-@click.option("--checkpoint", "-c", required=True, metavar="FOLDER", help="A captioner from train-captioner.")
+@click.option(
+    "--checkpoint", "-c", required=True, metavar="FOLDER", help="Checkpoint of the captioner, from train-captioner."
+)
 @weights_option
 @progress_option
 @config_options
@@ -22,8 +24,8 @@ def command(source: str, checkpoint: str, config: str | None, overrides: tuple[s
     SOURCE is a features dataset (from extract-features) or a manifest (list of images, from prepare). By default, the
     images of the splits train and restval are stored. The datastore is the file datastore.parquet in the checkpoint.
 
-    If decoding.rerank.neighbors is set, generate-captions and caption use the datastore to prefer captions that agree
-    with the reference captions of similar training images.
+    If decoding.rerank.neighbors is set, `captionlib generate-captions` and `captionlib caption` use the datastore: they
+    prefer captions that agree with the reference captions of similar training images.
 
     Do not include images that you want to caption: their own references would leak into their captions. Training the
     captioner again deletes the datastore.

@@ -22,14 +22,14 @@ __all__ = ["command"]
 @captioner_option(
     "--checkpoint",
     example_arguments="caption {images}",
-    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner of Hugging Face (name or folder).",
+    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner from Hugging Face (name or folder).",
 )
 @weights_option
 @click.option(
     "--n-best", type=click.IntRange(min=1), help="Captions per image.  [default: 1, or decoding.n_best of --config]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
-@click.option("--report", metavar="FOLDER", help="Also write an HTML report; its page is index.html.")
+@click.option("--report", metavar="FOLDER", help="Also write an HTML report, FOLDER/index.html.")
 @config_options
 @device_option
 def command(

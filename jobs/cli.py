@@ -31,7 +31,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "update": "Caption and index what has changed in a collection.",
         "remove": "Remove images from a collection or from datasets.",
         "compact": "Merge small shards and split large ones.",
-        "status": "Show what is new, finished and failed in a collection.",
+        "status": "Show what is finished, pending and failed in a collection.",
     },
     "Prepare images": {
         "prepare": "List images and their captions in a manifest.",
@@ -65,7 +65,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
 }
 
-# What a resumable command keeps when it is stopped, and the commands that this applies to.
+# Messages about what is kept when a resumable command is stopped, and the commands that show each message.
 _KEPT = {
     "Finished stages are kept": {"demo", "update", "remove"},
     "Finished datasets are kept": {"compact"},
@@ -185,11 +185,11 @@ def captionlib() -> None:
 def run_program() -> NoReturn:
     """Runs the command line and ends the process, for the script `captionlib` and `python -m captionlib`.
 
-    The process ends without running the destructors of C++ libraries. Those of Arrow can abort the process, even after
-    the command has succeeded, if threads have just been started.
+    The process ends without running the destructors of C++ libraries. Arrow's destructors can abort the process
+    if threads have just been started, even after the command has succeeded.
     """
     exit_code = 0
-    # Functions that are registered later, by libraries, run before this one.
+    # Exit functions that libraries register later run before this one.
     atexit.register(lambda: _end_process(exit_code))
     try:
         main()

@@ -15,17 +15,17 @@ __all__ = ["command"]
     "--shard-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Images per shard. [default: from the number of images, as in `captionlib prepare`]",
+    help="Images per shard. [default: depends on the number of images, as in `captionlib prepare`]",
 )
 @progress_option
 def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) -> None:
-    """Merge small shards (files of a dataset) and split large ones, without computing anything again.
+    """Merge small shards (files of a dataset) and split large ones, without recomputing anything.
 
     Pass a collection (a folder that `captionlib init` created), or a manifest (list of images) followed by all datasets
-    that were made from it. Datasets that you leave out keep the old shards, and later commands reject them. Each
-    dataset is written anew and then replaced in one step, so it temporarily takes twice the space. If the command is
-    interrupted, run it again. Until it has finished, use no other command except `serve` on the datasets. An index
-    stays valid; the next `build-index` or `update` switches it to the new shards.
+    that were made from it. Datasets that you leave out keep their old shards, and later commands reject them. Each
+    dataset is rewritten and then replaced in one step, so it temporarily takes twice the space. If the command is
+    interrupted, run it again. Until the command has finished, run no other command except `serve` on the datasets. An
+    index stays valid; the next `build-index` or `update` switches it to the new shards.
 
     \b
     Examples:

@@ -22,12 +22,14 @@ __all__ = ["command"]
 def command(embeddings: tuple[str, ...], output: str, threshold: float, overwrite: bool, progress: bool) -> None:
     """Group the duplicates among the images of EMBEDDINGS.
 
-    COLLECTION is a folder that `captionlib init` created, and stands for the embeddings of all its images.
+    EMBEDDINGS is a dataset that `captionlib embed` wrote. COLLECTION is a folder that `captionlib init` created; the
+    embeddings of all its images are used.
 
     Exact copies have files with equal bytes. Near-duplicates are resized, recompressed or slightly cropped copies: the
-    cosine similarity of their embeddings is at least the threshold. Writes a Parquet dataset with a row for each image
-    of a group: image_id, group, kept and similarity. The largest image of a group is kept: group is its
-    id, and similarity is the cosine similarity to it. No image is deleted.
+    cosine similarity of their embeddings is at least the threshold. The output is a Parquet dataset with the columns
+    image_id, group, kept and similarity, and a row for each image of a group. The largest image of a group is kept. The
+    column group has the id of the kept image, and similarity has the cosine similarity to the kept image. No image is
+    deleted.
 
     \b
     Examples:
@@ -44,7 +46,9 @@ def command(embeddings: tuple[str, ...], output: str, threshold: float, overwrit
         if is_collection(folder):
             collection = open_collection(folder)
             if collection.config.ranker is None:
-                raise ConfigError(f"{folder} has no embeddings; set ranker in its collection.yaml, and update it")
+                raise ConfigError(
+                    f"{folder} has no embeddings; set ranker in its collection.yaml, and run captionlib update"
+                )
             addresses += collection.list_embeddings()
         else:
             addresses.append(folder)

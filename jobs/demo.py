@@ -111,14 +111,14 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
         history = train_captioner(features, captioner, training, progress=run.progress)
         _print(f"validation perplexity {min(row['perplexity'] for row in history):.2f} after {len(history)} epochs")
     equivalent = f"captionlib generate-captions {features} -c {captioner} -o {captions} --set decoding.n_best=3"
-    with _stage(5, "Caption all images by beam search.", equivalent):
+    with _stage(5, "Caption all images with beam search.", equivalent):
         generation = load_config(GenerationConfig, None, ["decoding.n_best=3"])
         totals = generate_captions(features, captioner, captions, generation, run=run)
         _print(f"{totals.rows:,} captions, each with its 3 most probable candidates")
 
 
 def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns the fraction of captions that are correct in each scene attribute, then BLEU-4 and CIDEr.
+    """Returns the fraction of captions with the correct value of each scene attribute, then BLEU-4 and CIDEr.
 
     Each score is a tuple of name, value and detail, for `write_report`. The details are empty.
     """
@@ -155,7 +155,10 @@ def _write_report(folder: Path, evaluation: Evaluation, scores: list[tuple[str, 
 
 
 def _choose_dtype() -> Literal["float32", "bfloat16"]:
-    """Returns bfloat16 if the GPU (the CPU if there is no GPU) supports it natively. Otherwise, returns float32."""
+    """Returns bfloat16 if the device supports it natively, and float32 otherwise.
+
+    The device is the GPU, or the CPU if there is no GPU.
+    """
     import torch
 
     if torch.cuda.is_available():

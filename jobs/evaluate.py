@@ -34,12 +34,14 @@ __all__ = ["command"]
     show_default=True,
     help="With --ranker: the images and references to use. coco-1k averages five folds of 1,000 images.",
 )
-@click.option("--checkpoint", "-c", metavar="FOLDER", help="Captioner, to compute the perplexity of the references.")
+@click.option(
+    "--checkpoint", "-c", metavar="FOLDER", help="Compute the perplexity of the references with this captioner."
+)
 @click.option(
     "--features",
     "-f",
     metavar="FOLDER",
-    help="Features of the images, for the perplexity. [default: encode the images of the manifest]",
+    help="Features dataset to compute the perplexity from. [default: encode the images of the manifest]",
 )
 @click.option(
     "--train-split",
@@ -80,8 +82,8 @@ def command(
     CAPTIONS is a captions dataset, COCO's results JSON, or NeuralTalk's result_struct.json, which contains references
     and needs no manifest. The scores equal those of pycocoevalcap, and have 95% confidence intervals from a
     bootstrap over images. METEOR and the standard tokenizer need Java. A ranker (dual encoder for image-text
-    retrieval) is scored on a features dataset, from image to text and from text to image: Recall@1, 5 and 10, and the
-    median and mean rank.
+    retrieval) is scored on a features dataset in both directions, from image to text and from text to image. Its scores
+    are Recall@1, 5 and 10, and the median and mean rank.
 
     \b
     Examples:

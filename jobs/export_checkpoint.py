@@ -16,14 +16,14 @@ __all__ = ["command"]
     "--scores",
     multiple=True,
     metavar="FILE.json",
-    help="A scores.json of `captionlib evaluate`, to include in the model card. Repeatable.",
+    help="A scores.json from `captionlib evaluate`, to include in the model card. Repeatable.",
 )
 @weights_option
 @click.option(
     "--without-encoder", is_flag=True, help="Leave out the encoder's weights; the model card names their file and hash."
 )
 @click.option(
-    "--with-datastore", is_flag=True, help="Include the captions of training images that `build-datastore` stored."
+    "--with-datastore", is_flag=True, help="Include the datastore: features and captions of the training images."
 )
 def command(
     checkpoint: str,
@@ -59,7 +59,7 @@ def command(
     evaluations = [load_json(locate(file)) for file in scores]
     for file, evaluation in zip(scores, evaluations, strict=True):
         if not isinstance(evaluation, dict) or not {"scores", "image_to_text"} & evaluation.keys():
-            raise ConfigError(f"--scores {file}: expected scores.json of `captionlib evaluate --output`")
+            raise ConfigError(f"--scores {file}: expected a scores.json from `captionlib evaluate --output`")
     names = export_checkpoint(
         checkpoint,
         output,

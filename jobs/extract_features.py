@@ -29,7 +29,7 @@ def command(
 ) -> None:
     """Encode the images of MANIFEST as feature vectors or feature maps.
 
-    Reads a manifest (list of images) written by `prepare`, and the images. Writes a features dataset. By default, the
+    MANIFEST is a list of images written by `prepare`. The output is a features dataset. By default, the
     encoder is VGG-16 up to layer fc7 with ImageNet weights. It can be any torchvision model up to any node (layer), or
     a model of Transformers or timm. Images that cannot be read are recorded as failures; `captionlib inspect` shows the
     reasons. With --limit, the output contains only a sample. To encode all images later, choose a different folder.

@@ -22,7 +22,7 @@ __all__ = ["command"]
 @captioner_option(
     "--captioner",
     example_arguments="init {collection} --source {sources}",
-    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner of Hugging Face (name or folder).",
+    help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner from Hugging Face (name or folder).",
 )
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder), for search by sentence and image.")
 @click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
@@ -45,9 +45,9 @@ def command(
 ) -> None:
     """Create the folder COLLECTION with a configuration, collection.yaml.
 
-    `captionlib update COLLECTION` then captions and indexes the images. Run it again whenever images have changed. With
-    --serve, this command also runs `update` and `serve`, by default on port 8000. Addresses with the same NAME belong
-    to one source. The default NAME is images. To change how a source is read, such as the column of the captions, edit
+    `captionlib update COLLECTION` then captions and indexes the images. Run `update` again whenever images change. With
+    --serve, `init` also runs `update` and `serve`, by default on port 8000. Addresses with the same NAME belong to one
+    source. The default NAME is images. To change how a source is read, such as the column of the captions, edit
     collection.yaml.
 
     \b
@@ -75,7 +75,8 @@ def command(
         "weights": weights,
     }
     apply_overrides(values, overrides)
-    build_config(GenerationConfig, values.get("generation", {}), "options")  # raises an error now if it is invalid
+    # Raises an error now, rather than in `update`, if `generation` is invalid.
+    build_config(GenerationConfig, values.get("generation", {}), "options")
     created = create_collection(collection, build_config(CollectionConfig, values, "options"))
     click.echo(f"{created.folder.address('collection.yaml')}: created. Next: captionlib update {collection}")
     serve_when_done(collection, serve, "update")

@@ -26,16 +26,16 @@ __all__ = ["command"]
 @click.option("--json", "as_json", is_flag=True, help="Print all details as JSON.")
 @click.option("--verify", is_flag=True, help="Read every file of a dataset and verify its checksum.")
 @click.option("--html", metavar="FILE.html", help="Write a self-contained page about a dataset.")
-@click.option("--serve", is_flag=True, help="Serve a page that shows the progress of the job that writes a dataset.")
+@click.option("--serve", is_flag=True, help="Serve a page with the progress of the job that is writing a dataset.")
 @click.option(
     "--port", type=click.IntRange(1, 65535), default=8001, show_default=True, help="The port to listen on with --serve."
 )
 def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: bool, port: int) -> None:
     """Summarize FOLDER, a dataset, search index or checkpoint.
 
-    For datasets, also show progress, speed and failed images. For a manifest, show the images that `captionlib remove`
-    removed. The command only reads the folder, so you can inspect a
-    dataset that a job on another machine is writing.
+    For datasets, also show progress, speed and failed images. For a manifest, also show the images that were removed
+    with `captionlib remove`. The command only reads the folder, so you can inspect a dataset that a job on another
+    machine is writing.
 
     \b
     Examples:
@@ -61,7 +61,7 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
             _inspect_dataset(folder, as_json, verify, html)
         return
     if (html or serve) and names:
-        raise DatasetError(f"{folder}: --html and --serve need a dataset, a folder with {DESCRIPTION_FILE}")
+        raise DatasetError(f"{folder}: --html and --serve need a dataset (a folder with {DESCRIPTION_FILE})")
     if INDEX_FILE in names and (index := read_description(Folder(folder))) is not None:
         click.echo(_to_json(to_dict(index)) if as_json else _describe_index(folder, index))
         return
@@ -75,7 +75,7 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
         return
     if COLLECTION_FILE in names:
         raise DatasetError(
-            f"{folder} is a collection, which `captionlib init` created; see `captionlib status {folder}`, or inspect "
+            f"{folder} is a collection (created by `captionlib init`); run `captionlib status {folder}`, or inspect "
             "one of its folders"
         )
     if "_training" in names:
@@ -90,7 +90,7 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
 
 
 def _inspect_dataset(folder: str, as_json: bool, verify: bool, html: str | None) -> None:
-    """Prints a dataset, and exits with status 1 if it has problems."""
+    """Prints the report on a dataset, and exits with status 1 if the dataset has problems."""
     from captionlib.data.shards.inspection import inspect_dataset
     from captionlib.evaluation.dataset_page import write_dataset_page
 
@@ -115,18 +115,18 @@ def _describe_dataset(report: DatasetReport, verified: bool) -> str:
     ]
     if report.stale:
         lines.append(
-            f"  stale        {report.stale:,} shards of {report.source} changed or were added; run the command that "
-            "writes this dataset again"
+            f"  stale        {report.stale:,} shards of {report.source} have changed or been added; run the command "
+            "that writes this dataset again"
         )
     if report.failed:
         images = report.rows + report.failed
         lines.append(f"  failures     {report.failed:,} of {images:,} images ({report.failed / images:.1%})")
     for reason, failure in report.failures.items():
-        found = [f", such as {each.image_id} ({each.uri}): {each.message}" for each in failure.examples[:1]]
-        lines.append(f"    {failure.count:>7,} {reason}{''.join(found)}")
+        example = [f", such as {each.image_id} ({each.uri}): {each.message}" for each in failure.examples[:1]]
+        lines.append(f"    {failure.count:>7,} {reason}{''.join(example)}")
     if report.removed:
         lines.append(
-            f"  removed      {len(report.removed):,} images, which updates skip; --json lists hashes of their ids"
+            f"  removed      {len(report.removed):,} images; updates skip them; --json lists the hashes of their ids"
         )
     for (reason, date), count in sorted(Counter(report.removed.values()).items(), key=lambda item: item[0][1]):
         lines.append(f"    {count:>7,} on {date}: {' '.join(reason.split()) or 'no reason given'}")
@@ -163,10 +163,10 @@ def _serve(folder: str, port: int) -> None:
     from captionlib.serving.job_page import create_job_app
     from captionlib.serving.server import configure_server, listen
 
-    with listen("127.0.0.1", port) as listening:
+    with listen("127.0.0.1", port) as server_socket:
         click.echo(f"Serving a page about {folder} at http://127.0.0.1:{port}/. Press Ctrl-C to stop.")
         app = create_job_app(folder, ServingConfig.allowed_hosts)
-        uvicorn.Server(configure_server(app)).run([listening])
+        uvicorn.Server(configure_server(app)).run([server_socket])
 
 
 def _describe_index(folder: str, index: IndexDescription) -> str:

@@ -36,7 +36,7 @@ _SECTIONS = {
 
 
 class _SectionedCommand(click.Command):
-    """Shows its options in the sections `_SECTIONS` of the help."""
+    """A command whose help groups the options by `_SECTIONS`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
@@ -68,19 +68,19 @@ class _SectionedCommand(click.Command):
 @click.option(
     "--sql",
     metavar="SELECT",
-    help="A SELECT from a view named after the dataset's kind, such as captions, or from failures.",
+    help="A SELECT from the view named after the dataset's kind, such as captions, or from the view failures.",
 )
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
 @click.option("--count-words", type=click.IntRange(min=1), metavar="N", help="The N most frequent words.")
-@click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
+@click.option("--duplicates", metavar="FOLDER", help="Output of `captionlib deduplicate`, to leave out duplicates.")
 @click.option("--memory", default="2GB", show_default=True, help="Memory to use before spilling to disk.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Maximum number of rows. [default: 20 of an index, all of a dataset]",
+    help="Maximum number of rows. [default: 20 for an index, all for a dataset]",
 )
 @click.option(
     "--timeout",
@@ -117,7 +117,7 @@ def command(
     overrides: tuple[str, ...],
     **queries_and_options: str | int | None,
 ) -> None:
-    """Search an index, a collection, or captions or any other dataset in FOLDER. Several datasets are queried as one.
+    """Search FOLDER: an index, a collection, or a dataset such as captions. Several datasets are queried as one.
 
     An index is searched by text, sentence or image. --where filters by image_id, uri, split, caption, log_prob, tokens,
     image_text_score, width and height. A remote index is copied to this machine once.
@@ -231,7 +231,7 @@ def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[tuple[str,
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], refused: Sequence[str], advice: str) -> str:
     """Returns the only one of `queries` in `values`.
 
-    Options in `refused` apply to another kind of folder, which `advice` names. They raise an error.
+    Options in `refused` are for another kind of folder. They raise an error whose message ends with `advice`.
     """
     for name in values:
         if name in refused and name not in queries:

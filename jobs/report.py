@@ -49,8 +49,9 @@ def command(
     the images. The page opens from disk or from any web server and loads nothing from other sites. If the
     captions were generated with attention_maps, the page also shows the attention map of each word.
 
-    With --compare, the page shows CAPTIONS (A) and OTHER (B) side by side: which caption is better by CIDEr, the
-    largest differences both ways, and the difference of each score with a paired bootstrap interval.
+    With --compare, the page shows CAPTIONS (A) and OTHER (B) side by side: the number of images for
+    which each has the better caption by CIDEr, the difference of each score with a paired bootstrap
+    confidence interval, and the images with the largest differences in both directions.
 
     \b
     Examples:
@@ -125,7 +126,7 @@ def _shorten(address: str) -> str:
 
 
 def _shorten_both(address: str, other: str) -> tuple[str, str]:
-    """Returns as few last parts of two addresses as tell them apart. Equal addresses are returned whole."""
+    """Shortens two addresses to the fewest last parts that distinguish them. Equal addresses keep all parts."""
     parts, others = _split_address(address), _split_address(other)
     length = 1
     while parts[-length:] == others[-length:] and length < max(len(parts), len(others)):
@@ -141,7 +142,7 @@ def _split_address(address: str) -> list[str]:
 
 def _describe(
     captions: str,
-    images: int,
+    image_count: int,
     splits: Sequence[str],
     evaluation: Evaluation | None,
     comparison: Comparison | None,
@@ -150,7 +151,7 @@ def _describe(
     from captionlib.data.shards.lineage import describe_config
     from captionlib.evaluation.predictions import is_dataset
 
-    sentences = [f"{images:,} images{' of split ' if splits else ''}{' and '.join(splits)}."]
+    sentences = [f"{image_count:,} images{' of split ' if splits else ''}{' and '.join(splits)}."]
     if comparison is not None:
         names = comparison.names
         sentences += [

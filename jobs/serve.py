@@ -1,6 +1,7 @@
 """The command `captionlib serve`."""
 
 import copy
+import gc
 import json
 import os
 import resource
@@ -79,7 +80,7 @@ def command(
     authentication: anyone who can connect can view every image in the index, and save its original file. To restrict
     access, put a proxy with authentication in front of the server. The server shows only images in the index, and does
     not accept SQL. It downloads images only from public hosts, unless --allow-private-hosts is set. /docs describes the
-    API, /health reports the state, and /metrics is for Prometheus.
+    API, /health reports the state, and /metrics provides metrics for Prometheus.
 
     \b
     Examples:
@@ -125,8 +126,8 @@ def command(
     app_config = AppConfig(index, folder, ranker, captioner, weights, sentences, generation, device, serving)
     os.environ[_APP_CONFIG] = json.dumps(to_dict(app_config))
     _raise_file_limit()
-    with listen(host, port) as listening, _shared_metrics(workers):
-        _run_server(listening, workers, f"Serving {index} at http://{url_host}:{port}/. Press Ctrl-C to stop.")
+    with listen(host, port) as server_socket, _shared_metrics(workers):
+        _run_server(server_socket, workers, f"Serving {index} at http://{url_host}:{port}/. Press Ctrl-C to stop.")
 
 
 @contextmanager
@@ -155,31 +156,31 @@ def _list_host_names(host: str, url_host: str, names: tuple[str, ...]) -> tuple[
     return accepted
 
 
-def _run_server(listening: socket.socket, workers: int, message: str) -> None:
+def _run_server(server_socket: socket.socket, workers: int, message: str) -> None:
     """Loads the application, prints `message`, and runs the server until it is stopped."""
     import uvicorn
 
     from captionlib.serving.server import configure_server
 
-    # With several workers, this copy of the application does not serve. It is loaded first, so errors are reported only
-    # once, and a remote index is copied only once.
+    # With several workers, this copy of the application does not serve requests. It is loaded first, so errors are
+    # reported only once, and a remote index is copied only once.
     app = create()
     click.echo(message)
     server = configure_server(app if workers == 1 else "jobs.serve:create", factory=workers > 1, workers=workers)
     if workers == 1:
-        uvicorn.Server(server).run([listening])
+        uvicorn.Server(server).run([server_socket])
     else:
         del app
-        _run_processes(server, listening)
+        _run_processes(server, server_socket)
 
 
-def _run_processes(server: "uvicorn.Config", listening: socket.socket) -> None:
-    """Runs server processes until a signal stops them, then raises the signal again as uvicorn does for one process."""
+def _run_processes(server: "uvicorn.Config", server_socket: socket.socket) -> None:
+    """Runs server processes until a signal stops them, and then raises it again, as uvicorn does for one process."""
     from uvicorn.supervisors import Multiprocess
 
     received: list[int] = []
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    supervisor = Multiprocess(server, [listening])  # replaces the handlers
+    supervisor = Multiprocess(server, [server_socket])  # replaces the signal handlers
 
     def stop(number: int, _frame: object) -> None:
         received.append(number)
@@ -199,7 +200,7 @@ def _load_generation(
 ) -> dict[str, Any]:
     """Returns the configuration for captioning uploaded images, or an empty mapping without a captioner.
 
-    `defaults` are the settings of a collection. They apply if there is no file `config`.
+    `defaults` are the settings of a collection. They apply if `config` is None.
     """
     from captionlib.config import apply_overrides, build_config, load_config, to_dict
 
@@ -228,4 +229,7 @@ def create() -> Any:
     from captionlib.config import build_config
     from captionlib.serving.startup import AppConfig, load_app
 
-    return load_app(build_config(AppConfig, json.loads(os.environ[_APP_CONFIG])))
+    app = load_app(build_config(AppConfig, json.loads(os.environ[_APP_CONFIG])))
+    gc.collect()
+    gc.freeze()  # otherwise, full garbage collections would pause requests for 0.2 s to scan PyTorch's objects
+    return app

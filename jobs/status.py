@@ -18,7 +18,7 @@ __all__ = ["command"]
 def command(collection: str) -> None:
     """Show what is finished and what failed in COLLECTION, and what an update still has to do.
 
-    COLLECTION is a folder that `captionlib init` created. The command does not look for new and changed images;
+    COLLECTION is a folder that `captionlib init` created. The command does not look for new or changed images;
     `captionlib update COLLECTION --dry-run` does.
 
     \b
@@ -50,7 +50,7 @@ def _show_dataset(address: str) -> bool:
         click.echo(f"{address}: not started")
         return False
     report = inspect_dataset(address)
-    complete = report.complete and report.shards_done == report.shards  # a file may have been deleted since
+    complete = report.complete and report.shards_done == report.shards  # a shard's marker file may be missing
     progress = "complete" if complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
     computing_time = timedelta(seconds=round(report.total_seconds))
     cost = f", {computing_time} of computing time in all updates" if report.kind != "manifest" else ""
@@ -63,15 +63,12 @@ def _show_dataset(address: str) -> bool:
     return complete and not report.stale
 
 
-def _show_duplicates(collection: Collection, threshold: float, embedded: bool) -> bool:
-    """Shows the number of duplicates, and returns whether they are up to date.
-
-    `embedded` says whether the embeddings are finished.
-    """
+def _show_duplicates(collection: Collection, threshold: float, has_finished_inputs: bool) -> bool:
+    """Shows the number of duplicates, and returns whether they are up to date."""
     from captionlib.search.duplicates import read_duplicate_summary
 
     summary = None
-    if embedded:
+    if has_finished_inputs:
         summary = read_duplicate_summary(collection.list_embeddings(), collection.duplicates, threshold)
     if summary is None:
         click.echo(f"{collection.duplicates}: not started, or the images or the threshold have changed")
@@ -111,5 +108,5 @@ def _is_current(collection: Collection) -> bool:
     captions, embeddings = collection.list_captions(), collection.list_embeddings() or None
     try:
         return plan_build(captions, embeddings, collection.index, config.index, duplicates=duplicates).is_done()
-    except FingerprintError:  # collection.yaml names other models now
+    except FingerprintError:  # collection.yaml now names other models
         return False

@@ -26,10 +26,10 @@ def command(
     """Train a captioner on SOURCE, a features dataset, or fine-tune it together with its encoder on a manifest.
 
     extract-features writes features datasets; prepare writes manifests (lists of images). Training uses the splits
-    train and restval (images of val that Karpathy's splits add to train). The checkpoint of the best epoch on val or
-    dev is kept: the one with the lowest perplexity or, with objective=self_critical, the highest CIDEr. Ctrl-C saves
-    the state and stops; the same command resumes. torchrun trains on several GPUs or machines, with a batch size that
-    grows with their number.
+    train and restval (images of COCO's val set that Karpathy's splits use for training). The checkpoint of the best
+    epoch on val or dev is kept: the one with the lowest perplexity or, with objective=self_critical, the highest CIDEr.
+    Ctrl-C saves the state and stops; the same command resumes. torchrun trains on several GPUs or machines, and the
+    batch size is multiplied by the number of processes.
 
     \b
     Examples:
@@ -39,13 +39,14 @@ def command(
 
     A recipe (--config) is a built-in configuration; --set overrides single values. talk-lstm and talk-rnn have the
     settings of Karpathy & Li's talk "Automated Image Captioning with ConvNets and Recurrent Nets", and finetune-encoder
-    is for manifests. Small datasets are trained in three stages, each starting from the previous one (--init-from):
+    is for manifests. For small datasets, train in three stages, each starting from the previous one (--init-from):
     first flickr8k-bag-of-words, which learns the words of a caption without their order, then flickr8k-attention or
-    flickr8k-pooled, and last flickr8k-self-critical. In the examples, `maps` are features with a vector for each
-    position of the image.
+    flickr8k-pooled, and last flickr8k-self-critical.
 
     A run stops with an error if its loss is not finite. It also stops if its perplexity stays above that of a unigram
     model (word frequencies) for training.unigram_patience epochs. In both cases, the best checkpoint is kept.
+
+    In these examples, `maps` is a features dataset with a vector for each position of an image:
 
     \b
       captionlib train-captioner maps -o words --config flickr8k-bag-of-words

@@ -1,4 +1,7 @@
-"""Builds a search index from captions and embeddings: workers index shards (files), and one merges the results."""
+"""Builds a search index from captions and embeddings.
+
+Workers index shards (files) in parallel. One worker then merges the results.
+"""
 
 import os
 from collections.abc import Collection
@@ -94,7 +97,7 @@ class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
 
 
 def _train(_: None, build: IndexBuild) -> tuple[int, ...]:
-    """Trains the centroids. Returns the positions in `build.shards` of the shards to add."""
+    """Trains the centroids of the inverted lists. Returns the positions in `build.shards` of the shards to add."""
     build.train()
     return build.added
 

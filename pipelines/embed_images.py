@@ -37,13 +37,14 @@ def embed_images(
         26
 
     Args:
-        source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
+        source: a complete features dataset, or a complete manifest (list of images). The images of a manifest are
+            encoded first.
         ranker: the ranker's folder, or the address of a model from another library, such as `hf:FOLDER`.
         output: folder of the embeddings dataset to write. `generate_captions` also writes such a dataset if its
             argument `embeddings` is set.
         config: settings for image loading.
-        weights: path of the image encoder's weights file; required if the ranker was trained
-            with an encoder whose weights came from a file.
+        weights: path of the image encoder's weights file; required if the ranker was trained with an encoder
+            whose weights came from a file.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.
 

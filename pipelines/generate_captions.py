@@ -16,7 +16,7 @@ from captionlib.models.inference.captioning import (
     require_attention,
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
-from captionlib.models.inference.image_text_scores import check_works_without_ranker
+from captionlib.models.inference.image_text_scores import check_needs_no_ranker
 from captionlib.models.inference.model_inputs import choose_input_transform
 from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
@@ -45,12 +45,13 @@ def generate_captions(
         26
 
     Args:
-        source: a complete features dataset, or a complete manifest (list of images) to encode in the same pass.
+        source: a complete features dataset, or a complete manifest (list of images), whose images
+            are encoded in the same run.
         checkpoint: the captioner's folder, or the address of a model from another library, such as `hf:FOLDER`.
         output: folder of the captions dataset to write.
         config: settings for decoding and image loading.
-        ranker: the ranker's folder or address. It adds the column `image_text_score`, which says how well each caption
-            fits its image.
+        ranker: the ranker's folder or address. A ranker adds the column `image_text_score`, which measures how well
+            each caption fits its image.
         embeddings: folder of the embeddings dataset to write; requires `ranker`.
         weights: path of the image encoder's weights file; required if the captioner was trained with weights from a
             file, unless the checkpoint contains them.
@@ -71,7 +72,7 @@ def generate_captions(
         FailureRatioError: more images failed than `run` allows.
     """
     if ranker is None:
-        check_works_without_ranker(config.decoding)
+        check_needs_no_ranker(config.decoding)
         if embeddings is not None:
             raise ConfigError("--embeddings requires --ranker, the model that computes them; specify both")
     if embeddings is not None and resolve_address(embeddings) == resolve_address(output):

@@ -45,12 +45,12 @@ from pipelines.process_shards import ProcessShards
 
 __all__ = ["RunConfig", "choose_runner", "run_job", "run_pipeline"]
 
-_BEAM_COPY = "_tagged_with_step"  # attribute that Beam adds to its copies of errors
+_BEAM_COPY_ATTRIBUTE = "_tagged_with_step"  # Beam adds it to its copies of errors
 _RAISED_ERROR = re.compile(r"captionlib\.errors\.(\w+): (.*?)(?: \[while running [^\n]*)?$", re.MULTILINE)
 _STEP = re.compile(r" \[while running .*")
 _TRACEBACK = "Traceback (most recent call last)"
 
-_RUN_FILE = Path(tempfile.gettempdir()) / f"captionlib-run-{uuid.uuid4().hex}"  # local workers run while it exists
+_RUN_FILE = Path(tempfile.gettempdir()) / f"captionlib-run-{uuid.uuid4().hex}"  # local workers exit when it is deleted
 _IN_PROCESS_RUNNERS = {None, "DirectRunner", "FnApiRunner", "BundleBasedDirectRunner", "SwitchingDirectRunner"}
 
 
@@ -60,7 +60,7 @@ class RunConfig:
 
     Attributes:
         workers: number of worker processes on this machine. If 1, the pipeline runs in the submitting process.
-        beam_options: flags for Beam, such as `--runner=FlinkRunner`; `@FILE` is replaced by the options in a YAML file.
+        beam_options: flags for Beam, such as `--runner=FlinkRunner`. `@FILE` reads flags from a YAML file.
         max_failure_ratio: largest allowed fraction of failed images. It is checked after all shards are written. If
             None, the run fails only if all images failed.
         retry_failures: process the failed images of finished shards (dataset files) again.
@@ -115,12 +115,12 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
         The row and failure counts of the first output. With Beam's `--dry_run`, they are the counts before the run.
 
     Raises:
-        FailureRatioError: more images failed than `run` allows. All shards are written nevertheless.
+        FailureRatioError: more images failed than `run` allows. All shards are still written.
     """
     _, options = choose_runner(run)  # checks the options before any dataset is changed
     name = options.view_as(StandardOptions).runner
     if run.progress and name in _IN_PROCESS_RUNNERS - {None, "FnApiRunner"}:
-        print(f"{label}: runs in this process with Beam's FnApiRunner, which replaces {name}", file=sys.stderr)
+        print(f"{label}: runs on this machine with Beam's FnApiRunner instead of {name}", file=sys.stderr)
     for shards in job.plan():  # first the missing shards, then those that are out of date or have failures to retry
         job.mark_incomplete()
         with show_progress(job, shards, label, run.progress):
@@ -178,10 +178,10 @@ def _stop_workers_on_signals() -> Iterator[None]:
 
 
 def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
-    """Returns the error of the stage that made a pipeline fail, without the text and classes that Beam adds to it.
+    """Returns the error that made a pipeline fail, without the wrappers and text that Beam adds.
 
-    If the stage ran in this process, Beam raises a copy of the error, whose `__context__` is the original. From other
-    processes, Beam receives the error as text.
+    If a stage fails in this process, Beam raises a copy of the error, whose `__context__` is the original. If it fails
+    in another process, Beam receives the error as text.
     """
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
@@ -194,7 +194,7 @@ def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
                 f"{runner} could not be downloaded: {raised}; expected access to Beam's releases; download the file "
                 "elsewhere and pass --flink_job_server_jar, --spark_job_server_jar or --prism_location"
             )
-        if isinstance(raised, CaptionlibError | OSError) and not hasattr(raised, _BEAM_COPY):
+        if isinstance(raised, CaptionlibError | OSError) and not hasattr(raised, _BEAM_COPY_ATTRIBUTE):
             return raised
     text = str(error) or type(error).__name__
     if raised_errors := _RAISED_ERROR.findall(text):
@@ -209,7 +209,7 @@ def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
 
 
 def _is_download_error(error: BaseException) -> bool:
-    """Returns whether Beam could not download a runner. Beam's messages say so, or the error comes from urllib."""
+    """Returns whether an error means that Beam could not download a runner. Beam raises its own or urllib's errors."""
     return isinstance(error, URLError) or str(error).startswith(("Unable to fetch", "Unable to download"))
 
 
@@ -217,7 +217,7 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
     """Creates the runner that Beam's options select.
 
     FnApiRunner, which runs in this process, is the default. It also replaces DirectRunner, which would first try to
-    download a runner that is written in a different language.
+    download Prism, a runner written in Go.
 
     Raises:
         ConfigError: the options are invalid for the runner, or a file of options cannot be read.
@@ -234,7 +234,7 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
             _limit_to_one_process(options)
         return create_runner(name), options
     if run.accelerator is not None:
-        raise ConfigError("--accelerator applies to workers of a cluster; use --device cuda for a GPU in this machine")
+        raise ConfigError("--accelerator applies to workers of a cluster; use --device cuda for a GPU on this machine")
     _reject_unknown_flags(flags)
     logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # run_pipeline raises the errors
     if run.workers == 1:
@@ -255,7 +255,7 @@ def _limit_to_one_process(options: PipelineOptions) -> None:
 
 
 def _reject_unknown_flags(flags: Sequence[str]) -> None:
-    """Rejects flags that Beam does not define. Not called for other runners, which may define more flags."""
+    """Rejects flags that Beam does not define. Only runners in this process are checked."""
     known = PipelineOptions([]).get_all_options().keys()
     for flag in flags:
         name = flag.removeprefix("--").split("=")[0].removeprefix("no_").replace("-", "_")

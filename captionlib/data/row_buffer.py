@@ -1,4 +1,4 @@
-"""Regroups batches of rows."""
+"""Reads any number of rows at a time from an iterator of record batches."""
 
 from collections.abc import Iterator
 

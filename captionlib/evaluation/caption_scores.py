@@ -25,8 +25,8 @@ WITHOUT_JAVA = (
     "they are not comparable with published scores; install a Java runtime (version 8 or later) for the standard scores"
 )
 
-# Column name and type of the scores that are an integer or a boolean for a single caption.
-_UNUSUAL_COLUMNS = {MEAN_LENGTH: ("length", pa.int32()), NOVEL: (NOVEL, pa.bool_())}
+# Column name and type of each score whose values for single captions are integers or booleans.
+_NON_FLOAT_COLUMNS = {MEAN_LENGTH: ("length", pa.int32()), NOVEL: (NOVEL, pa.bool_())}
 
 
 def score_captions(
@@ -38,9 +38,9 @@ def score_captions(
 ) -> Scores:
     """Scores one caption per image.
 
-    CIDEr weights n-grams by the number of scored images whose references contain them. It is unreliable for few images
-    and 0 for a single image. Captions and references are keyed by image id; references of images without a caption
-    are ignored. Each of `extra_metrics` has one row per caption, in the order of `captions`.
+    CIDEr weights n-grams by their inverse document frequency in the references of the scored images. It is unreliable
+    for few images and 0 for a single image. Captions and references are keyed by image id; references of
+    images without a caption are ignored. Each of `extra_metrics` has one row per caption, in the order of `captions`.
 
     Returns:
         BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10; papers report it times 100), and the scores of
@@ -76,7 +76,7 @@ def build_scores_table(scores: Scores, captions: Mapping[str, str]) -> pa.Table:
         "caption": pa.array(list(captions.values()), pa.string()),
     }
     for score, per_image in scores.per_image.items():
-        name, data_type = _UNUSUAL_COLUMNS.get(score, (score.lower().replace("-", "_"), pa.float64()))
+        name, data_type = _NON_FLOAT_COLUMNS.get(score, (score.lower().replace("-", "_"), pa.float64()))
         values = pa.array([per_image[image_id] for image_id in captions], pa.float64(), from_pandas=True)  # NaN -> null
         columns[name] = values.cast(data_type)
     return pa.table(columns)

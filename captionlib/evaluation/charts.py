@@ -7,8 +7,7 @@ from typing import Any
 
 __all__ = ["Chart", "Sparkline", "build_charts", "build_sparkline"]
 
-# data_wait is the fraction of the time that training waited for data.
-_NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "data_wait"})
+_NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "data_wait_fraction"})
 
 _TRAINING_METRICS = frozenset({"loss", "reward"})  # all other metrics are computed on the validation splits
 
@@ -18,9 +17,9 @@ class Chart:
     """A line chart of one metric over epochs, in the coordinates of an SVG image of `width` by `height`.
 
     `split` is the data that the metric is computed on: `training` or `validation`.
-    `low`, `high`, `last` and `best` are formatted values. `low` is plotted at `bottom`, and `high` at `top`. `best` is
-    the minimum of a loss, perplexity or rank, or the maximum of a score; it is reached at `best_point`. The epochs
-    range from `left` to `right`.
+    `low`, `high`, `last` and `best` are values of the metric, formatted as text. `low` is plotted at `bottom`, and
+    `high` at `top`. `best` is the minimum of a loss, perplexity or rank, or the maximum of another metric, and
+    `best_point` is its position. The epochs range from `left` to `right`.
     """
 
     name: str
@@ -91,7 +90,8 @@ def _is_finite(value: object) -> bool:
 class Sparkline:
     """An area chart of equally spaced, non-negative values, in an SVG image that is stretched to the page's width.
 
-    `path` ends at the last value, and `area` closes it along the bottom. The highest value is plotted at the top.
+    `path` is the line through the values. `area` is the same path, closed along the bottom. The highest value is
+    plotted at the top.
     """
 
     path: str
@@ -102,7 +102,7 @@ class Sparkline:
 
 
 def build_sparkline(values: Sequence[float]) -> Sparkline:
-    """Builds a chart of at least one value. Each value is a horizontal step."""
+    """Builds a chart of at least one value. Each value is drawn as a horizontal line segment."""
     high = max(values)
     step = Sparkline.width / len(values)
     heights = [round(Sparkline.height * (1 - value / (high or 1)), 1) for value in values]

@@ -16,14 +16,14 @@ _TIE = 0.00005  # smaller differences are ties, because scores are displayed wit
 
 @dataclass(frozen=True)
 class ComparedScore:
-    """A score of both sets of captions.
+    """A score of the captions and of the baseline captions.
 
     Attributes:
         name: name of the score.
         value: the score of the captions.
-        baseline: the score of the other captions.
+        baseline: the score of the baseline captions.
         low: lower bound of the confidence interval of `value - baseline`.
-        high: upper bound of this interval.
+        high: upper bound of the confidence interval.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ComparedScore:
 
     @property
     def verdict(self) -> str:
-        """`better` or `worse` if the interval excludes 0; empty otherwise, and for scores such as the mean length."""
+        """`better` or `worse` if the interval excludes 0. Empty otherwise, and for neutral scores."""
         if not self.name.startswith(_HIGHER_IS_BETTER) or self.low <= 0 <= self.high:
             return ""
         return "better" if self.low > 0 else "worse"
@@ -46,10 +46,10 @@ class ComparedScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Captions and, as their baseline, other captions of the same images.
+    """A comparison of captions with baseline captions of the same images.
 
     Attributes:
-        names: name of the captions, and name of the baseline.
+        names: display names of the captions and of the baseline.
         predictions: the captions of the images that both have.
         baseline: the captions of the baseline by image id.
         scores: the scores of both, over the images with references; empty if there are no references.
@@ -93,8 +93,8 @@ def compare_predictions(
     references are compared, but not scored.
 
     Raises:
-        DatasetError: the two have no image in common.
-        SubprocessError: Java fails.
+        DatasetError: the captions and the baseline have no image in common.
+        SubprocessError: Java, which computes some of the scores, fails.
     """
     others = {each.image_id: each for each in baseline}
     shared = [each for each in predictions if each.image_id in others]

@@ -13,7 +13,7 @@ from captionlib.storage.folders import write_file
 
 __all__ = ["render_dataset_page", "write_dataset_page"]
 
-_MAX_CELLS = 600  # of the grid that shows the states of shards; with more shards, a cell shows several
+_MAX_CELLS = 600  # in the grid of shard states; if there are more shards, a cell represents several
 
 
 def write_dataset_page(path: str | os.PathLike[str], report: DatasetReport) -> None:
@@ -66,7 +66,7 @@ def _compute_fraction(report: DatasetReport) -> float:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A cell of the grid that shows the states of shards, for one or several neighboring shards."""
+    """A cell of the grid of shard states. It represents one shard, or several neighboring shards."""
 
     state: str
     title: str

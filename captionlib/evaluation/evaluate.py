@@ -96,14 +96,16 @@ def evaluate_captions(
 
     Raises:
         ConfigError: `features` is given without `checkpoint`, or `checkpoint` without features or a manifest.
-        DatasetError: there are no captions in these splits, they have no references, or `require_all` is violated.
+        DatasetError: there are no captions in these splits, they have no references, or captions are missing and
+            `require_all` is True.
         SubprocessError: Java fails.
     """
     if checkpoint is not None:
         features = features or manifest
     if (checkpoint is None) != (features is None):
         raise ConfigError(
-            "perplexity: expected a checkpoint, and features or a manifest, got only one of them; pass both or neither"
+            "perplexity: expected a checkpoint together with features or a manifest, got only one of the two; "
+            "specify both or neither"
         )
     training_references: Iterable[str] = ()
     notes: list[str] = []
@@ -147,7 +149,7 @@ def evaluate_predictions(
     scores = score_captions(captions, references, extra_metrics=metrics, bootstrap=bootstrap)
     tokenizer, notes = ("ptb", []) if has_java() else ("captionlib", [WITHOUT_JAVA])
     if len(captions) == 1:
-        notes = [*notes, "CIDEr is meaningless for one image, because it compares n-grams with other images"]
+        notes = [*notes, "CIDEr is meaningless for one image, because it weights n-grams by their rarity among images"]
     return Evaluation(predictions, scores, count_diversity(captions), tokenizer, bootstrap, notes)
 
 

@@ -60,7 +60,7 @@ def read_image_display(source: str | os.PathLike[str], image_ids: Collection[str
 
 
 def build_image_display(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> ImageDisplay:
-    """Creates an instance from the description of the encoder, and from the attention weights in `rows`, if any.
+    """Builds an `ImageDisplay` from the description of the encoder and the attention weights in `rows`, if any.
 
     `rows` are rows of a captions dataset, in which the column `attention` is optional.
     """

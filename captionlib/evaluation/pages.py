@@ -33,7 +33,7 @@ def read_asset(name: str) -> bytes:
 
 
 def _format_duration(seconds: float) -> str:
-    """Formats a duration in two units at most, such as `2 h 5 min`."""
+    """Formats a duration in at most two units, such as `2 h 5 min`."""
     minutes, hours = round(seconds / 60), round(seconds / 3600)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -54,11 +54,11 @@ def _format_size(size: float) -> str:
 
 
 def _format_time(time: str | float) -> str:
-    """Formats an ISO 8601 or a Unix time in UTC, such as `1 June 2026, 12:00`."""
+    """Formats an ISO 8601 time or a Unix time in UTC, such as `1 June 2026, 12:00 UTC`."""
     moment = datetime.fromtimestamp(parse_time(time) if isinstance(time, str) else time, timezone.utc)
     return f"{moment.day} {moment:%B %Y, %H:%M} UTC"
 
 
-def _split_words(reason: str) -> str:
+def _split_words(category: str) -> str:
     """Splits the category of an error into words: `NotFound` becomes `Not found`."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", reason).capitalize()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", category).capitalize()

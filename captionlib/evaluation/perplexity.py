@@ -40,8 +40,8 @@ def measure_perplexity(
         A metric with one row of statistics per image, in the order of `references`.
 
     Raises:
-        CheckpointError: the folder is not a captioner, the captioner cannot score sentences, or the features come from
-            a different encoder than its own.
+        CheckpointError: the folder contains no captioner, the captioner cannot score sentences, or the features
+            come from a different encoder than its own.
         DatasetError: an image has no features, or cannot be read.
     """
     captioner = open_captioner(checkpoint, device)

@@ -51,7 +51,7 @@ class Prediction:
         log_prob: the log-probability of the caption; None if unknown.
         candidates: the n best captions with their log-probabilities, best first.
         references: human-written captions of the image.
-        image_text_score: the similarity of caption and image; None if unknown.
+        image_text_score: the similarity of the caption and the image; None if unknown.
     """
 
     image_id: str
@@ -253,12 +253,15 @@ def select_splits(predictions: Sequence[Prediction], splits: Sequence[str], sour
 
 def to_coco_results(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     """Returns captions in COCO's results format; see `to_coco_ids`."""
-    ids = to_coco_ids([one.image_id for one in predictions])
-    return [{"image_id": image_id, "caption": one.caption} for image_id, one in zip(ids, predictions, strict=True)]
+    ids = to_coco_ids([prediction.image_id for prediction in predictions])
+    return [
+        {"image_id": image_id, "caption": prediction.caption}
+        for image_id, prediction in zip(ids, predictions, strict=True)
+    ]
 
 
 def to_coco_ids(image_ids: Sequence[str]) -> Sequence[int | str]:
-    """Returns ids as integers, as in COCO, if all are decimal numbers. Otherwise, all stay text."""
+    """Converts ids to integers, as in COCO, if all are decimal numbers. Otherwise, returns them unchanged."""
     numeric = all(image_id.isdecimal() and str(int(image_id)) == image_id for image_id in image_ids)
     return [int(image_id) for image_id in image_ids] if numeric else image_ids
 

@@ -4,7 +4,7 @@
       index.html       the page
       data.js          captions and scores of all images; the page shows 60 images at a time
       thumbnails/      images, cropped as the encoder received them
-      attention/       attention maps, which the page loads with the image that they belong to
+      attention/       attention maps; the page loads only those of the images that it shows
 
 The page can be opened from disk and needs no server.
 """
@@ -59,7 +59,7 @@ def write_report(
     comparison: Comparison | None = None,
     progress: bool = False,
 ) -> str:
-    """Writes the page, its data and its thumbnails, replaces an earlier report, and returns the page's path or URI.
+    """Writes a report, which replaces an earlier report in the same folder.
 
     Args:
         folder: folder of the report.
@@ -75,6 +75,9 @@ def write_report(
         failures: images without a caption, by reason.
         comparison: captions of a baseline for the same images, to show beside the captions.
         progress: show a progress bar.
+
+    Returns:
+        The path or URI of the page.
 
     Raises:
         DatasetError: the folder contains files that do not belong to a report.
@@ -117,7 +120,11 @@ def write_report(
 
 
 def _clear(folder: Folder) -> None:
-    """Removes the thumbnails of an earlier report. Raises an error if the folder contains other files."""
+    """Removes the thumbnails and attention maps of an earlier report.
+
+    Raises:
+        DatasetError: the folder contains other files.
+    """
     names = [name for name in folder.list() if name != TEMPORARY_FOLDER]
     expected = [THUMBNAILS, ATTENTION]
     if DATA in names:  # PAGE without DATA may be the user's own
@@ -180,7 +187,7 @@ def _to_item(prediction: Prediction) -> dict[str, Any]:
 
 
 def _to_baseline(comparison: Comparison, image_id: str) -> dict[str, Any]:
-    """Returns the caption of the baseline, its CIDEr, and by how much the CIDEr of the compared caption is higher."""
+    """Returns the baseline's caption, its CIDEr, and `gain`: the CIDEr of the reported caption minus the baseline's."""
     prediction, cider = comparison.baseline[image_id], comparison.baseline_cider.get(image_id)
     gain = None if cider is None else comparison.cider[image_id] - cider
     return {

@@ -36,7 +36,7 @@ def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     """Starts copying a tensor to host memory.
 
     Returns:
-        The copy, and a function that waits until it is complete.
+        The copy, and a function that waits until the copy is complete.
     """
     if tensor.device.type != "cuda":
         return tensor, lambda: None
@@ -48,7 +48,7 @@ def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
 
 
 def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int, first: int = 0) -> list[Result]:
-    """Computes a batch; if the device runs out of memory, computes its two halves separately, recursively.
+    """Computes a batch. If the device runs out of memory, computes each half of the batch separately, recursively.
 
     Args:
         compute: function that computes the results for a slice of the items.

@@ -7,12 +7,12 @@ __all__ = ["Standardization"]
 
 
 class Standardization(nn.Module):
-    """Computes (x - mean) / std with statistics of the training images, which `set_statistics` sets.
+    """Computes (x - mean) / std with the mean and standard deviation of the features of the training images.
 
-    Until then, it returns x unchanged.
+    `set_statistics` sets the mean and standard deviation. By default, they are 0 and 1, so x is returned unchanged.
 
     Args:
-        size: dimensions of a feature vector.
+        size: number of dimensions of a feature vector.
     """
 
     mean: Tensor
@@ -25,7 +25,7 @@ class Standardization(nn.Module):
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Sets the statistics, `[size]` each. A dimension that is constant in training is not scaled."""
+        """Sets the mean and standard deviation, `[size]` each. A dimension with standard deviation 0 is not scaled."""
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 

@@ -82,8 +82,8 @@ class IndexBuild:
         captions: captions datasets, with one row per captioned image.
         embeddings: one embeddings dataset per captions dataset, in the same order. If empty, the index is text-only.
         config: configuration of the index.
-        duplicates: dataset of groups of similar images, each with one kept image. The other images are left out or
-            marked; None if no duplicates are known.
+        duplicates: dataset of groups of similar images. One image of each group is kept; the others are left out, or
+            marked as duplicates. If None, all images are indexed.
         manifests: for each captions dataset, the manifest (table of images and reference captions) that it was
             generated from; None if it is not available.
         shards: all shards of the index, in the order of their rows.
@@ -92,9 +92,9 @@ class IndexBuild:
         removed: number of shards that only `base` contains.
         pending: number of shards that are not finished. The index keeps their earlier rows, if `base` contains them.
         layout: type of the Faiss index of the embeddings, or None for a text-only index.
-        outgrown: layout of the existing index if it does not suit the new number of rows, so centroids must be trained
-            again; otherwise None.
-        replaced: creation time of an existing index that is replaced even if its content is the same; otherwise None.
+        outgrown: layout of the existing index if the new number of rows is too large for it; otherwise None. If set,
+            centroids are trained again.
+        replaced: creation time of the existing index if `plan_build` was called to overwrite it; otherwise None.
     """
 
     folder: Folder
@@ -164,16 +164,15 @@ class IndexBuild:
             }
             if self.embeddings:
                 self._write_partial_index(position, caption_file, kept, local)
-        self.folder.write(
-            self._result_file(position), to_checked_json(files)
-        )  # the shard is done when this file exists
+        # The shard is done when this file exists.
+        self.folder.write(self._result_file(position), to_checked_json(files))
 
     def _read_references(self, shard: InputShard) -> pa.Table | None:
         manifest = self.manifests[shard.dataset]
         return manifest.read_references(shard.shard) if shard.manifest and manifest is not None else None
 
     def _publish_failures(self, shard: InputShard, path: Path) -> str:
-        """Returns the name of the file with the failures of a shard; empty if there are none."""
+        """Publishes the failures (unreadable images) of a shard. Returns the file name; empty if there are none."""
         failures = self.captions[shard.dataset].read_failures(shard.shard)
         if not failures:
             return ""
@@ -473,7 +472,7 @@ def _describe_duplicates(address: str | os.PathLike[str]) -> IndexedDuplicates:
 
 @lru_cache(maxsize=1)
 def _read_kept_images(duplicates: IndexedDuplicates | None) -> dict[str, str]:
-    """Returns the id of the kept image for each duplicate. Each process reads them once."""
+    """Returns the id of the kept image for each duplicate. Each process reads the dataset once."""
     if duplicates is None:
         return {}
     dataset = open_dataset(duplicates.folder, "duplicates").require_complete()
@@ -490,15 +489,15 @@ def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
 def _apply_duplicates(
     build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
 ) -> list[InputShard]:
-    """Adds to each shard the hash of its duplicates, and subtracts the left-out images from its number of rows.
+    """Sets the hash of the duplicates in each shard, and subtracts the left-out images from its number of rows.
 
     If the duplicates have not changed since the last build, shards of the existing index are not read again.
     """
     kept_images = _read_kept_images(build.duplicates)
     if not kept_images:
         return list(shards)
-    same = base is not None and base.duplicates is not None and base.duplicates == build.duplicates
-    known = {shard.captions: shard for shard in base.shards} if base is not None and same else {}
+    is_unchanged = base is not None and base.duplicates is not None and base.duplicates == build.duplicates
+    known = {shard.captions: shard for shard in base.shards} if base is not None and is_unchanged else {}
     changed = []
     for shard in shards:
         if shard.captions in known:
@@ -564,7 +563,7 @@ def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
 
 
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
-    """Describes how configuration and dataset fingerprints differ from `base`. Additional datasets are allowed."""
+    """Describes how the configuration and the datasets differ from those of `base`. Additional datasets are allowed."""
     before: dict[str, Any] = to_dict(base.config)
     now: dict[str, Any] = to_dict(build.config)
     for name, indexed, given in (

@@ -11,7 +11,7 @@ from captionlib.errors import ConfigError
 
 __all__ = ["LANGUAGES", "IndexConfig", "VectorLayout"]
 
-# The languages that Tantivy, the full-text search engine, can stem.
+# `none`, and the languages that Tantivy, the full-text search engine, can stem.
 LANGUAGES = (
     *("none", "arabic", "danish", "dutch", "english", "finnish", "french", "german", "greek", "hungarian"),
     *("italian", "norwegian", "portuguese", "romanian", "russian", "spanish", "swedish", "tamil", "turkish"),
@@ -89,8 +89,8 @@ class VectorLayout:
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
-        This is the case if `auto` would choose a different encoding. It is also the case if there are inverted lists,
-        and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows
+        This is the case if `choose` returns a different encoding for `rows`. It is also the case if there are inverted
+        lists, and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows
         decreases, the layout is kept, so that an index whose size varies around a limit is not built again at every
         update.
         """

@@ -1,6 +1,6 @@
 """Searches an index of images by caption text, by embedding vector, or by both.
 
-A ranker, a dual encoder for image-text retrieval, computes the embeddings of the images and of sentences to search for.
+The embeddings of images and query sentences come from a ranker, which is a dual encoder for image-text retrieval.
 """
 
 import bisect
@@ -42,8 +42,8 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _CACHED_FILTERS = 16
-# Fusion uses the first 200 rows of each ranking, or 400, 600, ... if the page ends further down. Pages that end within
-# the same multiple of 200 thus show parts of one fused ranking.
+# Fusion combines the first 200 rows of each ranking. If the requested page ends after row 200, it combines the first
+# 400, 600, ... rows. All pages that need the same number of rows show parts of the same fused ranking.
 _FUSION_DEPTH = 200
 _RANK_CONSTANT = 60  # see `fuse_rankings`
 _LOGGER = logging.getLogger("captionlib")
@@ -80,15 +80,15 @@ class _Version:
         if rows is None:
             condition, parameters = where.to_sql()
             if where.source is not None:
-                first, last = self._find_rows(where.source)
-                condition, parameters = f"{condition} AND row >= ? AND row < ?", [*parameters, first, last]
+                first, end = self._find_rows(where.source)
+                condition, parameters = f"{condition} AND row >= ? AND row < ?", [*parameters, first, end]
             rows = self.rows.find_matching(condition, parameters)
             with self._lock:
                 self._matching[where] = rows
         return rows
 
     def _find_rows(self, source: str) -> tuple[int, int]:
-        """Returns the number of the first row of a source, and of the first row after it."""
+        """Returns the range of the row numbers of a source: the first number and the end (exclusive)."""
         shards = zip(self.description.shards, self.description.first_rows, strict=False)
         found = [(first, first + shard.rows) for shard, first in shards if self.facets.sources[shard.dataset] == source]
         return (found[0][0], found[-1][1]) if found else (0, 0)  # the shards of a dataset are adjacent
@@ -110,9 +110,9 @@ class Index:
     """An open index, returned by `open_index`. This class is thread-safe.
 
     Every search returns an Arrow table, best row first, with the columns image_id, uri, split, caption, log_prob,
-    tokens (their number), image_text_score (null if captions have no scores), width, height and score. The score is
-    BM25 for text, the inner product for vectors, and reciprocal rank fusion for both. Every search takes `limit`,
-    `offset` and `where`, which is a `Filter` or a SQL condition.
+    tokens (number of tokens), image_text_score (null if captions have no scores), width, height and score. The score is
+    BM25 for text, the inner product for vectors, and the reciprocal rank fusion score for hybrid searches.
+    Every search takes `limit`, `offset` and `where`, which is a `Filter` or a SQL condition.
 
     A build publishes a new version of the index, and an open index switches to it between searches. Use `snapshot` for
     several searches of the same version.
@@ -132,7 +132,7 @@ class Index:
         self._refresh_lock = threading.Lock()
         self._logged_error = ""
         self._checked_at = time.monotonic()
-        self._state = self._read_state()
+        self._index_file_version = self._read_index_file_version()
         self._version = self._open(self._read_description())
 
     def __len__(self) -> int:
@@ -181,24 +181,24 @@ class Index:
             self._logged_error = ""
         except (CaptionlibError, OSError) as error:
             if str(error) != self._logged_error:
-                _LOGGER.warning("%s; searches continue on the version of %s", error, self.description.created)
+                _LOGGER.warning("%s; searches continue on the version created at %s", error, self.description.created)
             self._logged_error = str(error)
         finally:
             self._checked_at = time.monotonic()
             self._refresh_lock.release()
 
     def _refresh(self) -> bool:
-        state = self._read_state()
-        if state == self._state:
+        index_file_version = self._read_index_file_version()
+        if index_file_version == self._index_file_version:
             return False
         description = self._read_description()
         has_changed = description.created != self.description.created
         if has_changed:
             self._version = self._open(description)
-        self._state = state
+        self._index_file_version = index_file_version
         return has_changed
 
-    def _read_state(self) -> str:
+    def _read_index_file_version(self) -> str:
         """Returns a string that changes when a new version is published; empty if the index no longer exists."""
         try:
             return self._folder.fetch_version(INDEX_FILE)
@@ -365,8 +365,8 @@ class Index:
     def get_details(self, image_id: str) -> dict[str, Any]:
         """Returns the candidate captions of an image, best first, its references and its attention weights.
 
-        The references are None if the manifest, the table that contains them, was not available to the build. The
-        attention weights, `[tokens, positions]`, are None if the captions were generated without them.
+        The references are None if the manifest, the table that contains them, was not available when the index was
+        built. The attention weights, `[tokens, positions]`, are None if the captions were generated without them.
 
         Raises:
             QueryError: the image is not in the index.
@@ -396,7 +396,7 @@ class Index:
 
     @_on_one_version
     def suggest_query(self, query: str) -> str | None:
-        """Replaces words that no caption contains by similar words; returns None if no word was replaced."""
+        """Replaces words that no caption contains with similar words; returns None if no word was replaced."""
 
         def find_captions(rows: RowNumbers) -> list[str]:
             captions: list[str] = self._version.rows.take(rows)["caption"].to_pylist()

@@ -4,14 +4,14 @@
       index.json              the description, replaced atomically
       rows/HASH.arrow         the columns that search results show, one file per shard
       details/HASH.arrow      candidate captions, reference captions and attention weights, one file per shard
-      failures/HASH.arrow     the images without a caption, one file per shard that has any
+      failures/HASH.arrow     the images without a caption, one file per shard with such images
       text-HASH/              the Tantivy index
       vectors-HASH.faiss      the Faiss index
       trained-HASH.faiss      an empty Faiss index with trained centroids, used to add shards
 
 HASH is the checksum of the content, so damage is detected. Files are never modified, so versions of the index can share
 them. A search does not read the datasets that the index was built from, so they can be updated at the same time. A
-build keeps the files of the previous version for readers that are opening it. The next build removes them.
+build keeps the files of the previous version for readers that are still opening it. The next build removes these files.
 """
 
 import hashlib
@@ -71,6 +71,7 @@ class IndexedDataset:
     """A dataset that an index was built from.
 
     Attributes:
+        folder: path or URL of the dataset.
         fingerprint: hash of everything that determines the rows of the dataset.
         shards: number of shards (Parquet files) of the complete dataset.
         config: configuration that the dataset was written with, such as the encoder and the captioner.
@@ -87,6 +88,7 @@ class IndexedDuplicates:
     """A dataset of duplicates. The images that it lists as duplicates are left out or marked; see `IndexConfig`.
 
     Attributes:
+        folder: path or URL of the dataset.
         checksum: content checksum of the dataset.
     """
 
@@ -121,7 +123,7 @@ class InputShard:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Identifies the content. Shards with the same content share files, even if their datasets differ."""
+        """Values that identify the content. Shards with the same content share files, even if their datasets differ."""
         return self.captions, self.embeddings, self.duplicates, self.failures, self.manifest
 
 
@@ -153,8 +155,8 @@ class IndexDescription:
         duplicates: the duplicates that are left out or marked; None if no duplicates are known.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, in the order of their rows.
-        groups: groups of rows with the same values of all facets, such as split and source, to count the search results
-            of each value. The text index contains each row's group number.
+        groups: groups of rows with the same values of all facets, such as split and source. They are used to count the
+            search results for each value of a facet. The text index contains the group number of each row.
         captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.
@@ -198,7 +200,10 @@ class IndexDescription:
 
     @property
     def ranker(self) -> str:
-        """Hash of the ranker (image-text retrieval model) of the embeddings; empty if unknown or without embeddings."""
+        """Hash of the ranker (image-text retrieval model) that computed the embeddings.
+
+        Empty if it is unknown or the index is text-only.
+        """
         return str(self.embeddings[0].config.get("ranker", "")) if self.embeddings else ""
 
 
@@ -244,7 +249,7 @@ def hash_json(content: Mapping[str, Any]) -> str:
 
 
 def is_index_file(name: str) -> bool:
-    """Returns whether a build may have written a file or folder of this name."""
+    """Returns whether a build may have written a file or folder with this name."""
     return name in (TEMPORARY_FOLDER, INDEX_FILE, *SUBFOLDERS) or name.startswith(_PREFIXES)
 
 
@@ -363,7 +368,7 @@ def _fetch_to_cache(folder: Folder, index_copy: Path, name: str) -> None:
         try:
             copy.rename(cached)
         except OSError:
-            if not cached.is_dir():  # if it is a folder, a different process has made the same copy
+            if not cached.is_dir():  # if it is a folder, another process has made the same copy
                 raise
 
 

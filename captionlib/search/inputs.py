@@ -110,12 +110,12 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
             yield pq.ParquetFile(file)
 
 
-def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.NDArray[np.bool_]:
-    """Returns one value per row of a captions shard: whether its image id is not in `left_out`."""
-    if not left_out:
+def find_kept_rows(parquet: pq.ParquetFile, excluded_ids: Collection[str]) -> npt.NDArray[np.bool_]:
+    """Returns a mask of the rows of a captions shard that selects the images that are not in `excluded_ids`."""
+    if not excluded_ids:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
-    return np.fromiter((image_id not in left_out for image_id in ids), np.bool_, len(ids))
+    return np.fromiter((image_id not in excluded_ids for image_id in ids), np.bool_, len(ids))
 
 
 def read_caption_rows(
@@ -141,10 +141,10 @@ def read_caption_rows(
 def read_details(
     parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], references: pa.Table | None
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the details of the rows for which `kept` is true, with the columns of `DETAILS_SCHEMA`.
+    """Yields the rows of a captions shard for which `kept` is true, with the columns of `DETAILS_SCHEMA`.
 
-    `kept` has one value per row. `references` has the columns image_id and captions of the manifest (table of images
-    with reference captions). It is None if the manifest is not available.
+    Only the page of an image shows these columns. `kept` has one value per row. `references` has the columns image_id
+    and captions of the manifest (table of images with reference captions). It is None if the manifest is not available.
     """
     ids = None if references is None else references["image_id"].combine_chunks()
     for batch in _read_kept(parquet, ["image_id", *DETAILS_SCHEMA.names], kept, DETAILS_BATCH_ROWS):
@@ -175,8 +175,9 @@ def _read_kept(
 def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
     """Returns the manifest (table of images) that captions were generated from, or None if it cannot be read.
 
-    The captions may have been generated from a features dataset that was extracted from the manifest. If the captions
-    are remote, a local manifest is ignored, because workers on other machines cannot read it.
+    The captions may have been generated from a features dataset that was extracted from the manifest. If one of
+    these datasets is local and another one is remote, the manifest is ignored, because workers on other machines cannot
+    read local files.
     """
     datasets = [captions]
     while datasets[-1].kind != "manifest":
@@ -196,7 +197,7 @@ class ManifestShards:
 
     Attributes:
         dataset: the manifest.
-        checksums: checksums by shard number, of the shards that have not changed since the captions were generated.
+        checksums: checksums by shard number. Shards that have changed since the captions were generated are omitted.
     """
 
     dataset: ShardedDataset
@@ -209,15 +210,17 @@ class ManifestShards:
 
 
 def _match_shards(datasets: Sequence[ShardedDataset]) -> dict[int, str]:
-    """Returns the checksums of the manifest's shards that have not changed since the captions were made from them.
+    """Returns the checksums of the manifest's shards that have not changed since the captions were generated from them.
 
-    `datasets` begin with the captions and end with the manifest; each dataset was made from the next one.
+    `datasets` starts with the captions and ends with the manifest. Each dataset was created from the next one.
     """
     markers = [dataset.read_markers() for dataset in datasets]
     matches = {}
     for shard in markers[0]:
         chain = [each[shard] for each in markers if shard in each]
-        if len(chain) == len(markers) and all(made.input_checksum == given.checksum for made, given in pairwise(chain)):
+        if len(chain) == len(markers) and all(
+            output.input_checksum == source.checksum for output, source in pairwise(chain)
+        ):
             matches[shard] = chain[-1].checksum
     return matches
 
@@ -278,7 +281,7 @@ def _read_vector_batches(parquet: pq.ParquetFile) -> Iterator[npt.NDArray[np.flo
 
 
 def to_unit_vectors(column: pa.FixedSizeListArray | pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """Converts vectors to `[rows, dimension]` and rescales them to unit length, because float16 is imprecise."""
+    """Converts vectors to `[rows, dimension]` and scales them to unit length. Stored float16 vectors are rounded."""
     vectors = vectors_to_numpy(column).astype(np.float32)
     unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit

@@ -20,7 +20,7 @@ from captionlib.models.families.model import Arrays, ImageModel
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import PixelPassthrough
-from captionlib.models.inference.image_text_scores import check_works_without_ranker, score_captions
+from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
 
 __all__ = ["ImageQueryModels", "read_sentences"]
 
@@ -31,7 +31,7 @@ _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
 def read_sentences(path: str) -> list[str]:
-    """Reads sentences, one per line, from a text file. Images are compared with them.
+    """Reads the sentences for `ImageQueryModels.rank_sentences` from a text file, one per line.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -49,11 +49,11 @@ class ImageQueryModels:
     Args:
         ranker: a dual encoder for image-text retrieval. Without it, images cannot be embedded.
         captioner: folder of a captioner, or an address such as `hf:FOLDER`. If None, images cannot be captioned.
-        weights: weights file of the image encoder. It is required only if the models were trained with an encoder whose
-            weights come from a file, and the captioner does not contain them.
+        weights: weights file of the image encoder. Required only if the models were trained with an encoder whose
+            weights come from a file, and the captioner does not contain these weights.
         device: device of the models, such as `cuda`.
         image_decoding: limits for decoding image files.
-        generation: how images are captioned.
+        generation: settings for generating captions.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.
@@ -79,12 +79,12 @@ class ImageQueryModels:
         self._generation = generation
         if captioner is not None:
             if ranker is None:
-                check_works_without_ranker(generation.decoding)
+                check_needs_no_ranker(generation.decoding)
             model = open_captioner(captioner, device)
             self._generate = model.prepare(generation)
-            self._caption_encoder = self._load(model, weights)
-        # If both models have the same encoder, `_load` loads it only once.
-        self._embedding_encoder = self._load(ranker, weights) if ranker else None
+            self._caption_encoder = self._load_encoder(model, weights)
+        # If both models have the same encoder, `_load_encoder` loads it only once.
+        self._embedding_encoder = self._load_encoder(ranker, weights) if ranker else None
 
     def __enter__(self) -> "ImageQueryModels":
         return self
@@ -171,7 +171,7 @@ class ImageQueryModels:
             wait_for_features = encoder.encode_async([pixels])
             return wait_for_features()
 
-    def _load(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
+    def _load_encoder(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
         encoder_description = model.encoder
         for description, image_encoder in self._loaded:
             if description == encoder_description:

@@ -109,7 +109,7 @@ def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: Bin
 def _merge_single_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Merges batches so that each, except for the last, has at least two rows.
 
-    If the first batch has only one row, there are thus no other rows.
+    A first batch with only one row therefore contains all rows.
     """
     pending: pa.RecordBatch | None = None
     for batch in batches:
@@ -191,7 +191,7 @@ def _dump_json(value: Any) -> str:
 
 
 def _to_json_values(column: pa.Array) -> list[Any]:
-    """Returns the values of a column, with only types that JSON has."""
+    """Converts the values of a column to types that JSON has."""
     return [_to_json_value(value, column.type) for value in column.to_pylist()]
 
 
@@ -207,7 +207,7 @@ def _to_json_value(value: Any, kind: pa.DataType) -> Any:
 
 
 def _to_json_scalar(value: Any, kind: pa.DataType) -> Any:
-    """Converts a scalar. A float gets as few digits as identify it; NaN and infinity become null."""
+    """Converts a scalar. A float keeps only the digits that are needed to identify it; NaN and infinity become null."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return None

@@ -1,6 +1,6 @@
-"""Stores the rows of an index, one per captioned image, in memory-mapped Arrow files and filters them with SQL.
+"""Stores the rows of an index, one per captioned image, in memory-mapped Arrow files, and filters them with SQL.
 
-Row numbers identify rows throughout the index. Reading 20 rows takes microseconds. With Parquet, each of them could
+Row numbers identify rows throughout the index. Reading 20 rows takes microseconds. With Parquet, each row could
 require decoding a whole row group.
 """
 
@@ -43,7 +43,7 @@ __all__ = [
 RESULT_COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score", "width", "height")
 """The columns of a captions dataset that search results show.
 
-`tokens` is the number of tokens of the caption. The last three columns are null if they are not known.
+`tokens` is the number of tokens of the caption. The last three columns are null if their values are unknown.
 """
 
 _CAPTIONS = captions_schema(has_scores=True)
@@ -64,10 +64,10 @@ represents their group; for other images, it is null.
 _REFERENCES = pa.field("references", pa.list_(pa.string()))
 _ATTENTION = pa.field("attention", pa.list_(pa.list_(pa.float16())))
 DETAILS_SCHEMA = pa.schema([_CAPTIONS.field("candidates"), _REFERENCES, _ATTENTION])
-"""The columns that only the page of an image shows. References and attention are null if they are not known."""
+"""The columns that only the web page of an image shows. References and attention are null if they are not known."""
 
 FAILURE_SCHEMA = pa.schema([FAILURES_SCHEMA.field(name) for name in ("image_id", "stage", "error")])
-"""The columns of an image without a caption. Messages are left out, because they can contain private addresses."""
+"""The columns of an image without a caption. Error messages are left out, as they can contain private addresses."""
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
 _SOURCE = pa.field("source", pa.string(), nullable=False)
@@ -184,7 +184,7 @@ class RowStore:
             yield from batch["uri"].to_pylist()
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
-        """Returns the row numbers, ascending, of the rows that match a SQL condition.
+        """Returns the numbers of the rows that match a SQL condition, in ascending order.
 
         The condition can use the columns of `ROW_SCHEMA`, and `row`, the row number.
 
@@ -235,7 +235,7 @@ class FailureStore:
     """The images without a caption, with the reasons. This class is thread-safe.
 
     Args:
-        files: for each file, its path and the name of the captions dataset of its images (their source).
+        files: the path of each file, and the source (name of the captions dataset) of the images in it.
     """
 
     def __init__(self, files: Iterable[tuple[Path, str]]) -> None:
@@ -249,7 +249,7 @@ class FailureStore:
         return len(self._failures)
 
     def count(self, column: str) -> dict[str, int]:
-        """Returns the number of images by the values of a column, highest number first."""
+        """Returns the number of images for each value of a column, in descending order."""
         counts = self._failures[column].value_counts().to_pylist()
         return {each["values"]: each["counts"] for each in sorted(counts, key=lambda each: -each["counts"])}
 

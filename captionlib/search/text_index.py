@@ -201,7 +201,7 @@ class TextIndex:
         return " ".join(phrase or word for sign, phrase, word in _find_clauses(query) if sign != "-")
 
     def suggest_query(self, query: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
-        """Replaces words that no caption contains by similar words; returns None if no word was replaced.
+        """Corrects the spelling of words that occur in no caption. Returns None if no word was corrected.
 
         `find_captions` returns the captions of rows.
         """
@@ -228,8 +228,8 @@ class TextIndex:
             counts = Counter[str]()
             for caption in find_captions(self._search(similar, _CAPTIONS_PER_SUGGESTION, "relevance").rows):
                 tokens = self._analyzer.pre_tokenize(caption).tokens
-                spelled = {token.text: caption[token.char_offset_from : token.char_offset_to] for token in tokens}
-                counts.update(spelled[match] for match in get_close_matches(word, spelled, 1, _MIN_SIMILARITY))
+                spellings = {token.text: caption[token.char_offset_from : token.char_offset_to] for token in tokens}
+                counts.update(spellings[match] for match in get_close_matches(word, spellings, 1, _MIN_SIMILARITY))
             if counts:
                 return counts.most_common(1)[0][0].lower()
         return None

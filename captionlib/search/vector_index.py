@@ -38,7 +38,7 @@ _MAX_TIES = 4096  # if more vectors have the same score, their order is not defi
 
 
 class RowMove(NamedTuple):
-    """Rows `start` to `end` (exclusive) of an index are renumbered from `new_start` in its new version."""
+    """Rows `start` to `end` (exclusive) of an index. In its new version, their numbers begin at `new_start`."""
 
     start: int
     end: int
@@ -73,11 +73,11 @@ def write_trained_index(layout: VectorLayout, sample: Vectors, path: Path) -> No
     index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.niter = _KMEANS_ITERATIONS
-    index.cp.min_points_per_centroid = 1  # no warning about few vectors per list, which the user may intend
+    index.cp.min_points_per_centroid = 1  # no warning if the user chooses short lists
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
-    missing = max(0, layout.nlist - len(sample))  # random vectors to add, as k-means needs one per list
+    missing = max(0, layout.nlist - len(sample))  # random vectors to add: k-means needs one per list
     random = np.random.default_rng(_SEED).normal(size=(missing, layout.dimension))
     vectors = np.concatenate([sample, random / np.linalg.norm(random, axis=1, keepdims=True)])
     index.train(np.ascontiguousarray(vectors, np.float32))
@@ -111,7 +111,9 @@ def merge_indexes(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], p
 
 
 def _write_index(index: Any, path: Path) -> None:
-    """Writes an index without letting Faiss open the file: if the disk is full, Faiss may only print an error.
+    """Writes an index through a Python file.
+
+    If the disk is full, Faiss's own writer may print an error instead of raising an exception.
 
     Raises:
         OSError: the file cannot be written.
@@ -122,7 +124,7 @@ def _write_index(index: Any, path: Path) -> None:
         def write(content: bytes) -> None:
             try:
                 file.write(content)
-            except OSError as error:  # must not reach Faiss
+            except OSError as error:  # raised below, because it must not pass through Faiss
                 errors.append(error)
 
         faiss.write_index(index, faiss.PyCallbackIOWriter(write))
@@ -133,7 +135,7 @@ def _write_index(index: Any, path: Path) -> None:
 
 def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
     """Renumbers the rows in `moves`, which must be sorted, and removes the vectors of all other rows."""
-    # Without the zeros, there would be nothing to unpack if `moves` is empty.
+    # The zeros make `zip` yield three tuples even if `moves` is empty.
     starts, ends, new_starts = (np.array(values, np.int64) for values in zip((0, 0, 0), *moves, strict=True))
     last_row = max(int(ids.max(initial=0)) for ids, _ in _iter_lists(index))
     is_kept = np.zeros(max(int(ends.max()), last_row + 1), np.bool_)
@@ -155,7 +157,9 @@ def _iter_lists(index: Any) -> Iterator[tuple[RowNumbers, npt.NDArray[np.uint8]]
 
 
 class VectorIndex:
-    """An open vector index. This class is thread-safe. A query runs on one thread and loads only the pages it needs.
+    """An open vector index. This class is thread-safe.
+
+    The file is memory-mapped. A query runs on one thread and loads only the parts of the file that it needs.
 
     `rows` is the number of rows of the whole index, including rows without a vector.
 
@@ -173,7 +177,7 @@ class VectorIndex:
                 f"{path}: expected {layout.nlist} lists of vectors of dimension {layout.dimension}, "
                 f"got {self._index.nlist} of {self._index.d}; build the index again"
             )
-        # By default Faiss starts 32 prefetch threads per query, which takes ten times as long as the query.
+        # By default, Faiss starts 32 prefetch threads per query. Starting them takes ten times as long as the query.
         faiss.downcast_InvertedLists(self._index.invlists).prefetch_nthread = 0
         self.layout = layout
         self._rows = rows
@@ -187,25 +191,25 @@ class VectorIndex:
         If `matching` is not None, only these rows are searched. The fewer rows match, the more inverted lists are
         searched. If there are fewer than `limit` hits, the search continues in more lists, up to all of them.
         """
-        searchable = len(self) if matching is None else len(matching)
-        if not min(limit, searchable):
+        searchable_count = len(self) if matching is None else len(matching)
+        if not min(limit, searchable_count):
             return Hits.empty()
-        depth = min(limit + 1, searchable)
+        depth = min(limit + 1, searchable_count)
         selector, _bitmap = self._make_selector(matching)
-        hits = self._search_lists(vector, depth, searchable, selector)
+        hits = self._search_lists(vector, depth, searchable_count, selector)
         # Ties are ordered by row number, so search deeper while rows that tie with the last hit may be missing.
-        while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable:
+        while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable_count:
             if depth > _MAX_TIES + limit:
                 break
-            depth = min(4 * depth, searchable)
-            hits = self._search_lists(vector, depth, searchable, selector)
+            depth = min(4 * depth, searchable_count)
+            hits = self._search_lists(vector, depth, searchable_count, selector)
         return hits[np.lexsort((hits.rows, -hits.scores))[:limit]]
 
-    def _search_lists(self, vector: Vectors, limit: int, searchable: int, selector: Any) -> Hits:
+    def _search_lists(self, vector: Vectors, limit: int, searchable_count: int, selector: Any) -> Hits:
         layout = self.layout
         nprobe = layout.nprobe
         if selector is not None:
-            nprobe = min(layout.nlist, round(nprobe * self._rows / searchable))
+            nprobe = min(layout.nlist, round(nprobe * self._rows / searchable_count))
         query = np.ascontiguousarray(vector, np.float32).reshape(1, -1)
         while True:
             parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
@@ -228,7 +232,7 @@ class VectorIndex:
         return None
 
     def _make_selector(self, matching: RowNumbers | None) -> tuple[Any, Any]:
-        """Returns Faiss's filter and the bitmap that it points to, which the caller must keep alive."""
+        """Returns a Faiss filter and its bitmap. The filter points to the bitmap, so the caller must keep it alive."""
         if matching is None:
             return None, None
         mask = np.zeros(self._rows, np.bool_)

@@ -30,10 +30,10 @@ from captionlib.serving.uploads import Uploads
 __all__ = ["API", "DATE_PATTERN", "ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
 
 API = "/api/v1"
-"""Prefix of the paths of the API. A change that breaks clients gets a new prefix."""
+"""Path prefix of the API. A change that breaks clients gets a new prefix."""
 
 DATE_PATTERN = "^([0-9]{4}(-[0-9]{2})?)?$"
-"""A year or a month; empty for any date."""
+"""Pattern of a date filter: a year or a month, or empty for any date."""
 
 _MAX_CAPTIONED_IMAGES = 16
 _THUMBNAIL_HEADERS = {"Cache-Control": "private, max-age=86400"}
@@ -106,8 +106,8 @@ def search_images(
         str,
         Query(
             max_length=MAX_QUERY_CHARACTERS,
-            description='Words and "phrases". Put + before one to require it, and - to exclude it. With mode=sentence, '
-            "a description of the images in plain words.",
+            description='Words and "phrases". Put + before a word or phrase to require it, or - to exclude it. '
+            "With mode=sentence, a description of the images in plain words.",
             examples=['dog +frisbee "on the beach" -cat'],
         ),
     ],
@@ -143,9 +143,12 @@ def search_images(
         ),
     ] = None,
     duplicates: Annotated[
-        Literal["all", "kept"],
-        Query(description="kept: leave out images that are marked as duplicates of another image.", examples=["all"]),
-    ] = "all",
+        Literal["include", "exclude"],
+        Query(
+            description="Use exclude to leave out images that are marked as duplicates of another image.",
+            examples=["include"],
+        ),
+    ] = "include",
     min_log_prob: Annotated[
         float | None,
         Query(
@@ -158,16 +161,16 @@ def search_images(
     sort: Annotated[
         Sort,
         Query(
-            description="Order of the results with mode=text: by match with the query, by probability of the caption, "
-            "or by similarity of caption and image; best first.",
+            description="Order of the results with mode=text: match with the query (relevance), probability of the "
+            "caption (log_prob), or similarity of caption and image (image_text_score). The best result is first.",
             examples=["relevance"],
         ),
     ] = "relevance",
 ) -> SearchResponse:
     if mode not in service.modes:
         raise HTTPException(400, f"mode {mode} is not available; expected {' or '.join(service.modes)}")
-    kept_only = duplicates == "kept"
-    search = Search(q, mode, split or None, min_log_prob, sort, source or None, date or None, kept_only)
+    exclude_duplicates = duplicates == "exclude"
+    search = Search(q, mode, split or None, min_log_prob, sort, source or None, date or None, exclude_duplicates)
     return service.search(search, cursor, limit)
 
 
@@ -181,7 +184,7 @@ def list_failures(
     service: Service,
     reason: Annotated[
         str | None,
-        Query(max_length=100, description="Return only images with this failure.", examples=["Truncated"]),
+        Query(max_length=100, description="Return only images that failed for this reason.", examples=["Truncated"]),
     ] = None,
     source: SourceName = None,
     cursor: Annotated[
@@ -207,7 +210,7 @@ def get_image(service: Service, image_id: ImageId) -> ImageResponse:
 
 @router.post(
     f"{API}/image-search",
-    summary="Caption an uploaded image, rank the server's configured sentences for it, and find similar images",
+    summary="Caption an uploaded image, and find similar images and sentences",
     tags=["Search"],
     responses=describe_problems(400, 404, 408, 413, 422, 503),
 )
@@ -222,7 +225,7 @@ async def search_by_image(
 
 @router.post(
     f"{API}/caption",
-    summary="Caption one or several uploaded images",
+    summary="Caption one or more uploaded images",
     tags=["Caption"],
     responses=describe_problems(400, 404, 408, 413, 422, 503),
 )
@@ -232,7 +235,11 @@ async def caption(
     uploads: UploadQueue,
     images: Annotated[
         list[UploadFile],
-        File(min_length=1, max_length=_MAX_CAPTIONED_IMAGES, description="Image files; repeat the field for several."),
+        File(
+            min_length=1,
+            max_length=_MAX_CAPTIONED_IMAGES,
+            description="Image files. Repeat the field to upload several.",
+        ),
     ],
 ) -> CaptionResponse:
     captioned = []
@@ -273,7 +280,7 @@ async def get_thumbnail(
     try:
         uri = await run_in_threadpool(service.get_image_uri, image_id)
         content = await thumbnails.get(uri, size)
-    except ImageError as error:  # the message is not shown, because it may contain the private URI of the image
+    except ImageError as error:  # its message is not shown, because it may contain the private URI of the image
         if request.headers.get("accept", "").startswith("image/"):  # an <img> element
             return Response(_PLACEHOLDER_SVG, 404, media_type="image/svg+xml")
         return render_problem(make_problem(404, f"image {image_id} cannot be read", reason=error.reason))

@@ -1,4 +1,4 @@
-"""Identifies clients by their network address."""
+"""Identifies clients by their IP address."""
 
 import ipaddress
 
@@ -8,9 +8,9 @@ __all__ = ["identify_client"]
 
 
 def identify_client(scope: Scope) -> str:
-    """Returns the IPv4 address or the IPv6 network of a client.
+    """Returns the IPv4 address or the IPv6 network (/64) of a client.
 
-    A client usually has a whole IPv6 network of 2^64 addresses. With each address, it could pose as a new client.
+    An IPv6 client usually has a network of 2^64 addresses, and could send each request from a different address.
     """
     host: str = (scope.get("client") or ("", 0))[0]
     try:

@@ -19,7 +19,7 @@ _FAILURES = "__failures__"  # WebDataset ignores members with such names
 
 
 class Exports:
-    """Streams exports, a few at once."""
+    """Streams exports, at most `max_concurrent_exports` at a time."""
 
     def __init__(self, config: ServingConfig) -> None:
         self._max_bytes = config.max_export_bytes
@@ -28,7 +28,7 @@ class Exports:
     def start(
         self, rows: Sequence[Mapping[str, Any]], fetch: Callable[[str], Awaitable[bytes]]
     ) -> AsyncIterator[bytes]:
-        """Returns the parts of a tar. Images that cannot be fetched are listed in its last member, `__failures__`.
+        """Returns the parts of a tar. Images that cannot be exported are listed in its last member, `__failures__`.
 
         Args:
             rows: rows of the index. The addresses of the images are not exported.
@@ -49,8 +49,8 @@ class Exports:
             failures: list[dict[str, str]] = []
             with tarfile.open(fileobj=written, mode="w|") as tar:
                 async for number, row, content in self._fetch_images(rows, fetch, failures):
-                    shown = {name: row[name] for name in EXPORT_COLUMNS if name in row and name != "uri"}
-                    add_sample(tar, f"selection-{number:06}", shown, content)
+                    columns = {name: row[name] for name in EXPORT_COLUMNS if name in row and name != "uri"}
+                    add_sample(tar, f"selection-{number:06}", columns, content)
                     for part in written.take():
                         yield part
                 _add_failures(tar, failures)
@@ -80,7 +80,7 @@ class Exports:
 
 
 class _Buffer(io.RawIOBase):
-    """A file that holds what was written until `take` is called."""
+    """A file that keeps written bytes in memory until `take` returns them."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -93,7 +93,7 @@ class _Buffer(io.RawIOBase):
         return len(data)
 
     def take(self) -> list[bytes]:
-        """Returns what was written since the last call."""
+        """Returns the bytes written since the last call."""
         parts, self._parts = self._parts, []
         return parts
 

@@ -1,4 +1,4 @@
-"""A web page of the progress of a job, computed from the dataset (folder of Parquet files) that the job writes."""
+"""A web page that shows the progress of a job, based on the dataset (Parquet files) that the job writes."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ from captionlib.serving.middleware import SecurityHeaders
 
 __all__ = ["create_job_app"]
 
-_MIN_AGE_SECONDS = 2.0
+_MIN_RENDER_INTERVAL_SECONDS = 2.0
 _MAX_BUSY_FRACTION = 0.05  # maximum fraction of the time spent on reading the dataset, which can be slow
 _ASSETS = {"page.css": "text/css", "failures.css": "text/css", "dataset.css": "text/css", "live.js": "text/javascript"}
 
@@ -29,7 +29,7 @@ def create_job_app(folder: str | os.PathLike[str], allowed_hosts: Sequence[str])
     """Creates a web application with one page, which describes the dataset in `folder` and updates itself."""
     page = _Page(folder)
 
-    def show_page(_request: Request) -> Response:  # in a thread, because it waits for the storage
+    def show_page(_request: Request) -> Response:  # not async, so it runs in a thread while it waits for storage
         status, content = page.render()
         return Response(content, status, {"cache-control": "no-store"}, "text/html")
 
@@ -47,7 +47,7 @@ def create_job_app(folder: str | os.PathLike[str], allowed_hosts: Sequence[str])
 
 
 class _Page:
-    """The page, which is rendered again at most every 2 seconds, or less often if reading the dataset takes long."""
+    """The page. It is rendered at most every 2 seconds, or less often if reading the dataset takes long."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = folder
@@ -65,5 +65,5 @@ class _Page:
                 except (CaptionlibError, OSError) as error:
                     self._rendered = 503, render_page("dataset_error.html", message=str(error))
                 seconds = time.monotonic() - started
-                self._expires = started + max(_MIN_AGE_SECONDS, seconds / _MAX_BUSY_FRACTION)
+                self._expires = started + max(_MIN_RENDER_INTERVAL_SECONDS, seconds / _MAX_BUSY_FRACTION)
             return self._rendered

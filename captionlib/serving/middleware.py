@@ -15,7 +15,8 @@ from captionlib.serving.config import ServingConfig
 
 __all__ = ["RequestLimits", "SecurityHeaders"]
 
-# The policy blocks other hosts, inline code and frames, so markup in a caption is harmless even if it is not escaped.
+# The content security policy blocks other hosts, inline code and frames. So markup in a caption is harmless, even if it
+# is not escaped.
 _HEADERS: Mapping[str, str] = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -94,7 +95,7 @@ class RequestLimits:
     async def _reject(self, error: "_RejectedError", scope: Scope, body: "_LimitedBody", send: Send) -> None:
         """Sends an error, reads and discards the body for a few seconds, and then closes the connection.
 
-        The body may be too large to read. If the connection was closed at once, a client that is still sending its body
+        The body may be too large to read. If the connection closed at once, a client that is still sending its body
         would not receive the error.
         """
 
@@ -123,7 +124,7 @@ class _LimitedBody:
 
     async def receive(self) -> Message:
         """Returns the next message. Raises _RejectedError if the body exceeds a limit."""
-        if self._is_complete:  # the only message that can follow is that the client has disconnected
+        if self._is_complete:  # only `http.disconnect` can follow
             return await self._receive()
         remaining = self._deadline + self._received / _MIN_BYTES_PER_SECOND - _now()
         try:

@@ -13,7 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 __all__ = ["CLIENT_CLOSED_REQUEST", "MODEL_SECONDS", "THUMBNAILS", "Monitoring", "format_metrics"]
 
 THUMBNAILS = Counter("captionlib_thumbnails", "Thumbnails that were requested", ["result"])
-MODEL_SECONDS = Histogram("captionlib_model_seconds", "Time that a model takes for an image or sentence", ["task"])
+MODEL_SECONDS = Histogram(
+    "captionlib_model_seconds", "Time that a model takes to process an image or sentence", ["task"]
+)
 
 _REQUESTS = Counter("captionlib_requests", "Requests that have ended", ["method", "endpoint", "status"])
 _REQUEST_SECONDS = Histogram(
@@ -22,7 +24,7 @@ _REQUEST_SECONDS = Histogram(
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 CLIENT_CLOSED_REQUEST = 499
-"""nginx's status for clients that disconnect. Nobody receives it."""
+"""Status code that nginx logs when a client disconnects. It is recorded, but not sent."""
 
 
 def format_metrics() -> bytes:
@@ -35,7 +37,7 @@ def format_metrics() -> bytes:
 
 
 class Monitoring:
-    """ASGI middleware that counts and times requests. With `log_requests`, it also logs each as a line of JSON."""
+    """ASGI middleware that counts and times requests. With `log_requests`, it also logs each one as JSON."""
 
     def __init__(self, app: ASGIApp, log_requests: bool) -> None:
         self._app = app
@@ -47,13 +49,13 @@ class Monitoring:
             return
         status, started = 0, time.perf_counter()
 
-        async def send_counted(message: Message) -> None:
+        async def send_and_record_status(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
 
         try:
-            await self._app(scope, receive, send_counted)
+            await self._app(scope, receive, send_and_record_status)
         except Exception:
             status = 500
             raise

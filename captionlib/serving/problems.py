@@ -26,7 +26,7 @@ _DESCRIPTIONS = {
 def make_problem(
     status: int, detail: str, reason: str | None = None, errors: list[InvalidParameter] | None = None
 ) -> Problem:
-    """Returns an error whose title is the name of its status."""
+    """Returns a problem whose title is the phrase of its HTTP status, such as `Not Found`."""
     try:
         title = HTTPStatus(status).phrase
     except ValueError:

@@ -56,8 +56,8 @@ class SearchResult(CaptionCandidate):
 class FacetsResponse(BaseModel):
     """Numbers of images by the values of each facet.
 
-    The counts of a facet ignore the filter on that facet, so they show what its other values would match. With
-    mode=text, only matches of the query are counted.
+    The counts of a facet ignore the filter on that facet, so they show how many images its other values would match.
+    With mode=text, only matches of the query are counted.
     """
 
     splits: dict[str, int] = Field(description="Number of images by split.")
@@ -65,9 +65,9 @@ class FacetsResponse(BaseModel):
         description="Number of images by the name of the captions dataset that contains them."
     )
     dates: dict[str, int] = Field(
-        description="Number of images by the month in which the file was last modified, if it is known."
+        description="Number of images by the month of the last modification. Images without a date are not counted."
     )
-    kept: int = Field(description="Number of images that are not marked as duplicates.")
+    non_duplicates: int = Field(description="Number of images that are not marked as duplicates.")
     duplicates: int = Field(description="Number of images that are marked as duplicates of another image.")
 
 
@@ -88,8 +88,8 @@ class Attention(BaseModel):
     """The attention maps of a caption: the attention weights of each word over the image."""
 
     maps: list[str] = Field(
-        description="A map for each word and the end of the caption: base64 of one byte per position, row by row, "
-        "scaled to a maximum of 255."
+        description="A map for each word and for the end of the caption. A map is the base64 encoding of one byte per "
+        "position, row by row, scaled to a maximum of 255."
     )
     crop: tuple[float, float, float, float] = Field(
         description="The part of the image that the maps cover: left, top, width and height as fractions of the image."
@@ -129,8 +129,8 @@ class FailuresResponse(BaseModel):
     """A page of the images without a caption."""
 
     total: int = Field(description="Number of images with the requested reason and source.")
-    reasons: dict[str, int] = Field(description="Numbers of all images without a caption, by reason.")
-    sources: dict[str, int] = Field(description="Numbers of all images without a caption, by source.")
+    reasons: dict[str, int] = Field(description="Number of images without a caption by reason. Filters are ignored.")
+    sources: dict[str, int] = Field(description="Number of images without a caption by source. Filters are ignored.")
     next_cursor: str | None = Field(description="The parameter `cursor` for the next page; null on the last page.")
     images: list[FailedImage]
 
@@ -146,7 +146,10 @@ class ImageSearchResponse(BaseModel):
     """Captions from a captioner, and matches from a ranker (image-text dual encoder), for an uploaded image."""
 
     captions: list[CaptionCandidate] = Field(description="Captions of the image; empty if no captioner is loaded.")
-    sentences: list[ScoredSentence] = Field(description="The most similar sentences; empty if no ranker is loaded.")
+    sentences: list[ScoredSentence] = Field(
+        description="The most similar of the configured sentences or, if none are configured, of the captions of "
+        "similar images; empty if no ranker is loaded."
+    )
     images: list[SearchResult] = Field(description="The most similar images; empty if no ranker is loaded.")
 
 
@@ -174,8 +177,8 @@ class InvalidParameter(BaseModel):
 class Problem(BaseModel):
     """An error, in the format of RFC 9457 (problem details for HTTP APIs)."""
 
-    type: str = Field(description="Always `about:blank`: the status says what kind of error it is.")
-    title: str = Field(description="Name of the status.")
+    type: str = Field(description="Always `about:blank`: the status identifies the kind of error.")
+    title: str = Field(description="Name of the HTTP status.")
     status: int = Field(description="The status code of the response.")
     detail: str = Field(description="What happened, what was expected, and what to do.")
     reason: str | None = Field(None, description="Why an image cannot be read, such as `Truncated`; null otherwise.")

@@ -15,25 +15,25 @@ _SHUTDOWN_SECONDS = 5
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Opens the socket that all processes share, before any of them loads an index.
+    """Opens the socket that all server processes share, before any process loads an index.
 
     Raises:
         ConfigError: the port is in use, or the address does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Naming the protocol makes asyncio disable Nagle's algorithm, which would delay responses by 40 ms.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Specifying the protocol makes asyncio disable Nagle's algorithm, which would delay responses by 40 ms.
+    server_socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((host, port))
+        server_socket.bind((host, port))
     except OSError as error:
-        listening.close()
+        server_socket.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
-    return listening
+    return server_socket
 
 
 def configure_server(app: Any, **options: Any) -> "uvicorn.Config":
-    """Configures uvicorn with connection limits and no log. `app` is an ASGI application or its import path."""
+    """Configures uvicorn with connection limits and no access log. `app` is an ASGI application or its import path."""
     import uvicorn
 
     from captionlib.serving.connections import LimitedConnection

@@ -31,8 +31,8 @@ class AppConfig:
         captioner: folder of the captioner for uploaded images.
         weights: weights file of the image encoder, if the models were trained with an encoder from a file.
         sentences: text file of sentences to compare uploaded images with, one per line.
-        generation: how uploaded images are captioned: keys of the configuration of `captionlib generate-captions`, such
-            as `decoding`.
+        generation: how to caption uploaded images. The keys are those of the configuration of `captionlib
+            generate-captions`, such as `decoding`.
         device: device of the models: `auto`, `cpu`, `cuda` or `cuda:N`.
         serving: limits of the application.
     """

@@ -114,7 +114,7 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
         )
     if protocol in INTERPRETING_PROTOCOLS:
         raise ConfigError(
-            f"{given} cannot be opened: {protocol} interprets what it reads; expected a path or an address such as "
+            f"{given} cannot be opened: {protocol} is an unsafe protocol; expected a path or an address such as "
             "s3://bucket/folder; download or unpack the file first, and use its path"
         )
     try:

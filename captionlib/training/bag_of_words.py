@@ -34,13 +34,13 @@ class BagOfWordsObjective(CaptioningObjective[CaptionerNetwork]):
         return BatchLoss(total / max(len(log_probs), 1), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes exp(-mean ln p) over the words of the validation captions that are in the vocabulary."""
+        """Computes the perplexity, exp(-mean log p), of the validation caption words that are in the vocabulary."""
         return {"word_perplexity": compute_perplexity(map(self._score_words, self._validation.in_order()))}
 
     def _score_words(self, batch: CaptionBatch) -> Tensor:
         """Returns the log-probability of each caption word that is in the vocabulary, `[words] float32`."""
         words = np.fromiter(chain.from_iterable(batch.sentences), np.int64)
-        image_of_word = np.repeat(batch.image_of_sentence, [len(sentence) for sentence in batch.sentences])
+        image_of_word = np.repeat(batch.image_of_caption, [len(sentence) for sentence in batch.sentences])
         is_known = words != UNKNOWN
         log_probs = self.model.predict_bag_of_words(torch.from_numpy(batch.features).to(self._device))
         rows, columns = (torch.from_numpy(ids[is_known]).to(self._device) for ids in (image_of_word, words))

@@ -78,7 +78,7 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         scores: TokenLogProbs = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
-            torch.from_numpy(batch.image_of_sentence).to(self._device),
+            torch.from_numpy(batch.image_of_caption).to(self._device),
             mean_log_probs,
         )
         return scores
@@ -87,11 +87,11 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
 class CiderValidation:
     """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    Unreadable images count with an empty caption. `references` holds the reference captions of each image, in the order
+    The caption of an unreadable image is empty. `references` holds the reference captions of each image, in the order
     of `batches`.
 
     Raises:
-        ConfigError: Java, which CIDEr's tokenizer requires, is missing, or `decoding` requires a datastore.
+        ConfigError: Java, which CIDEr's tokenizer requires, is missing, or `decoding` requires a ranker or a datastore.
         DatasetError: there are fewer than two images.
     """
 
@@ -117,11 +117,11 @@ class CiderValidation:
         assert isinstance(captioner, CaptionerNetwork)
         decoder = Decoder(captioner, self._decoding, vocabulary=self._vocabulary)
         captions = [""] * self._image_count
-        for positions, inputs in self._batches.images_in_order():
+        for image_indices, inputs in self._batches.images_in_order():
             features: npt.NDArray[Any] | torch.Tensor = inputs
             if isinstance(model, ImageCaptioner):
                 pixels = torch.from_numpy(inputs).to(next(model.parameters()).device)
                 features = model.encoder.encode(pixels).float()
-            for position, candidates in zip(positions, decoder.decode(features), strict=True):
-                captions[position] = self._vocabulary.decode(candidates[0].token_ids)
+            for image_index, candidates in zip(image_indices, decoder.decode(features), strict=True):
+                captions[image_index] = self._vocabulary.decode(candidates[0].token_ids)
         return self._scorer.score(captions)

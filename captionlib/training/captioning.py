@@ -18,7 +18,7 @@ from captionlib.data.batches.captions import (
     read_references,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.text.vocabulary import END, Level, Vocabulary
+from captionlib.data.text.vocabulary import END, Tokenization, Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import save_captioner
@@ -54,17 +54,17 @@ class CaptionerTrainingConfig:
         training: settings of the training loop.
         objective: `cross_entropy` maximizes the probability of reference captions. `bag_of_words` is an optional first
             stage for small datasets, which predicts a caption's words without their order. `self_critical` is an
-            optional last stage, which maximizes the CIDEr-D of sampled captions. Each stage is a run of its own;
+            optional last stage, which maximizes the CIDEr-D of sampled captions. Each stage is a separate run;
             `init_from` is the checkpoint of the previous stage.
         self_critical: settings of the self-critical objective.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
+        tokenization: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
             captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
         max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if `level` is `characters`.
+            or 200 characters if `tokenization` is `characters`.
         batch_images: images per batch in each process. The batch contains all captions of these images.
         random_crop: crop feature maps to at least this fraction of their height and width; 0 disables cropping.
         horizontal_flip: flip feature maps with probability 0.5. This has an effect only with attention or `encoder_top`
@@ -73,7 +73,7 @@ class CaptionerTrainingConfig:
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
         word_vectors: a word2vec, GloVe or fastText file with vectors that initialize the word embeddings.
         init_from: the checkpoint of a captioner to start from. Its weights, architecture, vocabulary and feature
-            statistics are kept, and `level`, `min_count` and `vocabulary_size` have no effect.
+            statistics are kept, and `tokenization`, `min_count` and `vocabulary_size` have no effect.
         label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
         decoding: how to generate captions for CIDEr. Its `max_tokens` also limits self-critical samples.
@@ -85,7 +85,7 @@ class CaptionerTrainingConfig:
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    level: Level = "words"
+    tokenization: Tokenization = "words"
     min_count: PositiveInt = 5
     vocabulary_size: PositiveInt = 8000
     max_words: PositiveInt | None = None
@@ -103,10 +103,13 @@ class CaptionerTrainingConfig:
     def __post_init__(self) -> None:
         if self.init_from is not None and self.word_vectors is not None:
             raise ConfigError(
-                "word_vectors: expected none with init_from, which has trained word vectors; leave it out"
+                "word_vectors: expected none with init_from, whose checkpoint already has word vectors; leave it out"
             )
-        if self.word_vectors is not None and self.level != "words":
-            raise ConfigError(f"word_vectors: expected level words, got {self.level}; change level or leave it out")
+        if self.word_vectors is not None and self.tokenization != "words":
+            raise ConfigError(
+                f"word_vectors: expected tokenization words, got {self.tokenization}; change it or leave "
+                "word_vectors out"
+            )
         if self.objective == "self_critical" and self.init_from is None:
             raise ConfigError(
                 "init_from: expected a captioner trained by cross_entropy for objective self_critical, got none"
@@ -147,9 +150,9 @@ def train_captioner(
         output: the folder for the checkpoint of the best epoch, metrics, curves and the state to resume from.
         config: the configuration of the captioner and its training.
         weights: the encoder's weights file, for a new captioner (without `init_from`) with an `encoder_top`. Required
-            only if the file is no longer where it was during the extraction of the features.
+            only if the file has been moved since the features were extracted.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        overwrite: replace a run with a different configuration.
+        overwrite: delete an earlier run in `output` instead of resuming it.
         progress: show a progress bar.
 
     Returns:
@@ -200,7 +203,7 @@ def _initialize(
         provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
         return initial.model, initial.vocabulary, replace(config, captioner=initial.config), provenance
     captions = read_captions(dataset, config.train_splits)
-    vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
+    vocabulary = Vocabulary.from_captions(captions, config.min_count, config.tokenization, config.vocabulary_size)
     weights_file = weights or dataset.encoder_weights or None
     model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights_file)
     if config.word_vectors is not None:
@@ -257,8 +260,8 @@ def _make_batches(
     if augmentation and len(get_feature_shape(dataset)) == 1:
         raise DatasetError(
             f"{dataset.folder.uri}: random_crop and horizontal_flip need feature maps [positions, channels], got "
-            "one vector per image; extract with pooling none at a node with spatial output, such as features.29 of "
-            "vgg16, or leave both out"
+            "one vector per image; extract features with pooling none at a node with spatial output, such as "
+            "features.29 of vgg16, or leave both out"
         )
     buffer_bytes = config.shuffle_buffer_megabytes << 20
     pooled = model.attention_module is None and model.encoder_top is None

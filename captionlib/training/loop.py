@@ -23,7 +23,7 @@ from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup
 from captionlib.training.interrupts import catch_stop_signals
-from captionlib.training.metrics_log import draw_curves, log_epoch
+from captionlib.training.metrics_log import log_epoch, plot_curves
 from captionlib.training.objective import Batch, Model, Objective
 from captionlib.training.optimization import (
     TrainingConfig,
@@ -57,19 +57,20 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains a model, or resumes an interrupted run. `output` holds the checkpoint of the best epoch so far.
 
-    Within `join_process_group`, the processes train one model together.
+    Inside a `join_process_group` block, all processes train one model together.
 
     Args:
         objective: the model, its training data and its loss.
         config: settings of the optimizer and the loop.
         output: the run's folder.
-        settings: all settings of the run, with `config` under `training`, and the fingerprints (hashes) of its inputs.
+        settings: all settings of the run, including `config` under the key `training`, and the fingerprints (hashes) of
+            its inputs.
         progress: show a progress bar.
 
     Returns:
-        The metrics of each epoch: `epoch`, `loss`, the mean `reward` if there are rewards, the validation scores,
-        `learning_rate`, `total_seconds` of training since the first epoch, and `data_wait`, the fraction of this time
-        that was spent waiting for data.
+        The metrics of each epoch: `epoch`, `loss`, the mean `reward` of sampled captions if the objective has rewards,
+        the validation scores, `learning_rate`, `total_seconds` of training since the first epoch, and
+        `data_wait_fraction`, the fraction of this time that was spent waiting for data.
 
     Raises:
         DatasetError: the folder holds a run with a different configuration, or its checkpoint has been removed.
@@ -85,14 +86,14 @@ def train(
             run.require_better_than_unigram()
             run.train_epoch(is_stop_requested, progress)
             run.complete_epoch(progress)
-        run.draw_new_curves()
+        run.plot_new_curves()
         run.require_better_than_unigram()
         run.require_checkpoint()
     return run.state.history
 
 
 class _Run(Generic[Batch, Model]):
-    """A call of `train`: the state of the run, and its steps."""
+    """The state and methods of a single call to `train`."""
 
     def __init__(
         self, objective: Objective[Batch, Model], config: TrainingConfig, output: Folder, settings: dict[str, Any]
@@ -111,8 +112,8 @@ class _Run(Generic[Batch, Model]):
         self._optimizer = make_optimizer(model, config, objective.module_learning_rates)
         self._scheduler = make_scheduler(self._optimizer, config, self._steps_per_epoch)
         self._average = None if config.ema_decay is None else average_weights(model, config.ema_decay)
-        self._curves_drawn_time = time.monotonic()
-        self._curves_drawn_epochs = 0
+        self._curves_plotted_time = time.monotonic()
+        self._curves_plotted_epochs = 0
         seed_everything(config.seed + self.group.rank)
 
     def resume(self) -> None:
@@ -154,7 +155,7 @@ class _Run(Generic[Batch, Model]):
             f"{values} in the last {'epoch' if len(last) == 1 else f'{len(last)} epochs'}"
         )
         if len(last) == patience:
-            raise self._diverged(reason, "; set training.unigram_patience to null to continue nevertheless")
+            raise self._diverged(reason, "; set training.unigram_patience to null to continue anyway")
         if self.group.is_first and self.is_finished():
             print(f"warning: {reason}; train longer or with a lower training.learning_rate", file=sys.stderr)
 
@@ -231,7 +232,7 @@ class _Run(Generic[Batch, Model]):
         self._optimizer.zero_grad()
         if loss is not None:
             loss.mean.backward()  # type: ignore[no-untyped-call]
-        totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]  # loss sum, term count, reward sum, caption count
+        totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]  # the other fields of `BatchLoss`
         must_save = self.group.is_first and time.monotonic() > save_at
         # A single all-reduce sums the totals and lets the processes agree on stopping and saving.
         *group_totals, stops, saves = self.group.sum([*totals, is_stop_requested(), must_save], self._device)
@@ -249,7 +250,7 @@ class _Run(Generic[Batch, Model]):
         return stops > 0, saves > 0
 
     def complete_epoch(self, progress: bool) -> None:
-        """Validates the model, or the average of its weights if configured, and saves the results."""
+        """Validates the model, with averaged weights if `ema_decay` is set, and saves the results."""
         model = self._objective.model
         with nullcontext() if self._average is None else apply_average(model, self._average):
             model.eval()
@@ -258,15 +259,15 @@ class _Run(Generic[Batch, Model]):
             self._require_finite(scores)
             self._record_epoch(scores, progress)
         self.save()
-        if time.monotonic() > self._curves_drawn_time + _CURVES_INTERVAL_SECONDS:
-            self.draw_new_curves()
+        if time.monotonic() > self._curves_plotted_time + _CURVES_INTERVAL_SECONDS:
+            self.plot_new_curves()
 
-    def draw_new_curves(self) -> None:
+    def plot_new_curves(self) -> None:
         """Plots the metrics of all epochs, unless the plot is up to date."""
         history = self.state.history
-        if self.group.is_first and len(history) > self._curves_drawn_epochs:
-            draw_curves(self._output, history)
-            self._curves_drawn_time, self._curves_drawn_epochs = time.monotonic(), len(history)
+        if self.group.is_first and len(history) > self._curves_plotted_epochs:
+            plot_curves(self._output, history)
+            self._curves_plotted_time, self._curves_plotted_epochs = time.monotonic(), len(history)
 
     def _record_epoch(self, scores: dict[str, float], progress: bool) -> None:
         """Logs the metrics of an epoch, writes the checkpoint if the epoch is the best so far, and ends the epoch."""
@@ -278,7 +279,7 @@ class _Run(Generic[Batch, Model]):
             **scores,
             "learning_rate": self._config.learning_rate * factor,
             "total_seconds": round(state.training_seconds, 1),
-            "data_wait": round(state.data_wait_seconds / max(state.training_seconds, 1e-9), 4),
+            "data_wait_fraction": round(state.data_wait_seconds / max(state.training_seconds, 1e-9), 4),
         }
         state.history.append(row)
         if progress:

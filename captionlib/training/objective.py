@@ -50,7 +50,7 @@ class Objective(ABC, Generic[Batch, Model]):
         score_name: the validation score that selects the best epoch.
         higher_is_better: whether a higher score is better, as for CIDEr, or a lower one, as for perplexity.
         unigram_perplexity: the validation perplexity of a unigram model, which uses only the word frequencies of the
-            training data. The trained model must beat it. If None, this is not checked.
+            training data. The trained model must reach a lower perplexity. If None, this is not checked.
     """
 
     score_name = "perplexity"
@@ -86,7 +86,7 @@ class Objective(ABC, Generic[Batch, Model]):
         """Computes the scores on the validation data."""
 
     def save(self, output: Folder, training: dict[str, Any]) -> None:
-        """Writes the checkpoint. `training` is its record of the run: the metrics of each epoch and all settings."""
+        """Writes the checkpoint. `training` is the record of the run: the metrics of each epoch and all settings."""
         self.save_model(output, self.model, training)
 
 

@@ -3,7 +3,7 @@
 The captioner samples captions for each image. Captions whose reward exceeds the baseline become more probable, and
 all others become less probable:
 
-    loss = -sum (reward - baseline) ln p(token | image, previous tokens) / tokens
+    loss = -sum (reward - baseline) ln p(token | image, previous tokens) / number of tokens
 
 The END token, which also serves as the start token, counts in the probabilities and in the n-grams of the reward.
 Otherwise, an incomplete caption such as "a man on a" could score as high as a complete one. The weights, dropout, the
@@ -46,7 +46,8 @@ class SelfCriticalConfig:
     Attributes:
         samples: the number of captions to sample per image and step.
         baseline: the reward that a sample's reward is compared with. `leave_one_out` is the mean reward of the image's
-            other samples (Luo 2020, arXiv 2003.09971). `greedy` is that of the greedy caption (Rennie et al. 2017).
+            other samples (Luo 2020, arXiv 2003.09971). `greedy` is the reward of the greedy caption (Rennie et al.
+            2017).
         dropout: the dropout probability, which replaces the captioner's own. Samples and gradients use the same masks.
     """
 
@@ -168,7 +169,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         """Returns the rewards of the samples and their advantages (reward - baseline), `[images, samples]` each."""
         samples = self._config.samples
         references: list[list[list[int]]] = [[] for _ in batch.features]
-        for sentence, image in zip(batch.sentences, batch.image_of_sentence, strict=True):
+        for sentence, image in zip(batch.sentences, batch.image_of_caption, strict=True):
             references[image].append([*sentence, END])
         per_image = [sampled[begin : begin + samples] for begin in range(0, len(sampled), samples)]
         rewards = np.array(list(map(self._cider_d.score, per_image, references)))

@@ -64,7 +64,7 @@ class RunState:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def complete_step(self, loss_total: float, loss_count: float, reward_total: float, reward_count: float) -> None:
-        """Adds the totals of a step over all processes; see `BatchLoss`."""
+        """Adds the totals of one step, summed over all processes; see `BatchLoss`."""
         self.step += 1
         self.loss_total += loss_total
         self.loss_count += int(loss_count)
@@ -86,12 +86,12 @@ def prepare_run_folder(output: Folder, overwrite: bool) -> None:
     """Checks that a run may write to a folder. If `overwrite` is True, deletes the files of an earlier run.
 
     Raises:
-        DatasetError: the folder holds files that no run wrote.
+        DatasetError: the folder holds files that do not belong to a training run.
     """
     names = {name for name in output.list() if name != TEMPORARY_FOLDER}
     if foreign := sorted(names - _RUN_FILES):
         raise DatasetError(
-            f"{output.uri} holds files that no training run wrote ({', '.join(foreign[:3])}); "
+            f"{output.uri} holds files that do not belong to a training run ({', '.join(foreign[:3])}); "
             "specify an empty or new folder"
         )
     if overwrite:

@@ -65,7 +65,7 @@ def test_inspect_shows_removed_images(tmp_path: Path) -> None:
     for reason, image_ids in (("asked\ntwice", ["a", "b"]), ("", ["c"])):
         plan_removal(dataset, image_ids, reason).run()
     lines = inspect(tmp_path).output.splitlines()
-    start = lines.index("  removed      3 images, which updates skip; --json lists hashes of their ids")
+    start = lines.index("  removed      3 images; updates skip them; --json lists the hashes of their ids")
     assert sorted(re.sub(r"\d{4}-\d\d-\d\d", "DATE", line) for line in lines[start + 1 : start + 3]) == [
         "          1 on DATE: no reason given",
         "          2 on DATE: asked twice",

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -13,15 +14,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from captionlib.config import to_dict
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.serving.server import listen
+from captionlib.serving.startup import AppConfig
+from jobs import serve
 from jobs.cli import captionlib
 from tests.serving.example_site import make_site
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server_socket:
+        port: int = server_socket.getsockname()[1]
         return port
 
 
@@ -88,8 +92,8 @@ def test_nagle_algorithm_is_disabled() -> None:
             accepted.set_result(writer.get_extra_info("socket"))
 
         port = free_port()
-        with listen("127.0.0.1", port) as listening:
-            async with await asyncio.start_server(accept, sock=listening):
+        with listen("127.0.0.1", port) as server_socket:
+            async with await asyncio.start_server(accept, sock=server_socket):
                 _, client = await asyncio.open_connection("127.0.0.1", port)
                 nodelay = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
                 client.close()
@@ -128,3 +132,14 @@ def test_settings_of_captions_need_a_captioner(tmp_path: Path) -> None:
     result = CliRunner().invoke(captionlib, ["serve", str(tmp_path / "index"), "--set", "decoding.beam_width=3"])
     assert result.exit_code == 2
     assert "--config and --set configure the captions of uploaded images; add --captioner." in result.output
+
+
+def test_garbage_collections_skip_the_objects_of_the_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_site(tmp_path, 10, with_models=False)
+    config = AppConfig(index=str(tmp_path / "index"), thumbnails=str(tmp_path / "thumbnails"))
+    monkeypatch.setenv("CAPTIONLIB_APP_CONFIG", json.dumps(to_dict(config)))
+    try:
+        serve.create()
+        assert len(gc.get_objects()) < 0.01 * gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

@@ -12,7 +12,7 @@ from tests.data.shards.test_inspection import write
 
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    monkeypatch.setattr(job_page, "_MIN_AGE_SECONDS", -1.0)
+    monkeypatch.setattr(job_page, "_MIN_RENDER_INTERVAL_SECONDS", -1.0)
     monkeypatch.setattr(job_page, "_MAX_BUSY_FRACTION", 1.0)
     write(tmp_path / "data", done=1)
     with TestClient(create_job_app(tmp_path / "data", ["localhost"]), base_url="http://localhost") as client:

@@ -28,18 +28,18 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebDriver]:
 @pytest.fixture
 def page(tmp_path: Path, browser: WebDriver, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Opens the page of a dataset with 2 of 3 finished shards, one of which has a failure."""
-    monkeypatch.setattr(job_page, "_MIN_AGE_SECONDS", 0.0)
+    monkeypatch.setattr(job_page, "_MIN_RENDER_INTERVAL_SECONDS", 0.0)
     read_asset = job_page.read_asset
     monkeypatch.setattr(job_page, "read_asset", lambda name: read_asset(name).replace(b"SECONDS = 5", b"SECONDS = 0.2"))
     dataset = write(tmp_path / "data", done=2)
     for marker in dataset.read_markers().values():
         write_marker(dataset.folder, replace(marker, seconds=5.0))
-    with listen("127.0.0.1", 0) as listening:
+    with listen("127.0.0.1", 0) as server_socket:
         server = uvicorn.Server(configure_server(create_job_app(tmp_path / "data", ["127.0.0.1"])))
-        thread = threading.Thread(target=server.run, args=[[listening]])
+        thread = threading.Thread(target=server.run, args=[[server_socket]])
         thread.start()
         try:
-            browser.get(f"http://127.0.0.1:{listening.getsockname()[1]}/")
+            browser.get(f"http://127.0.0.1:{server_socket.getsockname()[1]}/")
             yield
         finally:
             server.should_exit = True

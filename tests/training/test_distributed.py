@@ -103,4 +103,4 @@ def test_error_in_the_first_process_ends_all_processes(features: ShardedDataset,
         [*torchrun, "-m", "captionlib", *arguments], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode != 0
-    assert "files that no training run wrote" in done.stderr
+    assert "files that do not belong to a training run" in done.stderr

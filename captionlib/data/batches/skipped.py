@@ -38,7 +38,7 @@ class SkippedImages:
         return len(self._rows)
 
     def add(self, row: Row, error: ImageError) -> None:
-        """Records an unreadable image. `row` has its image_id and uri.
+        """Records an unreadable image. `row` contains its image_id and uri.
 
         Raises:
             FailureRatioError: the run has skipped more images than `max_ratio` allows.

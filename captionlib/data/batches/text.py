@@ -23,7 +23,7 @@ class TextBatches(Protocol):
 
     @property
     def rows_are_sentences(self) -> bool:
-        """Whether rows are whole sentences. The model then learns to predict END, the end token, after each row."""
+        """Whether rows are whole sentences. If so, the model learns to predict END, the end token, after each row."""
 
     def count(self) -> int:
         """Returns the number of batches that `shuffled` yields; `in_order` may yield more."""

@@ -9,8 +9,8 @@ protocol. It may select a part of the file:
 If a local file is itself named `/a#row=1&column=b`, this address refers to that file, not to a cell of `/a`. The path
 of a `file://` URL is percent-decoded, unless a file exists at the undecoded path.
 
-Chains of file systems (`zip://a::https://b`) and protocols whose files name other files (`reference`) are rejected
-without opening the file.
+Chains of file systems (`zip://a::https://b`), and protocols of file systems that interpret the content of files
+(`reference://`), are rejected without opening the file.
 """
 
 import os
@@ -174,8 +174,8 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
     if not allow_private_hosts and file.protocol == "hdfs" and urlsplit(file.url).netloc:
         raise FetchError(
             "ForbiddenHost",
-            "expected an hdfs address without a host, which refers to the configured cluster, got an address with a "
-            "host; if you trust the source of the addresses, allow private hosts",
+            "expected an hdfs address of the configured cluster, without a host, got an address with a host; if you "
+            "trust the source of the addresses, allow private hosts",
         )
     try:
         return open_file_system(file.url, **options)

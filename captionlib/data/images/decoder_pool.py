@@ -1,7 +1,7 @@
 """Decodes images in separate processes, because damaged or malicious images can hang or crash a decoder.
 
 Each process decodes one image at a time, with a timeout and a memory limit. A process that does not respond is killed
-and replaced. Each process runs a new interpreter instead of a fork, so it inherits no threads or locks.
+and replaced. Each process is a new interpreter, not a fork, so it inherits no threads or locks.
 """
 
 import fcntl
@@ -53,7 +53,8 @@ class DecoderConfig:
             `timeout_seconds` for `max_image_pixels`.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
-        max_memory_bytes: limit on the address space of a process. If None, it suffices for `max_image_pixels`.
+        max_memory_bytes: limit on the address space of a process. If None, the limit is large enough to decode an image
+            of `max_image_pixels`.
     """
 
     processes: PositiveInt | None = None
@@ -129,7 +130,7 @@ class DecoderPool:
             self._discard(decoder)
 
     def _try_decode(self, content: bytes, acquire: Callable[[], "_Decoder"]) -> DecodedImage | DecodeError | None:
-        """Returns an image or the error that it caused, or None if the process died."""
+        """Returns the decoded image, or the error that the image caused, or None if the process died."""
         try:
             decoder = acquire()
             try:
@@ -269,7 +270,7 @@ class _Decoder:
 
 
 def _enlarge_pipe(descriptor: int) -> None:
-    """Enlarges a pipe, if the system supports it, so it holds a whole image and neither end blocks."""
+    """Enlarges a pipe, if the system supports it, so that it holds a whole image and neither end blocks."""
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

@@ -18,7 +18,7 @@ _END = b"\xff\xd9"
 _START_OF_SCAN = 0xDA
 _MARKERS_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 
-# Codes of the marker that says how the pixels are coded.
+# Codes of the start-of-frame marker, which specifies how the pixels are coded.
 _DECODABLE = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # sequential and progressive, with Huffman or arithmetic coding
 _PROGRESSIVE = {0xC2, 0xCA}
 _UNSUPPORTED = dict.fromkeys((0xC3, 0xCB), "lossless JPEG") | dict.fromkeys(
@@ -26,7 +26,8 @@ _UNSUPPORTED = dict.fromkeys((0xC3, 0xCB), "lossless JPEG") | dict.fromkeys(
 )
 _UNSUPPORTED[0xF7] = "JPEG-LS"
 
-# In the data of a scan, 0xff is followed by zero or belongs to a restart marker. Otherwise, it begins the next marker.
+# In the data of a scan, 0xff00 stands for the byte 0xff, and 0xffd0 to 0xffd7 are restart markers. Any other 0xff
+# begins the next marker, or is a fill byte before it if a second 0xff follows.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
@@ -39,7 +40,7 @@ class _Frame(NamedTuple):
     """The header of a JPEG file.
 
     Attributes:
-        coding: code of the marker that says how the pixels are coded.
+        coding: code of the start-of-frame marker, which specifies how the pixels are coded.
         bits: bits per channel.
         components: number of channels.
         first_scan: position of the marker of the first scan.
@@ -52,9 +53,10 @@ class _Frame(NamedTuple):
 
 
 def check_jpeg(content: bytes, max_scans: int) -> None:
-    """Rejects JPEG files that libjpeg cannot decode, or whose scans take long to decode.
+    """Rejects JPEG files that libjpeg cannot decode, or that have more than `max_scans` scans.
 
-    A scan of a few bytes takes as long as a scan that changes every pixel, so a small file may take minutes.
+    A scan of a few bytes takes as long to decode as a scan that changes every pixel, so a small file with many scans
+    may take minutes.
 
     Raises:
         DecodeError: the reason is UnsupportedFormat or TooManyScans.
@@ -86,7 +88,7 @@ def decode_rgb_jpeg(
         size: width and height of the image.
         min_size: if not None, the image is decoded at the smallest scale (1/2, 1/4 or 1/8) with at least this width and
             height.
-        padded: add an unused fourth channel, as Pillow stores RGB images in memory.
+        padded: whether to add an unused fourth channel, as Pillow does for RGB images in memory.
 
     Returns:
         `[height, width, 3]` or, if `padded`, `[height, width, 4]`; None if the file is damaged or needs Pillow. The

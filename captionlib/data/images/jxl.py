@@ -4,17 +4,17 @@ from fractions import Fraction
 
 __all__ = ["read_jxl_size"]
 
-_CODESTREAM = b"\xff\x0a"
+_CODESTREAM_SIGNATURE = b"\xff\x0a"
 _HEADER_BYTES = 16  # more than enough for the width and height, which take up to 9 bytes
 
-# ISO/IEC 18181-1, section "SizeHeader". Two bits select the number of bits of a width or height. Three bits select
-# the width divided by the height; if they are 0, the header contains the width.
-_LENGTH_BITS = (9, 13, 18, 30)
+# ISO/IEC 18181-1, section "SizeHeader". Two bits select the number of bits of a width or height, unless the image is
+# small. Three bits select the width divided by the height; if they are 0, the header contains the width.
+_DIMENSION_BITS = (9, 13, 18, 30)
 _RATIOS = (None, *(Fraction(*ratio) for ratio in ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))))
 
 
 class _Bits:
-    """Reads numbers of any number of bits, the lowest bit first."""
+    """Reads unsigned integers of any bit width, least significant bit first."""
 
     def __init__(self, content: bytes) -> None:
         self._bits = int.from_bytes(content, "little")
@@ -27,22 +27,25 @@ class _Bits:
 
 def read_jxl_size(content: bytes) -> tuple[int, int] | None:
     """Returns the width and height of the image in a JPEG XL file, before rotation; None if the header is damaged."""
-    header = content if content.startswith(_CODESTREAM) else _read_codestream(content)
-    if len(header) < _HEADER_BYTES or not header.startswith(_CODESTREAM):
+    header = content if content.startswith(_CODESTREAM_SIGNATURE) else _read_codestream(content)
+    if len(header) < _HEADER_BYTES or not header.startswith(_CODESTREAM_SIGNATURE):
         return None
-    bits = _Bits(header[len(_CODESTREAM) : _HEADER_BYTES])
-    is_small = bits.read(1)
+    bits = _Bits(header[len(_CODESTREAM_SIGNATURE) : _HEADER_BYTES])
+    is_small = bits.read(1)  # if so, a width or height is a multiple of 8, up to 256
 
-    def read_length() -> int:
-        return 8 * (1 + bits.read(5)) if is_small else 1 + bits.read(_LENGTH_BITS[bits.read(2)])
+    def read_dimension() -> int:
+        return 8 * (1 + bits.read(5)) if is_small else 1 + bits.read(_DIMENSION_BITS[bits.read(2)])
 
-    height = read_length()
+    height = read_dimension()
     ratio = _RATIOS[bits.read(3)]
-    return read_length() if ratio is None else int(height * ratio), height
+    return read_dimension() if ratio is None else int(height * ratio), height
 
 
 def _read_codestream(content: bytes) -> bytes:
-    """Returns the first bytes of the image in a file of boxes (sections), several of which may contain image data."""
+    """Returns the first bytes of the codestream (image data) in a JPEG XL container.
+
+    A container consists of boxes (sections), and the codestream may be split across several boxes.
+    """
     codestream, position = b"", 0
     while len(codestream) < _HEADER_BYTES and len(content) >= position + 8:
         size, kind = int.from_bytes(content[position : position + 4], "big"), content[position + 4 : position + 8]
@@ -53,7 +56,7 @@ def _read_codestream(content: bytes) -> bytes:
         if end < start:
             break
         if kind in {b"jxlc", b"jxlp"}:
-            first = start + 4 if kind == b"jxlp" else start  # a part begins with its number
+            first = start + 4 if kind == b"jxlp" else start  # a partial codestream begins with its number
             codestream += content[first : min(end, first + _HEADER_BYTES)]
         position = end
     return codestream

@@ -1,4 +1,4 @@
-"""Reads images that are stored in Parquet files. The images of a row group are read at once and cached."""
+"""Reads images that are stored in Parquet files. The images of a row group are read together and cached."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -32,7 +32,7 @@ __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
 _COMMAND = "captionlib prepare"
 _IMAGES_TO_CHECK = 20
-_MAX_GONE_RATIO = 0.1
+_MAX_MISSING_RATIO = 0.1
 
 
 @configclass
@@ -49,10 +49,12 @@ class PrepareConfig:
             existing manifest keeps its shard size, and the size for a new one grows with the number of images.
         check_images: raise an error if the source lists image paths and none of the first 20 images exists.
         strict: raise an error at the first invalid image or caption instead of skipping it.
-        append: keep images of an existing manifest that are not in the source. The source may then list only new ones.
+        append: keep images of an existing manifest that are not in the source. The source may then list only new
+            images.
         allow_removal: allow an update that removes more than a tenth of the images of an existing manifest.
-        verify_content: path or URL of features, captions or embeddings made from the manifest. If set, an update reads
-            each image whose file seems unchanged, and compares a hash of its content with their `content_hash`.
+        verify_content: path or URL of a features, captions or embeddings dataset made from the manifest. If set, an
+            update reads each image whose file seems unchanged, and compares a hash of its content with the
+            `content_hash` in that dataset.
     """
 
     source_format: str = "auto"
@@ -81,12 +83,12 @@ class PrepareSummary:
         source_format: specified or detected format of the sources.
         images: number of images, without skipped ones.
         shards: number of shards of the manifest.
-        captions: number of captions of these images.
-        splits: number of these images by split.
+        captions: number of captions of the images.
+        splits: number of images by split.
         skipped: number of skipped items by reason.
-        examples: file and line of the first skipped item by reason, for invalid images and captions only.
-        changes: numbers of new, changed, gone and unchanged images compared with the previous manifest.
-        updated: whether the output already contained a manifest.
+        examples: file and line of the first invalid image or caption by reason.
+        changes: numbers of new, changed, missing (no longer in the sources) and unchanged images.
+        is_update: whether the sources were compared with an existing manifest. If False, all images are new.
     """
 
     source_format: str
@@ -97,12 +99,12 @@ class PrepareSummary:
     skipped: Mapping[str, int]
     examples: Mapping[str, str]
     changes: Changes
-    updated: bool
+    is_update: bool
 
     @property
     def already_prepared(self) -> bool:
         """Whether the output already contained these images, so nothing was written."""
-        return self.updated and not self.changes.any
+        return self.is_update and not self.changes.any
 
 
 def prepare(
@@ -118,7 +120,7 @@ def prepare(
     """Writes the manifest of one or more sources in the same format, or updates an existing manifest.
 
     All rows are first written to a local temporary file and checked, so an invalid source changes nothing. An update is
-    atomic and writes only the shards with new, changed or gone images. Memory does not grow with the number of rows.
+    atomic and writes only the shards with new, changed or missing images. Memory does not grow with the number of rows.
 
     Example:
         >>> summary = captionlib.prepare("scenes/dataset.json", "manifest")
@@ -160,7 +162,7 @@ def _prepare(
 ) -> PrepareSummary:
     """Writes or updates a manifest.
 
-    Locking creates the folder, so a new folder is locked only after the sources were checked.
+    Locking creates the folder, so a new folder is locked only after the sources have been checked.
     """
     is_new = not Folder(output).exists(DESCRIPTION_FILE)
     existing = _open_output(output, config, overwrite)
@@ -199,14 +201,14 @@ def _prepare(
         skipped=dict(skips.counts.most_common()),
         examples=skips.examples,
         changes=changes,
-        updated=to_update is not None,
+        is_update=to_update is not None,
     )
 
 
 def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrite: bool) -> ShardedDataset | None:
     """Returns the manifest in the output folder, or None if there is none or it is to be overwritten.
 
-    Called before the sources are read, because reading can take long.
+    Called before the sources are read, because reading them can take a long time.
 
     Raises:
         ConfigError: the manifest has a different shard size.
@@ -298,12 +300,12 @@ def _update(
                 comparison.verify_content(_open_hashed_dataset(config.verify_content), fetcher)
         changes = comparison.count()
         report_changes(changes)
-        existing = changes.changed + changes.gone + changes.unchanged
-        if changes.gone > _MAX_GONE_RATIO * existing and not (config.allow_removal or dry_run):
+        existing = changes.changed + changes.missing + changes.unchanged
+        if changes.missing > _MAX_MISSING_RATIO * existing and not (config.allow_removal or dry_run):
             raise DatasetError(
-                f"{dataset.folder.uri}: {changes.gone} of {existing} images are not in the source; expected at most a "
-                "tenth; check that the path is correct and the disk is mounted, or use --append if the source contains "
-                "only new images, or --allow-removal to remove the missing ones"
+                f"{dataset.folder.uri}: {changes.missing} of {existing} images are not in the source; expected at most "
+                "a tenth; check that the path is correct and the disk is mounted, or use --append if the source "
+                "contains only new images, or --allow-removal to remove the missing ones"
             )
         if not dry_run and not changes.any:
             drop_uncommitted_updates(dataset.folder)
@@ -341,8 +343,8 @@ def _check_images_exist(rows: Sequence[ImageRecord]) -> None:
     if rows:
         reason = "" if first_error is None else f"; {first_error.reason}: {first_error}"
         raise DatasetError(
-            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; set the "
-            "folder that image paths are relative to with --images, or use --no-check-images if only the workers of "
+            f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; use "
+            "--images to set the folder that image paths are relative to, or --no-check-images if only the workers of "
             "later jobs can read the images"
         )
 

@@ -1,6 +1,6 @@
-"""Writes the future rows of a manifest (one row per image) to a local Parquet file.
+"""Stages the rows of a manifest (one row per image) in a local Parquet file.
 
-The rows are counted, hashed and checked in this file before the manifest is written.
+The rows are counted, hashed and checked before the manifest is written.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ def stage_rows(
     digest = hashlib.blake2b(digest_size=16)
     splits: Counter[str] = Counter()
     captions = 0
-    # Rows of the manifest that have not been compared yet. None if a row differs.
+    # Rows of the manifest that have not been compared yet. None if there is no manifest, or once a row has differed.
     expected = None if existing is None else RowBuffer(part for _, part in read_manifest(existing))
     with _open_writer(path) as writer:
         while batch := list(itertools.islice(rows, _BATCH_ROWS)):
@@ -123,7 +123,7 @@ def _write(writer: pq.ParquetWriter, rows: pa.RecordBatch, origins: list[str]) -
 
 
 def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -> None:
-    """Writes the first `count` rows of a manifest, which are equal to the first rows of the source."""
+    """Writes the first `count` rows of the existing manifest, which equal the first new rows. Their origin is empty."""
     for rows in RowBuffer(batch for _, batch in read_manifest(manifest)).take(count):
         _write(writer, rows, [""] * rows.num_rows)
 
@@ -165,7 +165,7 @@ def check_unique_ids(staged: StagedRows) -> None:
                 first, second = (f"{uri} at {origin}" if origin else uri for uri, origin in rows)
                 raise DuplicateIdError(
                     f"expected one row per image id, got {count} with {image_id!r}: {first}, and {second}; remove one, "
-                    "or choose a different id column; rows with one caption each are merged if they are adjacent"
+                    "or choose a different id column; adjacent rows of one image, with one caption each, are merged"
                 )
 
 
@@ -191,8 +191,8 @@ def check_ids_differ(manifests: Mapping[str, ShardedDataset]) -> None:
         found = [f"{uri} of source {name}" for name, each in manifests.items() for uri in _find_uris(each, *repeated)]
         raise DuplicateIdError(
             f"expected one image per id in all sources together, got {repeated[0]!r} for {' and '.join(found)}; change "
-            "one of the sources. If they are different images in two folders, replace both sources by one with the "
-            "parent of the folders, so that the ids contain the names of the folders"
+            "one of the sources. If two folders contain different images with the same name, use their parent folder "
+            "as a single source, so that the ids contain the folder names"
         )
 
 

@@ -1,4 +1,4 @@
-"""Merges small shards of datasets and splits large ones, without computing any row again.
+"""Merges small shards of datasets and splits large ones, without recomputing any row.
 
 The manifest is the dataset that lists the images. All other datasets are made from it, shard by shard, and contain a
 row or a failure (the record of an unreadable image) for each image. First, the manifest is atomically divided into new
@@ -39,9 +39,9 @@ ReportMoved = Callable[[int], None]
 def choose_shard_size(images: int) -> int:
     """Returns the default number of images per shard: the square root of `10 * images`, rounded up to thousands.
 
-    Up to 100,000 images, a shard has 1,000. Above that, both the size and the number of shards grow: 1 million images
-    have 250 shards of 4,000, and 10 million have 1,000 shards of 10,000. So there are enough shards to process in
-    parallel, and few enough files for queries.
+    Datasets of up to 100,000 images have shards of 1,000. Above that, both the size and the number of shards grow:
+    1 million images have 250 shards of 4,000, and 10 million have 1,000 shards of 10,000. So there are enough shards to
+    process in parallel, and few enough files for queries.
     """
     return max(1, math.ceil(math.sqrt(10 * images) / _MIN_SHARD_SIZE)) * _MIN_SHARD_SIZE
 
@@ -52,8 +52,8 @@ class Compaction:
 
     Attributes:
         dataset: the dataset, as it was when the compaction was planned.
-        shard_size: new number of images per shard. None if the dataset was made from another one; its images are then
-            divided in the same way.
+        shard_size: new number of images per shard. If None, the dataset was made from another one, and its images are
+            divided in the same way as the images of that dataset.
         images: number of rows and failures of the dataset.
     """
 
@@ -65,7 +65,7 @@ class Compaction:
         """Atomically replaces the shards of the dataset.
 
         Args:
-            report_moved: called to show progress.
+            report_moved: called with the number of moved rows and failures; see `ReportMoved`.
 
         Returns:
             The new dataset. It is equal to `dataset` if there was nothing to do.
@@ -80,7 +80,7 @@ class Compaction:
 
 
 def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None = None) -> list[Compaction]:
-    """Checks datasets before any of them changes. Returns their compactions, to be run in this order.
+    """Checks datasets before any of them changes. Returns their compactions in the order in which they must run.
 
     Args:
         datasets: a manifest, or features from `captionlib import-features`, and datasets that were made from them.
@@ -88,7 +88,8 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
     Raises:
         ConfigError: a dataset has a kind that always has a single shard.
-        DamagedShardError: a marker of the manifest or of the imported features is missing or damaged.
+        DamagedShardError: a marker (the file that records that a shard is complete) of the manifest or of the imported
+            features is missing or damaged.
         DatasetError: the manifest, the imported features or the source of a dataset (the one that it was made from) is
             not complete.
     """
@@ -149,7 +150,7 @@ class _ImageLocations:
     Attributes:
         hashes: `[images] uint64`, hashes of the image ids, ascending.
         shards: `[images] int32`, the shard of each image, in the same order.
-        seconds_per_image: time taken to write all shards, including their earlier versions, divided by the images.
+        seconds_per_image: mean time per image to write the shards, including their earlier versions.
     """
 
     hashes: npt.NDArray[np.uint64]
@@ -188,7 +189,7 @@ def _read_failures(dataset: ShardedDataset, shard: int) -> pa.Table:
 
 @dataclass(frozen=True)
 class _Matches:
-    """The positions of the images of an old shard in a shard of the source; -1 for images of other shards.
+    """For each image of an old shard, its position in one shard of the source; -1 if it is not in that shard.
 
     Attributes:
         rows: `[rows] int64`, positions of the images with a row.
@@ -214,9 +215,9 @@ def _write_moved_rows(
 ) -> int:
     """Writes a shard of `staged` with the rows and failures that `dataset` has for the images of the input shard.
 
-    The marker (the file that records that the shard is complete) usually contains the checksum of the input shard. If
-    an image is missing or out of order, it contains `STALE` instead. The command that made the dataset then writes the
-    shard again.
+    The marker of the new shard usually contains the checksum of the input shard. If an image is missing or out of
+    order, the marker contains `STALE` instead. The next run of the command that made the dataset writes the shard
+    again.
 
     Returns:
         The number of moved rows and failures.

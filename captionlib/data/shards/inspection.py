@@ -1,7 +1,7 @@
 """Summarizes a dataset: finished shards, images that could not be read (failures), speed, and inconsistencies.
 
-A marker is the file that records that a shard is complete. Only the description, the markers, the progress files and
-the failures are read, and nothing is written, so a job may be writing the dataset at the same time.
+A marker is the file that records that a shard is complete. Inspection writes nothing, so a job can write the dataset at
+the same time. Data files are read only to verify their checksums.
 """
 
 import os
@@ -74,9 +74,9 @@ class JobReport:
             the dataset is complete.
         images: number of images of the input; None if it is unknown because the input cannot be read.
         images_done: number of images of the finished shards.
-        images_in_progress: number of images of unfinished shards that workers have already processed.
-        shard_states: the states of all shards in order. Adjacent shards with the same state are one entry: the
-            state and their number.
+        images_in_progress: number of images in unfinished shards that workers have already processed.
+        shard_states: the run-length encoded states of all shards, in order. Each entry is a state and the number of
+            adjacent shards with this state.
         throughput: the speed; None if it is unknown.
         seconds_left: estimate of the time that the job still needs; None unless it is running at a known speed.
         updated: time of this report, as a Unix time.
@@ -113,11 +113,11 @@ class DatasetReport:
         total_seconds: time spent on the current and all earlier versions of the shards, summed over workers.
         source: path or URL of the dataset that this dataset was made from; empty if there is none.
         lineage: the datasets that this dataset was made from, the oldest first.
-        stale: number of shards of the source that have changed, or been added, since this dataset was written. None if
-            the source cannot be read.
+        stale: number of shards of the source that were changed or added after this dataset was written. None if the
+            source cannot be read.
         failed: number of images that could not be read.
         failures: failures by reason (the category of the error), the most frequent first.
-        removed: the images that `captionlib remove` removed from a manifest: reason and date by hash of the image id.
+        removed: reason and date of each removal from a manifest (`captionlib remove`), by hash of the image id.
         job: the progress of the job that writes the dataset.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
         interrupted_update: whether an update was interrupted. The next command that reads the dataset completes it.
@@ -152,7 +152,7 @@ class DatasetReport:
 
 
 def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> DatasetReport:
-    """Summarizes a dataset. If `verify` is set, checks each data file against the checksum in its marker file."""
+    """Summarizes a dataset. If `verify` is True, checks each data file against the checksum in its marker file."""
     dataset = open_dataset(uri, complete_update=False)
     markers = dataset.read_markers()
     totals = sum_markers(markers.values())
@@ -218,7 +218,9 @@ def _compare_with_source(
 ) -> tuple[set[int], int | None, int | None]:
     """Returns the stale shards, the number of stale and missing shards, and the number of images of the source.
 
-    A shard is missing if it was added to the source. Both numbers are None if the source cannot be read.
+    A shard is missing if it was added to the source after this dataset was written. Both numbers are None if the source
+    cannot be read. If the dataset has no source, the last value is the number of its own images, or None if the dataset
+    is not complete.
     """
     if not dataset.source:
         complete = dataset.is_complete()
@@ -256,7 +258,7 @@ def _describe_job(
     running = not complete and now - last_activity <= IDLE_SECONDS
     seconds_left = None
     if running and markers and throughput and throughput.images_per_second > 0:
-        total = images or dataset.shards * done / len(markers)  # if unknown, all shards count as equally large
+        total = images or dataset.shards * done / len(markers)  # if unknown, assume shards of equal size
         seconds_left = max(0, total - done - in_progress) / throughput.images_per_second
     return JobReport(
         state="complete" if complete else "running" if running else "stopped",
@@ -302,6 +304,6 @@ def _summarize_failures(
 def _read_failures(dataset: ShardedDataset, shard: int) -> Iterable[Mapping[str, Any]]:
     try:
         table = dataset.read_failures(shard)
-    except DamagedShardError:  # found by `verify`
+    except DamagedShardError:  # `verify` reports it
         return []
     return table.to_pylist() if table is not None else []

@@ -55,13 +55,13 @@ SUCCESS_FILE = "_SUCCESS"
 MARKERS_FOLDER = "__shards"
 FAILURES_FOLDER = "__failures"
 PROGRESS_EXTENSION = ".progress"
-JOURNAL_FILE = "_update.json"
-UPDATE_FOLDER = "__update"
+JOURNAL_FILE = "_update.json"  # lists the new shards of a committed update until they are in place
+UPDATE_FOLDER = "__update"  # new shards of an update
 REMOVED_FILE = "_removed.json"  # hashes of the ids of images that `captionlib remove` removed
-SAMPLE_FOLDER = "__sample"
+SAMPLE_FOLDER = "__sample"  # temporary sample of the input, if a stage processes only some of its rows
 
 STALE = "stale"
-"""Stored in a marker as `input_checksum` to make the next run of the stage process the shard again."""
+"""Stored in a marker as `input_checksum` so that the next run of the stage processes the shard again."""
 
 BLOCK_BYTES = 256 << 10
 """Size of a block of a data file. Each block has a checksum, so a reader of one column verifies only what it reads."""
@@ -141,7 +141,7 @@ class ShardProgress:
 
 @dataclass(frozen=True)
 class Totals:
-    """Totals over the finished shards of a dataset; see `Marker` for the attributes.
+    """Totals over the finished shards of a dataset; see `Marker` for the other attributes.
 
     Attributes:
         checksum: hash of the checksums of all data files, in order. It changes when any row changes.
@@ -162,7 +162,10 @@ class Totals:
         return self.rows + self.failures
 
     def exceeds(self, max_failure_ratio: float | None) -> bool:
-        """Returns whether more images failed than this fraction or, if it is None, whether all images failed."""
+        """Returns whether the fraction of failed images exceeds `max_failure_ratio`.
+
+        If `max_failure_ratio` is None, returns whether all images failed.
+        """
         if max_failure_ratio is None:
             return self.rows == 0 and self.failures > 0
         return self.failures > max_failure_ratio * self.images
@@ -328,14 +331,14 @@ def from_checked_json(content: bytes) -> dict[str, Any]:
     """Decodes the result of `to_checked_json`. A JSON object without a checksum is accepted.
 
     Raises:
-        ValueError: the content is not a JSON object, or differs from its checksum.
+        ValueError: the content is not a JSON object, or does not match its checksum.
     """
     record = from_json(content)
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
     expected = record.pop(_RECORD_CHECKSUM, None)
     if expected is not None and expected != _compute_record_checksum(record):
-        raise ValueError("the content differs from its checksum")
+        raise ValueError("the content does not match its checksum")
     return record
 
 

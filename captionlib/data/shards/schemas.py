@@ -31,7 +31,7 @@ SCHEMA_VERSIONS = {"manifest": 1, "features": 1, "captions": 1, "embeddings": 1,
 def _schema(*text: str, **columns: pa.DataType) -> pa.Schema:
     """Returns a schema with the given text columns and then the other columns, none of which may contain nulls."""
     types = dict.fromkeys(text, pa.string()) | columns
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
+    return pa.schema([pa.field(name, data_type, nullable=False) for name, data_type in types.items()])
 
 
 _VERSION = pa.field("version", pa.string())
@@ -63,7 +63,7 @@ COLUMN_DESCRIPTIONS = {
     "attention": "Attention weights of each token over the positions of the feature map; each row sums to 1.",
     "embedding": "Embedding of the image: a unit vector in the joint space of images and captions.",
     "group": "Id of the group of duplicates, which is the id of its kept image.",
-    "kept": "Whether to keep this image; the other images of the group are duplicates of it.",
+    "kept": "True for the one image of the group to keep; false for its duplicates.",
     "similarity": "Cosine similarity of the embeddings of this image and the kept image.",
     "stage": "Step that failed: fetch or decode.",
     "error": "Category under which the failure is counted, such as NotFound.",
@@ -89,7 +89,7 @@ def add_missing_columns(rows: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBat
 
 
 def upgrade_schema(kind: str, stored: pa.Schema) -> pa.Schema:
-    """Returns the schema of a stored dataset, plus the nullable columns that were added to its kind since then."""
+    """Returns the schema of a stored dataset, plus the nullable columns that were later added to this kind."""
     current = {
         "manifest": MANIFEST_SCHEMA,
         "features": features_schema(1, "float16"),

@@ -36,7 +36,7 @@ class Stage(Protocol):
         """The input columns that the stage reads. If None, it reads all columns."""
 
     def open(self) -> AbstractContextManager[ProcessRows]:
-        """Loads models in a worker process, which then processes many shards with them."""
+        """Loads models and yields the function that processes rows. A worker process calls it once, for many shards."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,10 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The caller processes the first before it requests the second.
 
-        Reading the markers of many finished shards takes long, but listing the files does not. If the input has not
-        changed since the outputs were created, the first list contains the shards that lack a marker or a data file.
+        Listing the files is fast, but reading the markers of many finished shards is slow. Therefore, the first list
+        contains the shards that lack a marker or a data file, and the second list contains the other shards to process.
+        If the input has changed since the outputs were created, or with `retry_failures` or `verify`, there is only one
+        list.
         """
         missing = self._find_missing()
         if missing:
@@ -192,8 +194,10 @@ class ShardJob:
             outputs = [output.read(shard) for output in self.outputs]
         except DamagedShardError:  # also raised if the shard is missing or not finished
             return None
-        copied = [name for name in self.source.schema.names if any(name in output.schema.names for output in outputs)]
-        rows = self.source.read(shard, copied, input_marker)
+        copied_columns = [
+            name for name in self.source.schema.names if any(name in output.schema.names for output in outputs)
+        ]
+        rows = self.source.read(shard, copied_columns, input_marker)
         failures = FAILURES_SCHEMA.empty_table()
         if not self.retry_failures:
             with suppress(DamagedShardError):  # then these images are processed again
@@ -222,23 +226,24 @@ class _UnchangedRows:
     @classmethod
     def find(cls, rows: pa.Table, outputs: Sequence[pa.Table], failures: pa.Table) -> "_UnchangedRows":
         """Compares the rows of the input with the rows and failures of the old output."""
-        found = [match_images(rows, output) for output in outputs]
-        is_kept = np.all([indices >= 0 for indices in found], axis=0)
-        failed = np.where(is_kept, -1, match_images(rows, failures))
+        output_indices = [match_images(rows, output) for output in outputs]
+        is_kept = np.all([indices >= 0 for indices in output_indices], axis=0)
+        failure_indices = np.where(is_kept, -1, match_images(rows, failures))
+        has_failed = failure_indices >= 0
         kept = np.flatnonzero(is_kept)
         return cls(
             {image_id: position for position, image_id in enumerate(rows["image_id"].to_pylist())},
             kept,
             [
                 replace_columns(output.take(indices[kept]), rows.take(kept))
-                for output, indices in zip(outputs, found, strict=True)
+                for output, indices in zip(outputs, output_indices, strict=True)
             ],
-            replace_columns(failures.take(failed[failed >= 0]), rows.filter(pa.array(failed >= 0))),
-            ~is_kept & (failed < 0),
+            replace_columns(failures.take(failure_indices[has_failed]), rows.filter(pa.array(has_failed))),
+            ~is_kept & ~has_failed,
         )
 
     def merge(self, computed: Iterator[tuple[pa.RecordBatch, ...]]) -> Iterator[tuple[pa.RecordBatch, ...]]:
-        """Yields the computed and the unchanged rows in the order of the input. `computed` is in that order."""
+        """Yields the computed and the unchanged rows in the order of the input. `computed` must be in that order."""
         start = 0
         for batches in computed:
             positions = np.array(
@@ -267,8 +272,8 @@ def match_images(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
     An image is unchanged if its version (a string that changes with the file) is the same. If a version is unknown, the
     paths or URLs are compared.
     """
-    found_or_null = pc.fill_null(pc.index_in(rows["image_id"], value_set=old["image_id"].combine_chunks()), -1)
-    indices: npt.NDArray[np.int64] = found_or_null.to_numpy().astype(np.int64)
+    index_array = pc.fill_null(pc.index_in(rows["image_id"], value_set=old["image_id"].combine_chunks()), -1)
+    indices: npt.NDArray[np.int64] = index_array.to_numpy().astype(np.int64)
     found = np.flatnonzero(indices >= 0)
     new, old = rows.take(found), old.take(indices[found])
     same = pc.coalesce(pc.equal(new["version"], old["version"]), pc.equal(new["uri"], old["uri"])).to_numpy()

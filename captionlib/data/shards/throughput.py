@@ -31,7 +31,7 @@ class Throughput:
         started: the start of the run. A pause of more than `IDLE_SECONDS` separates two runs.
         last_activity: when a worker last finished a shard or reported progress.
         images_per_second: the speed over the last 15 minutes before `last_activity`.
-        curve: the speed in intervals of equal length between `started` and `last_activity`.
+        curve: the speed, in images per second, in intervals of equal length from `started` to `last_activity`.
     """
 
     started: float

@@ -168,7 +168,7 @@ def _missing_shard_error(folder: Folder, staging: str, name: str) -> DatasetErro
 def _move_shard(folder: Folder, staging: str, name: str, checksums: str) -> None:
     """Moves a staged shard into place, given its part name and the checksums of its new files.
 
-    While its files are moved, its marker describes both the old and the new version. Raises DatasetError if the shard
+    While the files are moved, the marker describes both the old and the new version. Raises DatasetError if the shard
     is neither staged nor in place.
     """
     new = _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")

@@ -23,7 +23,7 @@ class VerifiedFile(RangedFile):
     Args:
         fs: fsspec file system.
         path: path of the file within `fs`.
-        versions: markers of the versions of the shard. The file must match one of them.
+        versions: markers of the shard versions that the file may belong to. The file must match one of them.
 
     Raises:
         DamagedShardError: the file matches none of the versions. This is raised when the file is opened or read.

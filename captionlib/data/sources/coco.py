@@ -21,8 +21,8 @@ def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCount
 
     The split is `options.default_split` or, if that is empty, the split in the file name: `train` for
     `captions_train2014.json`. Image paths are relative to the subfolder that the file name mentions, here `train2014/`.
-    It is searched for in `options.image_root`. If that is None, it is searched for in the folder of the JSON file, and
-    then in the parent folder. If it is not found, image paths are relative to the first of these folders.
+    This subfolder is searched for in `options.image_root` or, if that is None, in the folder of the JSON file and then
+    in its parent folder. If the subfolder is not found, image paths are relative to the first of these folders.
     See `captionlib.data.sources.rows.SourceReader` for the arguments.
 
     Raises:

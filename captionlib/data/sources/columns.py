@@ -27,6 +27,7 @@ URI_NAMES = (
 CAPTION_NAMES = ("captions", "caption", "sentences", "sentence", "text", "texts", "raw", "comment")
 SPLIT_NAMES = ("split", "subset")
 
+# Limits on the column names in error messages: number of names, and length of a name.
 _SHOWN_COLUMNS = 20
 _SHOWN_CHARACTERS = 40
 
@@ -37,7 +38,7 @@ _NUMBERED_CAPTION = re.compile(r"(?i)(?:caption|sentence)[ _]?\d+")
 class Columns:
     """Names of the table columns to read. A name is None if the table has no such column.
 
-    `version` names the column with a string that changes with the image, such as a hash or a date.
+    The column `version` contains a string that changes when the image changes, such as a hash or a date.
     """
 
     uri: str

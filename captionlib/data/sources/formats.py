@@ -77,7 +77,7 @@ def read_source(
 
     Raises:
         ConfigError: an option does not apply to the source.
-        DatasetError: the source cannot be read, or all of its captions are skipped.
+        DatasetError: the source cannot be read, or all of its images or captions are skipped.
     """
     images = captions = 0
     for row in SOURCE_FORMATS[source_format].read(addresses, options, skips):

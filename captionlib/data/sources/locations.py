@@ -74,8 +74,8 @@ def locate(address: str | os.PathLike[str]) -> Location:
     """Resolves a path or a URL to a location, whether or not it exists.
 
     Raises:
-        ConfigError: the address chains file systems, or its protocol is unknown, not allowed or needs a package that is
-            not installed; see `captionlib.storage.file_systems`.
+        ConfigError: the address chains file systems with `::`, or its protocol is unknown, is not allowed, or needs a
+            package that is not installed; see `captionlib.storage.file_systems`.
     """
     address = os.fspath(address)
     fs, path = open_file_system(address)
@@ -86,7 +86,7 @@ def locate(address: str | os.PathLike[str]) -> Location:
 
 
 def locate_all(address: str | os.PathLike[str]) -> list[Location]:
-    """Resolves an address to locations. Braces are expanded unless a file exists whose name contains them.
+    """Resolves an address to locations. Expands braces unless a file with exactly this name exists.
 
     Raises:
         ConfigError: an address is not supported; see `locate`.
@@ -114,7 +114,7 @@ def get_extension(name: str) -> str:
 
 
 def get_uncompressed_extension(name: str) -> str:
-    """Returns the extension without compression or query: `.csv` for `a.csv.gz` and `https://x.org/a.csv?v=2`."""
+    """Returns the extension, ignoring compression and query: `.csv` for `a.csv.gz` and `https://x.org/a.csv?v=2`."""
     name = name.partition("?")[0].lower()
     for compressed in (".gz", ".bz2", ".xz"):
         name = name.removesuffix(compressed)
@@ -152,7 +152,9 @@ def _expand_braces(address: str) -> list[str]:
 
 
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """Yields the addressed files, all files that match a glob, and the files with one of `extensions` in a folder.
+    """Yields the files at the given addresses.
+
+    A glob yields all matching files. A folder yields its files with one of `extensions`.
 
     Raises:
         DatasetError: an address does not exist, or no file is found at it.
@@ -172,8 +174,8 @@ def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator
 def scan_folder(folder: Location) -> Iterator[tuple[str, str | None, Any]]:
     """Yields the name, kind and details of each entry of a folder, in arbitrary order.
 
-    The kind is `file`, `directory` or None. The details are an `os.DirEntry` if the folder is local, and otherwise a
-    dictionary from fsspec.
+    The kind is `file` or `directory`, or None for other entries. The details are an `os.DirEntry` if the folder is
+    local, and otherwise a dictionary from fsspec.
     """
     if folder.is_local:
         # A listing by fsspec would take about a kilobyte of memory per file.

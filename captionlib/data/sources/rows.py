@@ -112,7 +112,7 @@ class SourceOptions:
             If None, all captions in a map are included.
         split_column: table column with the split.
         version_column: table column with a version of the image, such as a hash or a date. If None, the version is
-            computed from the metadata of the image file or, if these are unknown, from its uri.
+            computed from the metadata of the image file or, if there is none, from its URI.
         captions: whether to include captions.
         columns: names of all columns, for a CSV or TSV table without a header.
         tsv_quotes: whether cells of TSV tables may be quoted, as in CSV.

@@ -66,7 +66,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
     """Yields the images of tables in file order.
 
     Consecutive rows of the same image are merged into one row with all their captions, unless they have caption lists.
-    Without an id column, the id is the uri exactly as it is in the table. Uris may be relative to `options.image_root`
+    Without an id column, the id is the uri as it is in the table. URIs may be relative to `options.image_root`
     or, by default, to the table's folder. Invalid rows are skipped. See `SourceReader` for the arguments.
 
     Raises:
@@ -84,7 +84,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 def _parse_records(
     records: Iterable[_Record], root: str, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[ImageRecord, bool]]:
-    """Yields each row, and whether it may be merged: it has captions, but not a list of captions."""
+    """Yields each row, and whether it may be merged: it has caption columns, and none of them contains a list."""
     for origin, columns, values in records:
         try:
             uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()
@@ -108,7 +108,10 @@ def parse_split_column(values: Mapping[str, Any], column: str | None, origin: st
 
 
 def parse_version_column(values: Mapping[str, Any], column: str | None, origin: str) -> str:
-    """Returns the version of an image, a string that changes with it; empty if the column or its value is missing."""
+    """Returns the version of an image, or an empty string if the column or its value is missing.
+
+    The version changes whenever the image changes.
+    """
     return "" if column is None else parse_optional(parse_id, values.get(column), origin, column)
 
 
@@ -198,7 +201,7 @@ def _detect_delimiter(first: str, location: Location, options: SourceOptions) ->
 def _split_lines(lines: Iterable[str], delimiter: str, first_number: int) -> Iterator[tuple[int, list[str]]]:
     """Yields the line number and two cells of each line: the text before and after the first delimiter.
 
-    `first_number` is the number of the first of `lines`.
+    `first_number` is the line number of the first line.
     """
     for number, line in enumerate(lines, first_number):
         if line.strip():

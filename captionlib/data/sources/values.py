@@ -118,7 +118,7 @@ def is_unicode(text: str) -> bool:
 
 
 def parse_cell(cell: str, numeric: bool = False) -> object:
-    """Converts a cell of a text table to stripped text, or to None if it is a printed null such as `nan`.
+    """Returns the stripped text of a cell, or None if the text stands for a missing value, such as `nan`.
 
     If `numeric` is true, a cell such as `391895.0` (an id that pandas wrote as a float) is converted to a float.
     """
@@ -228,9 +228,8 @@ def _parse_printed_list(text: str, origin: str, field: str) -> object:
         return parse_json(text, origin)
     except DatasetError as error:
         with contextlib.suppress(SyntaxError, ValueError):
-            if _PYTHON_LIST.fullmatch(
-                text
-            ):  # excludes printed NumPy arrays: without commas, Python would join their strings
+            # NumPy prints arrays without commas. They do not match, because Python would join their adjacent strings.
+            if _PYTHON_LIST.fullmatch(text):
                 return ast.literal_eval(text)
         raise EntryError(
             f"invalid {field}",

@@ -1,4 +1,4 @@
-"""Computes versions of images: short strings that change when the image does, from file metadata alone."""
+"""Computes the version of an image, a short string that changes when the image changes, from file metadata alone."""
 
 import hashlib
 import os
@@ -13,8 +13,9 @@ from captionlib.storage.file_systems import split_protocol
 
 __all__ = ["find_modified_times", "version_from_file", "version_from_listing", "version_from_stat", "version_from_uri"]
 
-# Matches what `version_from_stat` returns, but not S3's ETags, which can be HEX-NUMBER too. Their number is small, but
-# the nanoseconds since 1970 have at least 15 hexadecimal digits.
+# Matches the versions that `version_from_stat` returns, but not the ETags of S3, which can also have the form
+# HEX-NUMBER. In ETags, the number is small. In versions, it is a time in nanoseconds since 1970, with at least 15
+# hexadecimal digits.
 _STAT_VERSION = "^[0-9a-f]+-(?P<nanoseconds>(?:1[0-9a-f]|[1-9a-f])[0-9a-f]{14})$"
 
 # Keys in the listings of remote file systems: a hash or version number of the content, and the modification time.
@@ -40,7 +41,8 @@ def find_modified_times(versions: pa.StringArray) -> pa.TimestampArray:
 def version_from_listing(details: Mapping[str, Any]) -> str:
     """Returns the version of a remote file from its entry in a listing of an fsspec file system.
 
-    The version is a hash or version number in the entry. If it has neither, size and modification time are hashed.
+    The version is the hash or version number in the entry. If the entry has neither, the version is a hash of the size
+    and modification time.
     """
     for key in _CONTENT_KEYS:
         if details.get(key):
@@ -50,7 +52,7 @@ def version_from_listing(details: Mapping[str, Any]) -> str:
 
 
 def version_from_file(location: Location) -> str:
-    """Returns the version of a local or remote source file, such as a tar."""
+    """Returns the version of a local or remote source file, such as a tar archive."""
     if location.is_local:
         return version_from_stat(os.stat(location.path))  # noqa: PTH116
     return version_from_listing(location.fs.info(location.path))

@@ -46,8 +46,8 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
     """Yields the samples that contain an image, in file order. Each uri refers to the image's byte range in the tar.
 
     Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, `.text`, `.caption` or
-    `.captions` file. If there is no such file, or if `options.caption_columns` is set, the `.json` contains the
-    captions. The id is the sample's key, or the value of `options.id_column` in the `.json`.
+    `.captions` file. If there is no such file, or if `options.caption_columns` is set, captions are read from the
+    `.json` file. The id is the sample's key, or the value of `options.id_column` in the `.json` file.
     A sample with invalid captions is kept without captions. See `SourceReader` for the arguments.
 
     Raises:
@@ -192,7 +192,7 @@ def _add_member(
 
 
 def _read_members(file: BinaryIO, location: Location) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """Yields the members of a file with one or more concatenated tars. Seeks past their data where possible."""
+    """Yields the members of a file with one or more concatenated tars. Seeks past member data instead of reading it."""
     start = file.read(6)
     for magic, name in _COMPRESSED.items():
         if start.startswith(magic):
@@ -219,12 +219,16 @@ def _read_next_member(tar: tarfile.TarFile, location: Location) -> tarfile.TarIn
     except Exception as error:  # tarfile raises various exceptions on damaged headers
         raise DatasetError(f"{location.address} is not a tar, or is damaged: {error or repr(error)}") from error
     if member is not None and member.size < 0:
-        raise DatasetError(f"{location.address} is damaged: expected a size of {member.name!r}, got {member.size}")
+        raise DatasetError(
+            f"{location.address} is damaged: expected a size of 0 or more for {member.name!r}, got {member.size}"
+        )
     return member
 
 
 def _find_next_tar(file: BinaryIO, offset: int, location: Location) -> int | None:
-    """Returns the offset of the next concatenated tar, or None if only zeros follow `offset`, where tarfile stopped.
+    """Returns the offset of the next concatenated tar, or None if only zeros follow.
+
+    `offset` is the position at which tarfile stopped reading.
 
     Raises:
         DatasetError: no block of zeros follows, so tarfile has stopped (silently) at damaged data.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["SubwordAlgorithm", "Subwords", "join_subwords", "make_tokenizer", "mark_word_starts", "train_subwords"]
 
 SubwordAlgorithm = Literal["bpe", "unigram"]
-"""Algorithm that trains subwords. It is also the level of a vocabulary, next to `words` and `characters`."""
+"""Algorithm that trains subwords, and a value of a vocabulary's `tokenization`, like `words` and `characters`."""
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
@@ -37,7 +37,7 @@ class Subwords(NamedTuple):
     Attributes:
         subwords: all subwords, in any order.
         merges: for `bpe`, the pairs to merge, in this order.
-        scores: for `unigram`, ln p of each subword.
+        scores: for `unigram`, the log-probability of each subword.
     """
 
     subwords: tuple[str, ...]
@@ -48,11 +48,11 @@ class Subwords(NamedTuple):
 def train_subwords(words: Mapping[str, int], algorithm: SubwordAlgorithm, size: int, min_count: int) -> Subwords:
     """Trains at most `size` subwords on words and their frequencies. The order of the words has no effect.
 
-    Words that contain a character with fewer occurrences than `min_count` are excluded. `bpe` does not merge pairs with
-    fewer occurrences.
+    Words that contain a character with fewer than `min_count` occurrences are excluded. `bpe` does not merge pairs with
+    fewer than `min_count` occurrences.
 
     Raises:
-        ConfigError: `tokenizers` is not installed, or the words have more than `size` different characters.
+        ConfigError: `tokenizers` is not installed, or the words that remain have at least `size` different characters.
     """
     _require_tokenizers()
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -63,7 +63,7 @@ def train_subwords(words: Mapping[str, int], algorithm: SubwordAlgorithm, size: 
     if len(alphabet) >= size:  # _WORD_START is one more character
         raise ConfigError(
             f"vocabulary_size: expected more than {len(alphabet)}, the number of different characters in the captions, "
-            f"got {size}; raise it, or raise min_count"
+            f"got {size}; raise vocabulary_size or min_count"
         )
     options: dict[str, Any] = {"vocab_size": size + 1, "special_tokens": [_UNKNOWN], "show_progress": False}
     if algorithm == "bpe":
@@ -81,12 +81,13 @@ def train_subwords(words: Mapping[str, int], algorithm: SubwordAlgorithm, size: 
     scores = {subword: score for subword, score in model["vocab"] if subword != _UNKNOWN}
     subwords = tuple(sorted(scores))
     lowest = min(scores.values(), default=0.0)
-    limit_of_added = lowest + _SCORE_STEP * (len(alphabet) + 1)
+    added_score_limit = lowest + _SCORE_STEP * (len(alphabet) + 1)
     return Subwords(
         subwords,
         scores=tuple(
             round(
-                lowest if len(subword) == 1 and scores[subword] < limit_of_added else scores[subword], _SCORE_DECIMALS
+                lowest if len(subword) == 1 and scores[subword] < added_score_limit else scores[subword],
+                _SCORE_DECIMALS,
             )
             for subword in subwords
         ),

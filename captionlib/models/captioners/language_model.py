@@ -15,7 +15,7 @@ class LanguageModelConfig:
     """The architecture of a language model: the fields of `CaptionerConfig` that do not concern images.
 
     Attributes:
-        cell: `lstm`, `rnn` or `transformer`.
+        cell: type of the layers: `lstm`, `rnn` with ReLU units, or `transformer`.
         layers: number of layers.
         hidden_size: dimensions of a layer's hidden state.
         embedding_size: dimensions of a token embedding; a Transformer requires `embedding_size` = `hidden_size`.
@@ -45,5 +45,5 @@ class LanguageModelConfig:
 
 
 def build_language_model(config: LanguageModelConfig, vocabulary_size: int) -> CaptionerNetwork:
-    """Builds a language model with weights from PyTorch's global random number generator."""
+    """Builds a language model with random weights, sampled by PyTorch's global random number generator."""
     return CaptionerNetwork(config.to_captioner_config(), 0, vocabulary_size)

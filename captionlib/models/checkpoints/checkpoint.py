@@ -65,10 +65,10 @@ class LoadedModel(Generic[Model, Config]):
         model: the network, in evaluation mode.
         vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
-        encoder: `Encoder.description` of the encoder of the training features; empty for a language model.
+        encoder: description of the encoder that computed the training features; empty for a language model.
         encoder_weights: path or URL of the encoder's weights file or model folder; None if there is none, or if it
             cannot be found.
-        provenance: the data and versions that the model was trained with.
+        provenance: the data and the software versions that the model was trained with.
         training: the training configuration and history.
         fingerprint: hash of everything that determines the model's output.
     """
@@ -101,7 +101,7 @@ class LoadedModel(Generic[Model, Config]):
         self.model.to(device)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Checks that features come from the encoder that this model was trained on.
+        """Checks that features come from the same encoder as the features that this model was trained on.
 
         Args:
             description: description of the features' encoder, as a features dataset records it.
@@ -202,7 +202,7 @@ def save_captioner(
     """Saves a captioner and returns its fingerprint. A checkpoint that is already in the folder is replaced.
 
     `encoder` is the description that the features dataset records. If the encoder was fine-tuned with the captioner,
-    `encoder_weights` is the content of its weights file. Provenance and training history are JSON values.
+    `encoder_weights` is the content of its weights file. `provenance` and `training` are JSON values.
 
     Raises:
         CheckpointError: the vocabulary does not fit the model.
@@ -265,11 +265,11 @@ def load_ranker(folder: FolderLike, device: str = "cpu") -> LoadedRanker:
         CheckpointError: the checkpoint is missing, damaged or of a different kind.
         ConfigError: the device does not exist.
     """
-    return LoadedRanker(
-        **_load(
-            folder, _RANKER, device, RankerConfig, lambda config, size, words, _: RankerNetwork(config, size, words)
-        )
-    )
+
+    def build(config: RankerConfig, feature_size: int, vocabulary_size: int, _identity: Identity) -> RankerNetwork:
+        return RankerNetwork(config, feature_size, vocabulary_size)
+
+    return LoadedRanker(**_load(folder, _RANKER, device, RankerConfig, build))
 
 
 def save_language_model(
@@ -282,7 +282,7 @@ def save_language_model(
     provenance: Mapping[str, Any],
     training: Mapping[str, Any],
 ) -> str:
-    """Saves a language model; see `LoadedLanguageModel` for `layout` and `save_captioner` for everything else."""
+    """Saves a language model; see `LoadedLanguageModel` for `layout`, and `save_captioner` for the rest."""
     return _save(folder, _LANGUAGE_MODEL, model, config, vocabulary, {"layout": layout}, provenance, training)
 
 
@@ -326,9 +326,9 @@ def _load(
     device: str,
     config_type: type[Config],
     build: Callable[[Config, int, int, Identity], nn.Module],
-    *extra: str,
+    *identity_keys: str,
 ) -> dict[str, Any]:
-    """Returns the arguments of `LoadedModel`, and the entries of `Checkpoint.identity` that `extra` names.
+    """Returns the arguments of `LoadedModel`, and the entries of `Checkpoint.identity` with the given keys.
 
     `build` creates the network from its configuration, feature size, vocabulary size and `Checkpoint.identity`.
     """
@@ -336,7 +336,7 @@ def _load(
     checkpoint = read_checkpoint(folder, kind)
     identity = checkpoint.identity
     try:
-        with torch.random.fork_rng(devices=[]):  # building a network samples weights, which are then overwritten
+        with torch.random.fork_rng(devices=[]):  # initializing weights must not change the random state
             architecture = dict(identity["architecture"])
             feature_size = int(architecture.pop("feature_size"))
             config = build_config(config_type, architecture, origin="architecture")
@@ -346,7 +346,7 @@ def _load(
             model = build(config, feature_size, len(vocabulary), identity)
             model.load_state_dict(checkpoint.tensors)
             encoder = dict(identity.get("encoder", {}))
-            attributes = {name: identity[name] for name in extra}
+            attributes = {name: identity[name] for name in identity_keys}
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason, _, _ = str(error).partition("\n")  # PyTorch's messages may end with a stack trace
         raise damaged_error(open_folder(folder), f"{type(error).__name__}: {reason}") from error

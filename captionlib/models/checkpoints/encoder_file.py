@@ -30,7 +30,7 @@ __all__ = [
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 ENCODER = "encoder.safetensors"
-ENCODER_ADDRESS = "encoder_weights"  # key of the path or URL in the provenance
+ENCODER_ADDRESS = "encoder_weights"  # key in the provenance, for the path or URL of the encoder's weights
 
 LOCAL_WEIGHTS = ("file", "folder")
 """Values of `weights` in the description of an encoder whose weights came from a local file or folder."""
@@ -39,12 +39,13 @@ LOCAL_WEIGHTS = ("file", "folder")
 def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> str | None:
     """Returns the path or URL of the encoder's weights file or model folder, or None if there is none.
 
-    Looks for `encoder.safetensors` in the checkpoint's folder, then for the path that was recorded when the features
-    were extracted, and then for a file of the same name in the checkpoint's folder. The content is not verified.
+    Looks for `encoder.safetensors` in the checkpoint's folder, and then for the path that was recorded when the
+    features were extracted. If that path does not exist, looks for its file name in the checkpoint's folder. The
+    content is not verified.
 
     Args:
         folder: the checkpoint.
-        encoder: `Encoder.description` of the encoder.
+        encoder: description of the encoder; see `Encoder`.
         provenance: the data and versions that the model was trained with.
     """
     if encoder.get("weights") not in LOCAL_WEIGHTS:
@@ -54,7 +55,7 @@ def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Ma
     recorded = provenance.get(ENCODER_ADDRESS)
     if not isinstance(recorded, str) or not recorded:
         return None
-    is_address = Path(recorded).is_absolute() or "://" in recorded  # otherwise the name of a file
+    is_address = Path(recorded).is_absolute() or "://" in recorded  # otherwise only a file name
     if is_address and _exists(recorded):
         return recorded
     name = recorded.rsplit("/", 1)[-1]
@@ -79,8 +80,8 @@ def not_a_checkpoint_error(folder: Folder) -> CheckpointError:
 def require_checkpoint_files(address: str, weights: str | None) -> None:
     """Checks that a checkpoint exists and that the weights of its encoder can be found, without loading them.
 
-    Commands call this function first, because importing PyTorch and loading models takes much longer. Models of other
-    families (providers of models, selected by a prefix such as `hf:`) are not checked.
+    Commands call this function first, because importing PyTorch and loading models takes much longer. An address with
+    the prefix of a family (a provider of models), such as `hf:`, is not checked.
 
     Args:
         address: folder of a checkpoint, or an address with the prefix of a family.
@@ -88,7 +89,7 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
 
     Raises:
         CheckpointError: the folder is not a checkpoint.
-        ConfigError: the weights file does not exist.
+        ConfigError: the encoder's weights cannot be found.
     """
     if split_address(address)[0]:
         return
@@ -109,6 +110,6 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
 
 
 def _exists(address: str) -> bool:
-    """Returns whether a local file or folder exists. Returns True for a remote one, because checking takes time."""
+    """Returns whether a local file or folder exists. Remote files are assumed to exist, because checking takes time."""
     fs, path = open_file_system(address)
     return Path(path).exists() if isinstance(fs, LocalFileSystem) else True

@@ -1,4 +1,4 @@
-"""Reads and writes the files of a checkpoint, each completely or not at all. Loading never executes code.
+"""Reads and writes the files of a checkpoint. Each file is written atomically. Loading never executes code.
 
 | file | content |
 |---|---|
@@ -64,7 +64,7 @@ class Checkpoint:
 
     Attributes:
         kind: kind of model, such as `captioner`.
-        identity: what determines the model's output, other than the weights.
+        identity: what determines the model's output apart from the weights, such as architecture and vocabulary.
         tensors: the weights, on the CPU.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
@@ -90,7 +90,7 @@ def write_checkpoint(
 ) -> str:
     """Writes a checkpoint and returns its fingerprint. A checkpoint that is already in the folder is replaced.
 
-    All files are written under temporary names, then renamed, `config.json` last. If the encoder that `identity`
+    All files are written under temporary names and then renamed, `config.json` last. If the encoder that `identity`
     describes was fine-tuned with the model, `encoder_weights` is the content of its weights file.
     """
     # Cloned because safetensors rejects tensors that share memory, as tied weights do.
@@ -113,7 +113,7 @@ def write_checkpoint(
         WEIGHTS: weights,
     }
     target = open_folder(folder)
-    with ExitStack() as stack:  # exits in reverse order, so CONFIG is renamed last
+    with ExitStack() as stack:  # the files are renamed in reverse order, CONFIG last
         for name, content in files.items():
             if content is not None:
                 stack.enter_context(target.stage(name)).write_bytes(content)
@@ -161,7 +161,7 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
     identity = {name: value for name, value in config.items() if name not in ("kind", "format_version")}
     digest = hashlib.sha256(weights).hexdigest()
     if digest != recorded_digest:
-        raise damaged_error(source, f"expected {WEIGHTS} of SHA-256 {recorded_digest}, got {digest}")
+        raise damaged_error(source, f"expected {WEIGHTS} with SHA-256 {recorded_digest}, got {digest}")
     if _fingerprint(kind, identity, digest) != fingerprint:
         raise damaged_error(source, f"{CONFIG} does not match its fingerprint")
     try:

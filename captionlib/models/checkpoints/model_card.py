@@ -49,7 +49,7 @@ _LIMITS = {
     ),
 }
 # Values in the training history that are not scores.
-_NON_SCORES = {"epoch", "loss", "reward", "learning_rate", "total_seconds", "data_wait"}
+_NON_SCORES = {"epoch", "loss", "reward", "learning_rate", "total_seconds", "data_wait_fraction"}
 # Keys whose values may be paths.
 _PATH_KEYS = {"init_from", "word_vectors", "checkpoint", "file", ENCODER_ADDRESS}
 
@@ -75,16 +75,18 @@ def render_card(
     """Renders the card of a checkpoint.
 
     Args:
-        config: content of the checkpoint's `config.json`. `provenance` records the data and versions of the training.
-        training: content of its `training.json`: `history` has the metrics of each epoch, `resolved` all settings.
+        config: content of the checkpoint's `config.json`. Its `provenance` records the training data and the software
+            versions.
+        training: content of the checkpoint's `training.json`. Its `history` contains the metrics of each epoch, and
+            `resolved` contains all settings.
         has_encoder: whether the checkpoint contains the weights of the encoder.
         notes: license, data and scores.
     """
     kind = str(config["kind"])
     header = {"license": notes.license, "library_name": "captionlib", "pipeline_tag": _PIPELINES[kind]}
     license_text = (
-        "Not specified. `captionlib export-checkpoint --license NAME` sets it. The licenses of the training data and "
-        "of the encoder's weights may restrict it."
+        "Not specified. To set it, run `captionlib export-checkpoint --license NAME`. The licenses of the training "
+        "data and of the encoder's weights may restrict the choice."
         if notes.license == "unknown"
         else f"{notes.license}. The license of the encoder's weights may differ."
     )
@@ -105,8 +107,8 @@ def render_card(
 
 def describe_vocabulary(vocabulary: Mapping[str, Any]) -> str:
     """Returns the size of the vocabulary of a checkpoint and the kind of its tokens."""
-    level = vocabulary.get("level", "words")
-    unit = level if level in ("words", "characters") else f"subwords ({level})"
+    tokenization = vocabulary.get("tokenization", "words")
+    unit = tokenization if tokenization in ("words", "characters") else f"subwords ({tokenization})"
     return f"{len(vocabulary.get('words', ())):,} {unit}"
 
 
@@ -142,7 +144,7 @@ def _render_use(kind: str, config: Mapping[str, Any], has_encoder: bool) -> Iter
     encoder = config.get("encoder", {})
     if not encoder:
         return
-    network, digest = f"{encoder.get('model')} at {encoder.get('node')}", encoder.get("weights_sha256")
+    network, digest = f"{encoder.get('model')} (output node {encoder.get('node')})", encoder.get("weights_sha256")
     weights, file = encoder.get("weights"), config.get("provenance", {}).get(ENCODER_ADDRESS, "")
     if has_encoder:
         text = f"The weights of the encoder, {network}, are in `{ENCODER}`."
@@ -157,12 +159,12 @@ def _render_use(kind: str, config: Mapping[str, Any], has_encoder: bool) -> Iter
     elif weights == "hub":
         text = f"The encoder is {network}, which is downloaded."
     elif str(weights).startswith("random:"):
-        text = f"The encoder is {network} with random weights (`{weights}`), which captionlib samples again."
+        text = f"The encoder is {network} with random weights (`{weights}`), which captionlib generates from the seed."
     else:
         text = f"The encoder is {network} with torchvision's weights `{weights}`, which are downloaded."
     yield from ["", text]
     if digest:
-        yield f"The SHA-256 of the encoder's tensors is verified: `{digest}`."
+        yield f"captionlib verifies the SHA-256 of the encoder's tensors: `{digest}`."
 
 
 def _render_data(config: Mapping[str, Any], description: str) -> Iterator[str]:
@@ -170,8 +172,8 @@ def _render_data(config: Mapping[str, Any], description: str) -> Iterator[str]:
     provenance, vocabulary = config.get("provenance", {}), config.get("vocabulary", {})
     if counts := provenance.get("data"):
         yield from ["", "| Splits | Images | Captions |", "|---|---|---|"]
-        for use, row in counts.items():
-            yield f"| {use}: {', '.join(row['splits'])} | {row['images']:,} | {row['captions']:,} |"
+        for purpose, row in counts.items():
+            yield f"| {purpose}: {', '.join(row['splits'])} | {row['images']:,} | {row['captions']:,} |"
     yield from ["", f"Vocabulary: {describe_vocabulary(vocabulary)}."]
     for name in ("features", "manifest", "source"):
         if name in provenance:
@@ -195,7 +197,7 @@ def _render_validation_scores(training: Mapping[str, Any]) -> Iterator[str]:
         yield "No scores were recorded in training."
         return
     epoch = history[-1].get("epoch", len(history))
-    yield f"On the validation splits, which also selected epoch {epoch}. There are no confidence intervals."
+    yield f"On the validation splits, which were also used to select epoch {epoch}. There are no confidence intervals."
     yield from ["", "| Score | Value |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in scores.items())]
 
 
@@ -206,8 +208,8 @@ def _render_test_scores(evaluations: Sequence[Mapping[str, Any]]) -> Iterator[st
         if "scores" in evaluation:
             yield from ["| Score | Value | 95% interval |", "|---|---|---|"]
             for name, value in evaluation["scores"].items():
-                ends = evaluation.get("intervals", {}).get(name)
-                interval = f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""
+                bounds = evaluation.get("intervals", {}).get(name)
+                interval = f"{bounds[0]:.4g} to {bounds[1]:.4g}" if bounds else ""
                 yield f"| {name} | {value:.4g} | {interval} |"
         else:  # the scores of a ranker
             yield from ["| Direction | R@1 | R@5 | R@10 | Median rank |", "|---|---|---|---|---|"]

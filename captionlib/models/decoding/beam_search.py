@@ -28,7 +28,7 @@ class _Continuations(NamedTuple):
 
     Attributes:
         log_prob: log-probability of the sentence so far; -inf if a group has fewer than `width` continuations.
-        row: the row of the hypothesis that is extended.
+        row: the row, in the batch, of the hypothesis that is extended.
         word: the word that extends it.
     """
 
@@ -75,8 +75,8 @@ class _BeamSearch:
         self._group = torch.arange(groups, device=device)  # group number of each hypothesis, ascending
         # Groups, log-probabilities, and words (END included) of the hypotheses that finished at each time step.
         self._finished: list[tuple[Tensor, Tensor, Tensor]] = []
-        # The maximum number of unfinished hypotheses, and the best scores of finished ones.
-        self._open_width = torch.full((groups, 1), self._width, device=device)
+        # The maximum number of unfinished hypotheses of each group, and the best scores of its finished ones.
+        self._max_unfinished = torch.full((groups, 1), self._width, device=device)
         self._best_scores = torch.full((groups, config.candidate_count), -torch.inf, device=device)
         self._ranks = torch.arange(self._width, device=device)
 
@@ -93,7 +93,7 @@ class _BeamSearch:
         is_diverse = self._config.beam_groups > 1
         chosen = self._choose_diverse(log_probs) if is_diverse else self._choose(log_probs)
         log_prob, row, word = chosen
-        selected = (log_prob > -torch.inf) & (self._ranks < self._open_width)
+        selected = (log_prob > -torch.inf) & (self._ranks < self._max_unfinished)
         finishing = selected & (word == END)
         if self._length == self._max_tokens:
             finishing = selected
@@ -120,16 +120,16 @@ class _BeamSearch:
         """Chooses the most probable continuations of each group, from log-probabilities `[rows, vocabulary_size]`."""
         log_prob, word = log_probs.topk(min(self._width, log_probs.shape[1]), dim=1)
         log_prob += self._beam.log_prob[:, None]
-        best, row, column = _top_continuations(log_prob, self._group, len(self._open_width), self._width)
+        best, row, column = _top_continuations(log_prob, self._group, len(self._max_unfinished), self._width)
         return _Continuations(best, row, word[row, column])
 
     def _choose_diverse(self, log_probs: Tensor) -> _Continuations:
-        """Chooses as `_choose` does, but group by group, with a penalty on words of an image's earlier groups."""
+        """Chooses as `_choose` does, but group by group, with a penalty on words that earlier groups chose."""
         beam_log_prob, groups = self._beam.log_prob, self._config.beam_groups
         chosen = _Continuations(
-            log_probs.new_full((len(self._open_width), self._width), -torch.inf),
-            self._open_width.new_zeros(len(self._open_width), self._width),
-            self._open_width.new_zeros(len(self._open_width), self._width),
+            log_probs.new_full((len(self._max_unfinished), self._width), -torch.inf),
+            self._max_unfinished.new_zeros(len(self._max_unfinished), self._width),
+            self._max_unfinished.new_zeros(len(self._max_unfinished), self._width),
         )
         penalty = log_probs.new_zeros(self._images, log_probs.shape[1])
         for index in range(groups):
@@ -144,7 +144,7 @@ class _BeamSearch:
             log_prob = (beam_log_prob[row] + log_probs[row, word]).where(best > -torch.inf, -torch.inf)
             for values, group_values in zip(chosen, (log_prob, row, word), strict=True):
                 values[index::groups] = group_values
-            selected = (best > -torch.inf) & (self._ranks < self._open_width[index::groups])
+            selected = (best > -torch.inf) & (self._ranks < self._max_unfinished[index::groups])
             penalty.scatter_add_(1, word, self._config.diversity_penalty * selected.float())
         return chosen
 
@@ -154,7 +154,7 @@ class _BeamSearch:
         rows, word = chosen.row[group, rank], chosen.word[group, rank]
         words = torch.cat([self._beam.words[rows, 1:], word[:, None]], 1)
         self._finished.append((group, chosen.log_prob[group, rank], words))
-        self._open_width = self._open_width - finishing.sum(1, keepdim=True)
+        self._max_unfinished = self._max_unfinished - finishing.sum(1, keepdim=True)
         scores = (chosen.log_prob / self._length**self._config.length_penalty).where(finishing, -torch.inf)
         self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.candidate_count, dim=1).values
 

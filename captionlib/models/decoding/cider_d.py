@@ -32,8 +32,8 @@ class CiderD:
     """Computes CIDEr-D.
 
     Args:
-        references: the reference captions of each training image, as token ids; read once, not stored. If None, all
-            n-grams have equal weight.
+        references: the reference captions of each training image, as token ids. They are read once and not stored.
+            If None, all n-grams have equal weight.
 
     Raises:
         DatasetError: there are fewer than two images, so document frequencies would be meaningless.
@@ -61,19 +61,21 @@ class CiderD:
 
     def compare(self, sentences: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> Floats:
         """Computes a tenth of the CIDEr-D of each sentence (row) against each single reference (column)."""
-        ours, theirs = _extract_ngrams(sentences), _extract_ngrams(references)
-        distinct, column = np.unique(np.concatenate([ours.ids, theirs.ids]), return_inverse=True)
-        weights, end = self._weight_ngrams(distinct), len(ours.ids)
-        our_counts = _NgramCounts(ours, column[:end], weights)
-        their_counts = _NgramCounts(theirs, column[end:], weights)
+        sentence_ngrams, reference_ngrams = _extract_ngrams(sentences), _extract_ngrams(references)
+        distinct, column = np.unique(np.concatenate([sentence_ngrams.ids, reference_ngrams.ids]), return_inverse=True)
+        weights, end = self._weight_ngrams(distinct), len(sentence_ngrams.ids)
+        sentence_counts = _NgramCounts(sentence_ngrams, column[:end], weights)
+        reference_counts = _NgramCounts(reference_ngrams, column[end:], weights)
         columns = np.unique(column[:end])  # n-grams that occur only in the references match nothing
         total = np.zeros((len(sentences), len(references)))
-        # An n-gram contributes min(our count, their count) * their count * squared idf, divided by both norms. The
-        # minimum of two counts is the number of thresholds 1, 2, ... that both counts reach.
-        for threshold in range(1, our_counts.max_count + 1):
-            theirs_scaled = their_counts.at_least(threshold, their_counts.counts, columns)
-            total += our_counts.at_least(threshold, 1, columns) @ theirs_scaled.T
-        length_gap = np.maximum(ours.lengths - 1, 0)[:, None] - np.maximum(theirs.lengths - 1, 0)[None]  # in bigrams
+        # An n-gram contributes min(sentence count, reference count) * reference count * squared idf, divided by both
+        # norms. The minimum of two counts is the number of thresholds 1, 2, ... that both counts reach.
+        for threshold in range(1, sentence_counts.max_count + 1):
+            scaled = reference_counts.at_least(threshold, reference_counts.counts, columns)
+            total += sentence_counts.at_least(threshold, 1, columns) @ scaled.T
+        sentence_bigrams = np.maximum(sentence_ngrams.lengths - 1, 0)
+        reference_bigrams = np.maximum(reference_ngrams.lengths - 1, 0)
+        length_gap = sentence_bigrams[:, None] - reference_bigrams[None]
         return total / _MAX_N * np.exp(-(length_gap**2) / (2 * _SIGMA**2))
 
     def _weight_ngrams(self, ids: NgramIds) -> Floats:
@@ -143,7 +145,7 @@ class _NgramCounts:
         self._normalized = np.divide(weights[self._column], norms, out=np.zeros_like(norms), where=norms > 0)
 
     def at_least(self, minimum: int, factors: Indices | int, columns: Indices) -> Floats:
-        """Returns normalized weight * factor of each n-gram that occurs at least `minimum` times, otherwise 0.
+        """Returns the normalized weight of each n-gram times its factor, or 0 if it occurs fewer than `minimum` times.
 
         `factors` is `self.counts` or 1. `columns` selects distinct n-grams. The result is `[sentences, columns]`.
         """

@@ -30,7 +30,7 @@ class DecodingConfig:
         rerank: how to rerank the candidates of the beam.
         min_words: minimum number of tokens before END. A shorter sentence ends only if no other token is allowed.
         no_repeat_ngram_size: an n-gram of this size occurs at most once per sentence; 0 allows repetition.
-        forbidden_words: words that are never generated; for models of words or characters.
+        forbidden_words: words that are never generated. Models of subwords do not support this setting.
         beam_groups: number of equally wide groups for diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424);
             must divide `beam_width`.
         diversity_penalty: penalty on a word's log-probability for each hypothesis of an earlier group with the same
@@ -77,7 +77,7 @@ class DecodingConfig:
 
     @property
     def candidate_count(self) -> int:
-        """Number of candidates to decode per image: `n_best`, or more if reranking then selects `n_best` of them."""
+        """Number of candidates to decode per image: `n_best`, or the number of candidates to rerank."""
         return self.n_best if self.rerank.method == "none" else self.rerank.pool_size or self.beam_width
 
     def _check_beam(self) -> None:
@@ -93,7 +93,8 @@ class DecodingConfig:
             )
         if self.rerank.method != "none" and self.beam_width == 1:
             raise ConfigError(
-                "decoding: rerank compares the candidates of a beam, got beam_width 1; set it to 20, for example"
+                "decoding: rerank compares the candidates of a beam, got beam_width 1; "
+                "set beam_width to 20, for example"
             )
         pool_size = self.rerank.pool_size
         if pool_size is not None and not self.n_best <= pool_size <= self.beam_width:

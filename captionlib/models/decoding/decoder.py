@@ -70,8 +70,8 @@ class Decoder:
         UNKNOWN, which stands for rare words, is never generated. Its probability is not redistributed to other words.
 
         Args:
-            features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder; 100 images are a
-                good batch.
+            features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder. Batches of
+                about 100 images are recommended.
             image_ids: ids of the images. An image's id and the seed determine its samples. A training image with the
                 same id is not used as a neighbor. If None, samples depend on the features instead of the id.
             prefix: token ids that every sentence begins with; log-probabilities include them.
@@ -81,7 +81,7 @@ class Decoder:
             `config.candidate_count` candidates, which `score_captions` reranks.
 
         Raises:
-            DatasetError: features are infinite or NaN, such as after an overflow of float16.
+            DatasetError: features are infinite or NaN, for example after a float16 overflow.
             ConfigError: the prefix has `max_tokens` tokens or more.
         """
         features = torch.as_tensor(features)
@@ -129,7 +129,7 @@ class Decoder:
         ranked = sorted(candidates, key=lambda each: each.log_prob / each.token_count**exponent, reverse=True)
         distinct: dict[Hashable, Candidate] = {}
         for candidate in ranked:
-            # `token_count` includes the END token, which `token_ids` omits and a truncated caption lacks.
+            # `token_count` includes END, and `token_ids` never does. A truncated caption has no END, so both are equal.
             is_truncated = candidate.token_count == len(candidate.token_ids)
             distinct.setdefault((is_truncated, self._to_key(candidate.token_ids)), candidate)
         return list(distinct.values())[: self.config.candidate_count]

@@ -2,6 +2,8 @@
 
     score(a) = sum_b p(b) ** (1 / temperature) CIDEr-D(a, b)
 
+Here, a and b are candidates, and p is the captioner's probability.
+
 The most probable candidate often differs from all others. The candidate most similar to the others, weighted by their
 probability, usually scores better against references.
 
@@ -72,7 +74,7 @@ class Reranker:
 
     Args:
         config: how to rerank the candidates.
-        captioner: the captioner, wrapped for step-by-step decoding; also scores candidates for the mean features.
+        captioner: the captioner, wrapped for step-by-step decoding. It also computes p(a | mean features).
         datastore: the captioner's datastore; required only for neighbors.
 
     Raises:
@@ -139,7 +141,7 @@ def rerank_candidates(
         temperature: see `RerankConfig`.
         cider: computes CIDEr-D.
         neighbors: references of similar images. If None, the scores do not depend on neighbors.
-        factors: `[candidates]`, by which the scores are multiplied. If None, all are 1.
+        factors: `[candidates] float64`, one factor for each score. If None, all are 1.
     """
     log_probs = np.array([candidate.log_prob for candidate in candidates])
     weights = np.exp((log_probs - log_probs.max()) / temperature)

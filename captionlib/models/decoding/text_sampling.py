@@ -21,8 +21,8 @@ class TextSample:
 
     Attributes:
         text: the prefix and its continuation.
-        log_prob: ln p(text), the prefix included.
-        tokens: number of tokens (words, characters or subwords), including END if it was reached.
+        log_prob: ln p(text), including the prefix.
+        tokens: number of tokens (words, characters or subwords), including the end token, END, if it was reached.
     """
 
     text: str
@@ -33,17 +33,17 @@ class TextSample:
 def sample_texts(
     language_model: LoadedLanguageModel, config: DecodingConfig, count: int, prefix: str = ""
 ) -> list[TextSample]:
-    """Samples sentences, or passages of running text if the model's layout is `continuous`.
+    """Samples sentences, or passages of continuous text if the model's layout is `continuous`.
 
     Args:
         language_model: the model.
-        config: how to sample texts. After the prefix, a sentence has at most `max_tokens` tokens. Running text, which
-            has no END, has exactly `max_tokens`.
+        config: how to sample texts. After the prefix, a sentence has at most `max_tokens` tokens. Continuous text,
+            which has no END, has exactly `max_tokens`.
         count: number of texts. With the same seed, a larger count only adds texts.
         prefix: text that every sample starts with.
 
     Raises:
-        ConfigError: the prefix contains a word or character that the model's vocabulary cannot express.
+        ConfigError: the prefix contains a word or character that the model's vocabulary cannot encode.
     """
     vocabulary = language_model.vocabulary
     ids = vocabulary.encode(prefix)

@@ -1,4 +1,4 @@
-"""Computes the activations of a network's convolutional layers for one image, and its class probabilities."""
+"""Computes the activations of a network's convolutional layers and the class probabilities for one image."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from captionlib.models.encoders.weights import find_class_names, load_weights, r
 __all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]
 
 _REPORTED_CLASSES = 10
-_REUSE_SUFFIX = re.compile(r"_\d+$")  # ends the name of a node if an earlier node uses the same module
+_REUSE_SUFFIX = re.compile(r"_\d+$")  # suffix of a node that reuses the module of an earlier node
 _AFTER_CONVOLUTION = nn.BatchNorm2d | nn.ReLU | nn.ReLU6 | nn.SiLU | nn.Hardswish | nn.GELU
 _RELU = re.compile(r"(?:^|\.)relu\d*$")  # name of a node that calls the function relu instead of a module
 
@@ -38,7 +38,7 @@ class ActivationConfig:
         nodes: nodes of the model's graph whose outputs are feature maps. If empty, all convolutional layers are used,
             with the batch normalization and the activation function that follow them.
         max_layers: maximum number of convolutional layers; if there are more, evenly spaced ones are selected.
-        resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
+        resize_size: shorter side of the image before the crop, in pixels. If None, the size depends on the weights.
     """
 
     model: str = "vgg16"
@@ -68,8 +68,9 @@ class Activations:
     Attributes:
         image: the network's input before normalization, `[height, width, 3] uint8`.
         layers: the layers in the order of the network.
-        classes: class names and probabilities, most probable first; empty if the weights have no classifier.
-        note: reason why `classes` is empty; an empty string if it is not.
+        classes: class names and probabilities, most probable first; empty if the weights are random or have no
+            classifier.
+        note: reason why `classes` is empty; otherwise an empty string.
     """
 
     image: npt.NDArray[np.uint8]
@@ -79,7 +80,7 @@ class Activations:
 
 
 def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, device: str = "auto") -> Activations:
-    """Runs a network on an image and returns the outputs of its layers.
+    """Runs a network on an image and returns the activations of its layers and the class probabilities.
 
     Args:
         uri: path or URL of the image.
@@ -92,7 +93,7 @@ def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, d
         DecodeError: the image cannot be decoded.
     """
     torch_device = resolve_device(device)
-    network, classifier, note = _load_network(config)
+    network, logits_node, note = _load_network(config)
     preprocessing = resolve_preprocessing(config.model, config.weights)
     preprocessing = replace(preprocessing, resize_size=config.resize_size or preprocessing.resize_size)
     with ImageFetcher() as fetcher:
@@ -101,12 +102,12 @@ def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, d
         outputs: Mapping[str, Tensor] = network.to(torch_device)(_normalize(image, preprocessing).to(torch_device))
     layers = []
     for node, output in outputs.items():
-        if node == classifier and node not in config.nodes:
+        if node == logits_node and node not in config.nodes:
             continue
         if output.dim() != 4:
             raise ConfigError(f"{config.model}: expected feature maps, got {node} with shape {list(output.shape)}")
         layers.append(LayerActivations(node, output[0].float().cpu().numpy()))
-    classes = _rank_classes(outputs[classifier], config) if classifier else []
+    classes = _rank_classes(outputs[logits_node], config) if logits_node else []
     return Activations(image, layers, classes, note)
 
 
@@ -131,10 +132,13 @@ def _belongs_to_convolution(node: str, modules: Mapping[str, nn.Module]) -> bool
 
 
 def _load_network(config: ActivationConfig) -> tuple[nn.Module, str, str]:
-    """Returns the network, the node of its class scores, and a note. If there are no scores, the note says why."""
+    """Returns the network, the node of its logits, and a note.
+
+    If there are no logits, the node is an empty string and the note is the reason. Otherwise, the note is empty.
+    """
     model = build_network(config.model)
-    nodes, classifier = _choose_nodes(model, config)
-    network: nn.Module = create_feature_extractor(model, list(dict.fromkeys([*nodes, classifier])))
+    nodes, logits_node = _choose_nodes(model, config)
+    network: nn.Module = create_feature_extractor(model, list(dict.fromkeys([*nodes, logits_node])))
     weights = load_weights(config.model, config.weights, network)
     missing = sorted(set(network.state_dict()) - set(weights))
     note = ""
@@ -143,16 +147,16 @@ def _load_network(config: ActivationConfig) -> tuple[nn.Module, str, str]:
     elif missing:
         note = f"The weights have no classifier: {missing[0]} and {len(missing) - 1} more tensors are missing."
     if note:
-        classifier, network = "", create_feature_extractor(model, nodes)
+        logits_node, network = "", create_feature_extractor(model, nodes)
     while not config.nodes and len(nodes) > 1 and set(network.state_dict()) - set(weights):
         nodes = nodes[:-1]  # the last convolutions may be part of the classifier
         network = create_feature_extractor(model, nodes)
     _assign_weights(network, weights, config)
-    return network.eval(), classifier, note
+    return network.eval(), logits_node, note
 
 
 def _choose_nodes(model: nn.Module, config: ActivationConfig) -> tuple[list[str], str]:
-    """Returns the nodes to show, and the network's last node."""
+    """Returns the nodes to show, and the last node, which outputs the logits."""
     _, names = get_graph_node_names(model)
     if unknown := [node for node in config.nodes if node not in names]:
         raise ConfigError(
@@ -160,7 +164,7 @@ def _choose_nodes(model: nn.Module, config: ActivationConfig) -> tuple[list[str]
         )
     nodes = list(config.nodes) or find_convolutions(model)
     if not nodes:
-        raise ConfigError(f"{config.model}: found no convolutions; choose nodes with --node")
+        raise ConfigError(f"{config.model}: found no convolutional layers; choose nodes with --node")
     if not config.nodes and len(nodes) > config.max_layers:
         nodes = [nodes[index] for index in np.linspace(0, len(nodes) - 1, config.max_layers).round().astype(int)]
     return nodes, names[-1]

@@ -67,11 +67,13 @@ class EncoderConfig:
         missing_weights: what to do if `weights` lack layers: `error`, or `random:SEED` to sample them.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
-        resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
+        resize_size: shorter side of the image before the crop, in pixels. If None, the size depends on the
+            weights.
         stored_dtype: dtype that features are rounded to, even if they are not stored, so that an image and its
             stored features give the same caption.
         decode_scale: `fast` decodes large JPEG files at a reduced scale, which changes the features slightly; `exact`
-            decodes them at full resolution. If None, the scale used in training is used, or `exact` if that is unknown.
+            decodes them at full resolution. If None, the scale that the network was trained with, or `exact` if
+            that is unknown.
     """
 
     model: str = "vgg16"
@@ -128,7 +130,7 @@ class EncoderConfig:
         return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
 
     def override_preprocessing(self, preprocessing: Preprocessing) -> Preprocessing:
-        """Returns a preprocessing with the configured `resize_size` and `decode_scale`."""
+        """Returns `preprocessing` with the configured `resize_size` and `decode_scale`."""
         return replace(
             preprocessing,
             resize_size=self.resize_size or preprocessing.resize_size,
@@ -226,8 +228,8 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     """Builds an encoder and loads its weights; `trainable` prepares them for fine-tuning (see `EncoderNetwork`).
 
     Raises:
-        ConfigError: the model, the node, the weights or the device do not exist, or the weights lack layers up to the
-            node.
+        ConfigError: the model, the node, the weights or the device does not exist, or the weights lack a layer that
+            the node needs.
     """
     torch_device = resolve_device(device)
     with choose_build_device(config.weights, config.missing_weights):
@@ -249,7 +251,7 @@ def build_encoder(
     """Builds an encoder from a network with loaded weights.
 
     Args:
-        network: module from normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
+        network: module that maps normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
             `[batch, size]` or `[batch, channels, height, width]`.
         config: the configuration, which becomes part of the encoder's description.
         preprocessing: how to convert an image to pixels, and the mean and standard deviation for normalization.
@@ -285,7 +287,7 @@ def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dic
     if missing:
         weights = {**sample_weights(network, config.missing_weights), **weights}
     else:
-        config = replace(config, missing_weights="error")  # it had no effect
+        config = replace(config, missing_weights="error")  # no weights were sampled
     _check_shapes(weights, needed, config)
     return weights, config
 
@@ -305,7 +307,8 @@ def pack_encoder_weights(config: EncoderConfig) -> bytes:
     Tensors are stored in float16 if that changes no value.
 
     Args:
-        config: a torchvision network with weights from a file, which may contain more tensors.
+        config: configuration of a torchvision network with weights from a file. The file may contain more tensors than
+            the encoder needs.
 
     Raises:
         ConfigError: the file cannot be read.

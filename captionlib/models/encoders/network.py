@@ -1,6 +1,6 @@
 """Encoder networks as PyTorch modules: torchvision models truncated at nodes of their computation graphs.
 
-The functions that need torchvision import it, because importing it takes longer than importing PyTorch.
+Only the functions that need torchvision import it, because importing it takes longer than importing PyTorch.
 """
 
 import difflib
@@ -64,7 +64,7 @@ class EncoderNetwork(EvalModeNetwork):
 
     Args:
         network: result of `truncate_network`, with its weights loaded. Unless `trainable`, its batch normalizations
-            become part of the convolutions before them.
+            are fused into the convolutions before them.
         preprocessing: supplies the mean and the standard deviation for normalization.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
@@ -102,7 +102,7 @@ class EncoderNetwork(EvalModeNetwork):
             pixels: `[batch, crop, crop, 3] uint8`, RGB.
         """
         batch, height, width, _ = pixels.shape
-        rows = pixels.reshape(batch, height, -1).float()  # PyTorch is slow if its inner loop is that over 3 channels
+        rows = pixels.reshape(batch, height, -1).float()  # PyTorch is slow if its inner loop has only 3 iterations
         rows = rows.mul_(self.scale.repeat(width)).sub_(self.shift.repeat(width)).to(self._input_dtype)
         images = rows.view(pixels.shape).permute(0, 3, 1, 2)  # a view in channels_last
         return self._pool(self.run_network(images))
@@ -138,7 +138,7 @@ class EncoderNetwork(EvalModeNetwork):
 
 
 def _fuse_batch_norms(network: GraphModule) -> None:
-    """Scales the weights of convolutions by the batch normalizations that follow them, which then do nothing."""
+    """Fuses batch normalizations into the convolutions before them, and replaces them with `nn.Identity`."""
     modules = dict(network.named_modules())
     for name, next_name in _list_successive_modules(network):
         convolution, norm = modules.get(name), modules.get(next_name)
@@ -148,7 +148,7 @@ def _fuse_batch_norms(network: GraphModule) -> None:
 
 
 def _list_successive_modules(network: GraphModule) -> Iterator[tuple[str, str]]:
-    """Yields the name of each module whose output only one other module reads, and the name of that module."""
+    """Yields the names of pairs of modules in which only the second uses the output of the first."""
     for operation in network.graph.nodes:
         if operation.op == "call_module" and [len(each.users) for each in operation.all_input_nodes] == [1]:
             yield str(operation.all_input_nodes[0].target), str(operation.target)
@@ -158,12 +158,12 @@ def _list_successive_modules(network: GraphModule) -> Iterator[tuple[str, str]]:
 
 
 def flatten_positions(output: Tensor) -> Tensor:
-    """Flattens feature maps `[batch, channels, height, width]` to `[batch, positions, channels]`, others to vectors."""
+    """Reshapes `[batch, channels, height, width]` to `[batch, positions, channels]`, and flattens other outputs."""
     return output.flatten(2).transpose(1, 2) if output.dim() == 4 else output.flatten(1)
 
 
 def require_finite(features: Tensor) -> None:
-    """Checks that features contain neither infinity nor NaN. On a GPU this waits for the computation.
+    """Checks that features contain neither infinity nor NaN. On a GPU, this waits until the features are computed.
 
     Raises:
         DatasetError: the features contain infinity or NaN.
@@ -186,8 +186,8 @@ def build_network(name: str) -> nn.Module:
     names = torchvision.models.list_models(module=torchvision.models)
     if ":" in name:
         raise ConfigError(
-            f"expected a torchvision model, got {name}, a model of another family; its features can be extracted, but "
-            "its layers can be neither fine-tuned nor shown"
+            f"expected a torchvision model, got {name}; features of other models can be extracted, but their layers "
+            "can be neither fine-tuned nor visualized"
         )
     if name not in names:
         close = difflib.get_close_matches(name, names) or names[:5]

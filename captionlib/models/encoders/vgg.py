@@ -1,6 +1,6 @@
 """The VGG networks (Simonyan & Zisserman 2015, arXiv 1409.1556), with the layers, names and weights of torchvision.
 
-They are the default encoders. This module does not import torchvision, which takes longer than importing PyTorch.
+The default encoder is vgg16. This module does not import torchvision, which takes longer to import than PyTorch.
 """
 
 from collections import OrderedDict
@@ -17,7 +17,7 @@ _CONVOLUTIONS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2
 _CHANNELS = (64, 128, 256, 512, 512)
 
 VGG_WEIGHTS = "IMAGENET1K_V1"
-"""Name of the weights that `VGG_URLS` locates. torchvision has further weights of vgg16."""
+"""torchvision's name of the weights in `VGG_URLS`. For vgg16, torchvision also has other weights."""
 
 VGG_URLS = {
     name.partition("-")[0]: f"https://download.pytorch.org/models/{name}.pth"
@@ -32,14 +32,22 @@ VGG_PREPROCESSING = Preprocessing(256, 224, "bilinear", mean=(0.485, 0.456, 0.40
 
 
 class _Truncated(nn.Sequential):
-    """A network that returns a dictionary with the key `features`, as torchvision's truncated networks do."""
+    """A network that returns a dictionary of features, as torchvision's feature extractors do."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {"features": super().forward(images)}  # type: ignore[no-untyped-call]
 
 
 def truncate_vgg(name: str, node: str) -> nn.Module | None:
-    """Builds a network of `VGG_URLS` up to and including a node, or returns None if it has no such node."""
+    """Builds a network of `VGG_URLS` up to and including a node (layer).
+
+    Args:
+        name: name of the network, such as `vgg16`.
+        node: name of the node, such as `classifier.4`.
+
+    Returns:
+        The network, or None if it does not have this node.
+    """
     groups = {group: nn.Sequential() for group in ("features", "avgpool", "flatten", "classifier")}
     for group, layer in _create_layers(name):
         groups[group].append(layer)

@@ -38,7 +38,7 @@ _PREPROCESSING = "captionlib.preprocessing"  # key in the header of a safetensor
 
 
 def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tensor]:
-    """Loads those tensors of `weights` that `network` has. The result may lack tensors of `network`.
+    """Loads the tensors of `weights` that `network` has. Tensors that `weights` lacks are missing from the result.
 
     Args:
         model: a torchvision model name.
@@ -47,7 +47,7 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
         network: the model, or part of it.
 
     Returns:
-        Tensors by name; floating-point ones as float32. They are copies, so they do not change with the file.
+        Tensors by name; floating-point ones as float32. They are copies, so changes to the file do not affect them.
 
     Raises:
         ConfigError: the weights do not exist, or the file cannot be read.
@@ -66,8 +66,8 @@ def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tens
 def choose_build_device(*weights: str) -> torch.device:
     """Returns the device to build a network on before `weights` are loaded.
 
-    Random weights start from PyTorch's initialization, on the CPU. Loaded weights replace every tensor, so `meta`
-    skips the initialization.
+    Random weights keep parts of PyTorch's initialization, so the network is built on the CPU. Other weights replace
+    every tensor, so it is built on `meta`, which skips the initialization.
     """
     return torch.device("cpu" if any(source.startswith("random:") for source in weights) else "meta")
 
@@ -133,7 +133,7 @@ def serialize_weights(weights: Mapping[str, Tensor], preprocessing: Preprocessin
 
 
 def _read_preprocessing(weights: str) -> Preprocessing | None:
-    """Reads the preprocessing from the header of a weights file; None if it has none."""
+    """Returns the preprocessing in the header of a weights file, or None if there is none."""
     if not weights.endswith(".safetensors"):
         return None
     with _open_local(weights) as path, safetensors.safe_open(path, framework="pt") as file:
@@ -192,7 +192,7 @@ def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
             with safetensors.safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
         if zipfile.is_zipfile(path) and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            raise ConfigError(f"weights {address}: expected a file of torch.save, got one with compressed entries")
+            raise ConfigError(f"weights {address}: expected a file from torch.save, got one with compressed entries")
         tensors: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ConfigError(
@@ -212,7 +212,8 @@ def _open_local(address: str) -> Iterator[str]:
     except CaptionlibError:
         raise
     except Exception as error:  # PyTorch raises various exceptions on damaged files
-        # The message omits `error`, which may quote the file: the address may come from an untrusted checkpoint.
+        # The message omits `error`, because it may contain parts of the file, and the address may come from an
+        # untrusted checkpoint.
         reason = getattr(error, "strerror", None) or f"damaged or in an unknown format ({type(error).__name__})"
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error
 

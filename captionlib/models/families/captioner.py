@@ -28,7 +28,8 @@ class Caption:
         log_prob: ln p(sentence | image), the sum over all tokens, without length penalty or reranking.
         token_count: number of tokens that `log_prob` sums over, including an end token.
         attention: attention weights of each token, `[token_count, positions] float16`; None if they are not computed.
-        image_text_score: cosine similarity of the sentence and the image; None if no ranker computed it.
+        image_text_score: cosine similarity of the embeddings of the sentence and the image; None if no ranker (dual
+            encoder for image-text retrieval) computed it.
     """
 
     text: str
@@ -60,7 +61,7 @@ class CaptionModel(ImageModel, Protocol):
         """Returns the settings that, together with the model, determine the captions.
 
         Raises:
-            CheckpointError: the captioner lacks a part that `config` needs.
+            CheckpointError: the captioner lacks a component that `config` needs, such as attention.
             ConfigError: the captioner does not support a setting.
         """
 
@@ -73,9 +74,9 @@ class SentenceScorer(Protocol):
     """A captioner that can compute the perplexity of references. Not all families implement this protocol."""
 
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
-        """Returns ln p(sentence | image) and the number of tokens, including the end token, of each image's sentences.
+        """Returns ln p(sentence | image) and the number of tokens of each sentence, as one list per image.
 
-        Both are 0 for a sentence without words.
+        The number of tokens includes the end token. Both values are 0 for a sentence without words.
         """
 
 

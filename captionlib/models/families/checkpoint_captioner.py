@@ -1,4 +1,4 @@
-"""Adapts the captioners that captionlib trains to `CaptionModel`, the interface of all captioners."""
+"""Implements `CaptionModel`, the interface of all captioners, for captioners that captionlib trains."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,10 @@ class CheckpointCaptioner:
 
     @torch.inference_mode()
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
-        """Computes the probability of references; see `SentenceScorer`. Unknown words count as UNKNOWN."""
+        """Computes the log-probability and the number of tokens of each sentence; see `SentenceScorer`.
+
+        Words that are not in the vocabulary count as UNKNOWN.
+        """
         model, encode = self._loaded.model, self._loaded.vocabulary.encode
         ids = [[encode(text) for text in texts] for texts in sentences]
         nonempty = [each for per_image in ids for each in per_image if each]

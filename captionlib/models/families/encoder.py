@@ -17,11 +17,11 @@ __all__ = ["ImageEncoder", "LoadEncoder", "open_encoder"]
 
 
 class ImageEncoder(Protocol):
-    """An image encoder of any family; `open_encoder` loads it, and `build_encoder` makes one from a PyTorch module."""
+    """An image encoder of any family. `open_encoder` loads one; `build_encoder` builds one from a PyTorch module."""
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How an image becomes pixels."""
+        """How to convert an image to input pixels."""
 
     @property
     def shape(self) -> list[int]:
@@ -38,8 +38,8 @@ class ImageEncoder(Protocol):
             images: `[batch, crop, crop, 3] uint8`, RGB.
 
         Returns:
-            A function that waits for the features and returns them, `[batch, *shape]` of `EncoderConfig.stored_dtype`.
-            It raises DatasetError if they overflow that dtype.
+            A function that waits for the features and returns them: `[batch, *shape]`, with the dtype
+            `EncoderConfig.stored_dtype`. It raises DatasetError if they overflow that dtype.
         """
 
 

@@ -19,13 +19,13 @@ from captionlib.models.families.huggingface import (
     open_model_folder,
     require_weights,
 )
-from captionlib.models.families.tokens import Node, find_node, select_class_token, to_feature_map
+from captionlib.models.families.nodes import Node, check_node, select_class_token, to_feature_map
 
 __all__ = ["load"]
 
 
 class _VisionTower(nn.Module):
-    """The image part of a model of Transformers, up to a node."""
+    """The vision tower of a Transformers model. Computes the features that `node` selects; see `Node`."""
 
     def __init__(self, model: Any, node: Node, address: str) -> None:
         super().__init__()
@@ -54,9 +54,12 @@ class _VisionTower(nn.Module):
 def load(location: str, config: EncoderConfig, device: torch.device) -> Encoder:
     """Loads the image part of a model from a folder or from `ORGANIZATION/NAME@REVISION`; see `open_encoder`."""
     address = f"hf:{location}"
-    node = find_node(address, config.node)
+    node = check_node(address, config.node)
     if config.weights != EncoderConfig.weights or config.missing_weights != "error":
-        raise ConfigError(f"encoder.weights: the folder of {address} contains the weights; leave out weights")
+        raise ConfigError(
+            f"encoder.weights: the folder of {address} contains the weights; omit encoder.weights and "
+            "encoder.missing_weights"
+        )
     folder = open_model_folder(location)
     preprocessing = find_preprocessing(load_part(location, AutoImageProcessor.from_pretrained, folder))
     if not isinstance(preprocessing, Preprocessing):
@@ -79,11 +82,11 @@ def _load_tower(location: str, folder: Path, node: Node) -> Any:
         raise CheckpointError(f"hf:{location}: expected a model with an image encoder, got {type(model).__name__}")
     prefix = "" if tower is model else "vision_model."
     tower_missing = [name for name in missing if name.startswith(prefix)]
-    poolers = [name for name in tower_missing if "pooler" in name]
-    if node == "pooled" and poolers:
+    missing_pooler = [name for name in tower_missing if "pooler" in name]
+    if node == "pooled" and missing_pooler:
         raise ConfigError(
-            f"encoder.node: hf:{location} has no trained weights for pooled ({poolers[0]}); use class_token or "
+            f"encoder.node: hf:{location} has no trained weights for pooled ({missing_pooler[0]}); use class_token or "
             "feature_map"
         )
-    require_weights(location, set(tower_missing) - set(poolers))
+    require_weights(location, set(tower_missing) - set(missing_pooler))
     return tower

@@ -65,7 +65,7 @@ class HuggingFaceRanker:
         self._model.to(device)
 
     def has_known_word(self, sentence: str) -> bool:
-        """Returns whether the tokenizer knows a part of the sentence; see `RankingModel`."""
+        """Returns whether any token of the sentence is in the tokenizer's vocabulary; see `RankingModel`."""
         ids = self._tokenizer(sentence, add_special_tokens=False).input_ids
         return any(token != self._tokenizer.unk_token_id for token in ids)
 
@@ -119,8 +119,8 @@ def load(location: str) -> HuggingFaceRanker:
 
 
 def _split_template(location: str) -> tuple[str, str | None]:
-    folder, mark, option = location.partition("?")
-    if not mark:
+    folder, separator, option = location.partition("?")
+    if not separator:
         return folder, None
     template = option.removeprefix(_TEMPLATE_OPTION)
     if not option.startswith(_TEMPLATE_OPTION) or template.count("{}") != 1:

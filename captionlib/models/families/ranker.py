@@ -21,7 +21,7 @@ class RankingModel(ImageModel, Protocol):
 
     @property
     def size(self) -> int:
-        """Dimensions of the joint embedding space."""
+        """Number of dimensions of the joint embedding space."""
 
     @property
     def sentence_template(self) -> str | None:

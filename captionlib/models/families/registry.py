@@ -1,9 +1,9 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
-A family is a provider of models: an entry point of an installed package. It is named like the prefix and is
-in the group `captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers` (dual encoders for image-text
-retrieval). An address without a prefix is the folder of a checkpoint that captionlib trained or, for encoders, the name
-of a torchvision model.
+A family is a provider of models: an entry point of an installed package. Its name is the prefix. Its group is
+`captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers` (dual encoders for image-text retrieval). An
+address without a prefix is the folder of a checkpoint that captionlib trained or, for encoders, the name of a
+torchvision model.
 
 An address may end with options, such as `?template=a photo of {}`; each family defines its own.
 """
@@ -18,9 +18,9 @@ from captionlib.errors import CaptionlibError, CheckpointError, ConfigError, sug
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.folders import resolve_address
 
-__all__ = ["Group", "find_family", "resolve_model_address", "split_address"]
+__all__ = ["ModelKind", "find_family", "resolve_model_address", "split_address"]
 
-Group = Literal["captioners", "encoders", "rankers"]
+ModelKind = Literal["captioners", "encoders", "rankers"]
 """Kind of model, and the last part of the name of an entry point group."""
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9_-]*):(?!//|:)(.+)", re.DOTALL)  # excludes URLs
@@ -37,22 +37,22 @@ def resolve_model_address(address: str | os.PathLike[str]) -> str:
     prefix, location = split_address(address)
     if not prefix:
         return resolve_address(address)
-    folder, mark, options = location.partition("?")
+    folder, question_mark, options = location.partition("?")
     fs, path = open_file_system(folder)
-    return f"{prefix}:{resolve_address(folder) if fs.exists(path) else folder}{mark}{options}"
+    return f"{prefix}:{resolve_address(folder) if fs.exists(path) else folder}{question_mark}{options}"
 
 
-def find_family(group: Group, prefix: str) -> Callable[..., Any]:
-    """Returns the function that loads models of a family. It raises CheckpointError if the code of the family fails.
+def find_family(kind: ModelKind, prefix: str) -> Callable[..., Any]:
+    """Returns the function that loads models of a family. That function raises CheckpointError if loading fails.
 
     Raises:
-        ConfigError: no installed package has such a family, or a package that the family needs is missing.
-        CheckpointError: the package that provides the family is damaged.
+        ConfigError: no installed package provides the family, or a package that the family needs is missing.
+        CheckpointError: importing the family's code fails.
     """
-    families: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"captionlib.{group}")}
+    families: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"captionlib.{kind}")}
     if prefix not in families:
         raise ConfigError(
-            f"{prefix}: expected the prefix of an installed family of {group} "
+            f"{prefix}: expected the prefix of an installed family of {kind} "
             f"({', '.join(sorted(families)) or 'none is installed'}){suggest(prefix, families)}; install the package "
             "that provides it"
         )
@@ -84,5 +84,6 @@ def _family_error(address: str, package: str, error: Exception) -> CheckpointErr
     reason = str(error).strip().partition("\n")[0]
     return CheckpointError(
         f"{address}: the package {package}, which provides this family of models, failed with "
-        f"{type(error).__name__}{f' ({reason})' if reason else ''}; check the model, or report this to the package"
+        f"{type(error).__name__}{f' ({reason})' if reason else ''}; check the model, or report this "
+        "to the package's maintainers"
     )

@@ -13,13 +13,13 @@ from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, build_encoder, load_network_weights
 from captionlib.models.encoders.weights import hash_weights
-from captionlib.models.families.tokens import Node, find_node, select_class_token, to_feature_map
+from captionlib.models.families.nodes import Node, check_node, select_class_token, to_feature_map
 
 __all__ = ["load"]
 
 
 class _TimmNetwork(nn.Module):
-    """A timm model without its classifier, up to a node."""
+    """A timm model without its classifier. `node` selects the output that is used as features."""
 
     def __init__(self, model: Any, node: Node, address: str) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _TimmNetwork(nn.Module):
 def load(name: str, config: EncoderConfig, device: torch.device) -> Encoder:
     """Builds a timm model and loads its weights from a file; see `open_encoder`."""
     address = f"timm:{name}"
-    node = find_node(address, config.node)
+    node = check_node(address, config.node)
     if not config.weights.endswith(".safetensors") and not config.weights.startswith("random:"):
         raise ConfigError(
             f"encoder.weights: {address} needs the path of a .safetensors file, or random:SEED, got {config.weights}"
@@ -64,7 +64,7 @@ def _build_model(name: str) -> nn.Module:
         close = difflib.get_close_matches(name, names) or names[:5]
         raise ConfigError(f"unknown model timm:{name}; timm has {len(names)} models, among them {', '.join(close)}")
     try:
-        with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
+        with torch.random.fork_rng(devices=[]):  # restores the caller's random state
             torch.manual_seed(0)  # for the weights that random:SEED does not sample
             model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
     except RuntimeError as error:  # such as an unknown tag after the dot

@@ -53,7 +53,7 @@ def build_datastore(
     """Builds the datastore of a captioner and replaces the one in its checkpoint, if there is one.
 
     Args:
-        source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
+        source: a complete features dataset or manifest. The images of a manifest are encoded on the fly.
         checkpoint: the captioner's folder.
         config: the splits, and how to load images.
         weights: path of the encoder's weights file, if it is not in the checkpoint.
@@ -96,7 +96,7 @@ def build_datastore(
                 )
             if len(failed) == total:
                 raise DatasetError(
-                    f"{dataset.folder.uri}: none of {total:,} images could be read; the first is {failed[0]}"
+                    f"{dataset.folder.uri}: none of the {total:,} images could be read; an example is {failed[0]}"
                 )
 
     write_datastore(checkpoint, captioner, dataset.compute_content_checksum(), config.splits, encode_entries())
@@ -119,7 +119,7 @@ def _read_batches(
 
 @torch.inference_mode()
 def _compute_vectors(model: CaptionerNetwork, features: torch.Tensor) -> torch.Tensor:
-    """Returns the input of the captioner's image projection (`ImageState.features`), on the CPU."""
+    """Returns the input of the captioner's image projection, `[images, projection_input_size]`, on the CPU."""
     device = model.output.weight.device
     return torch.cat(
         halve_on_out_of_memory(

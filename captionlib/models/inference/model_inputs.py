@@ -25,19 +25,21 @@ InputLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
 def choose_input_transform(
     source: ShardedDataset, model: ImageModel, weights: str | None, device: str, threads: int | None
 ) -> InputTransform | None:
-    """Returns how the images of a manifest become the input of a model, or None if `source` contains features.
+    """Returns the transform from images of a manifest to the input of a model, or None if `source` contains features.
 
     `weights` is the path of the encoder's weights file, if the user specified it. If `threads` is None, PyTorch chooses
     the number of threads.
 
     Raises:
         CheckpointError: the encoder of the images or features differs from the one that the model was trained with.
-        ConfigError: `weights` are required but None, or specified although no images are encoded.
+        ConfigError: `weights` is required but None, or specified although no images are encoded.
         DatasetError: the source is neither a features dataset nor a manifest.
     """
     if source.kind == "features":
         if weights is not None:
-            raise ConfigError(f"--weights is for encoding images, but {source.folder.uri} contains features; omit it")
+            raise ConfigError(
+                f"--weights is for encoding images, but {source.folder.uri} contains features; omit --weights"
+            )
         model.require_encoder(source.config["encoder"])
         return None
     if source.kind != "manifest":
@@ -68,7 +70,7 @@ def open_input_loader(
         threads: CPU threads of the encoders; if None, PyTorch's default.
 
     Raises:
-        DatasetError: the encoder that this process (such as a Beam worker) loads differs from that of a model.
+        DatasetError: the encoder that this process (such as a Beam worker) loads differs from the encoder of a model.
     """
     if None in input_transforms:  # the dataset contains features
         shape = models[0].encoder["shape"]
@@ -88,8 +90,8 @@ def open_input_loader(
 
     def encode(batches: Iterator[pa.RecordBatch], report_failure: ReportFailure) -> EncodedRows:
         rows = (row for batch in batches for row in batch.to_pylist())
-        for encoded, features in encode_images(encoders, load(rows), batch_size, report_failure):
-            yield encoded, [features[index] for index in encoder_indices]
+        for encoded_rows, features in encode_images(encoders, load(rows), batch_size, report_failure):
+            yield encoded_rows, [features[index] for index in encoder_indices]
 
     with open_loader(loading, *(encoder.preprocessing for encoder in encoders)) as load:
         yield encode

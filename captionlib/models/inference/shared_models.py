@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=ImageModel)
 
 @dataclass(frozen=True)
 class CheckpointVersion:
-    """A checkpoint and the version of it that a run started with.
+    """A checkpoint, and the version of the checkpoint at the start of a run.
 
     Attributes:
         folder: absolute path or URL of the checkpoint, or an address with a prefix, such as `hf:FOLDER`.
@@ -58,7 +58,7 @@ class CheckpointCache(Generic[Model]):
         self._load = load
         self._lock = Lock()
         self._entry: tuple[CheckpointVersion, Model] | None = None
-        self._device: torch.device | None = None  # device of the cached model; None if it was not moved yet
+        self._device: torch.device | None = None  # device of the cached model; None if it has not been moved yet
 
     def load_with_version(self, folder: str | os.PathLike[str]) -> tuple[Model, CheckpointVersion]:
         """Loads a model. Also returns its version, which workers pass to `get` to use the same weights.
@@ -92,7 +92,7 @@ class CheckpointCache(Generic[Model]):
 
 
 def cached_per_process(load: Callable[Arguments, Result], size: int = 1) -> Callable[Arguments, Result]:
-    """Wraps a loader so that all threads of a process share its `size` latest results. These must not be modified."""
+    """Wraps a loader so that all threads share its `size` most recently used results, which must not be modified."""
     lock = Lock()
     cached = lru_cache(maxsize=size)(load)
 

@@ -14,12 +14,12 @@ __all__ = ["check_condition", "check_reads_only", "to_query_error"]
 _ALLOWED_TABLE_FUNCTIONS = frozenset({"generate_series", "json_each", "json_tree", "range", "repeat", "unnest"})
 _ALLOWED_NODES = frozenset({"CTE_NODE", "RECURSIVE_CTE_NODE", "SELECT_NODE", "SET_OPERATION_NODE"})
 
-# These functions read settings and variables, sleep, write the log or change sequences.
+# These functions read settings and variables, sleep, write to the log or change sequences.
 _REFUSED_FUNCTIONS = frozenset(
     {"current_setting", "currval", "getenv", "getvariable", "nextval", "pg_sleep", "setval", "sleep_ms", "write_log"}
 )
 
-# A stack trace in the text of an error. The group is the message of the exception.
+# Matches a Python stack trace in the text of an error. Group 1 is the message of the exception.
 _STACK_TRACE = re.compile(r"Traceback \(most recent call last\):\n(?:  .*\n)*[\w.]+: (.*)")
 
 
@@ -101,7 +101,7 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def to_query_error(error: Exception) -> QueryError:
-    """Converts a DuckDB error. Keeps only its description, in one line, without the SQL and advice that follow.
+    """Converts a DuckDB error. Keeps only its description, as one line, and omits the SQL and advice that follow.
 
     If the file system raised an exception, DuckDB's error contains the stack trace. Only the message of the exception
     is kept.

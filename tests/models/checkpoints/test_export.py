@@ -242,5 +242,5 @@ def test_an_export_writes_license_data_and_scores_with_intervals(trained: Path, 
     assert "| CIDEr | 0.5 | 0.4 to 0.6 |" in body
     assert "| image to text | 25.0% | 50.0% | 100.0% | 3 |" in body
     result = run_command(*arguments, "--scores", tmp_path / "invalid.json")
-    assert "expected scores.json of `captionlib evaluate --output`" in str(result.exception)
+    assert "expected a scores.json from `captionlib evaluate --output`" in str(result.exception)
     assert isinstance(run_command(*arguments, "--scores", tmp_path / "nowhere.json").exception, DatasetError | OSError)

@@ -250,7 +250,7 @@ def test_compressed_pth_is_rejected(tmp_path: Path) -> None:
     with ZipFile(tmp_path / "stored.pth") as stored, ZipFile(tmp_path / "w.pth", "w", ZIP_DEFLATED) as compressed:
         for name in stored.namelist():
             compressed.writestr(name, stored.read(name))
-    with pytest.raises(ConfigError, match=r"w.pth: expected a file of torch.save, got one with compressed entries"):
+    with pytest.raises(ConfigError, match=r"w.pth: expected a file from torch.save, got one with compressed entries"):
         load_encoder(dataclasses.replace(SMALL, weights=str(tmp_path / "w.pth")))
 
 

@@ -1,6 +1,6 @@
 """Converts the output of vision transformers and convolutional networks to features.
 
-`Node` says which output is used as features: the pooled vector, the class token or the feature map.
+`Node` selects the output that is used as features: the pooled vector, the class token or the feature map.
 """
 
 from typing import Literal, cast, get_args
@@ -9,25 +9,25 @@ from torch import Tensor
 
 from captionlib.errors import ConfigError
 
-__all__ = ["Node", "find_node", "select_class_token", "to_feature_map"]
+__all__ = ["Node", "check_node", "select_class_token", "to_feature_map"]
 
 Node = Literal["pooled", "class_token", "feature_map"]
 """The kind of features.
 
-`pooled` is the vector that the model itself pools. `class_token` is the output of the class token. `feature_map` is the
-output of all positions of the image, without the class token and register tokens.
+`pooled` is the pooled vector that the model outputs. `class_token` is the output of the class token. `feature_map` is
+the output of all positions of the image, without the class token and register tokens.
 """
 
 
-def find_node(model: str, node: str) -> Node:
-    """Returns `node` if it is the name of a node; `model` identifies the model in error messages.
+def check_node(model: str, node: str) -> Node:
+    """Checks that `node` is the name of a node, and returns it. `model` identifies the model in error messages.
 
     Raises:
         ConfigError: there is no node of this name.
     """
     if node not in get_args(Node):
         raise ConfigError(
-            f"encoder.node: {model} has the nodes {', '.join(get_args(Node))}, got {node}; add, for example, "
+            f"encoder.node: {model} has the nodes {', '.join(get_args(Node))}, got {node}; for example, pass "
             "--set encoder.node=pooled"
         )
     return cast(Node, node)
