@@ -25,6 +25,15 @@ def test_page_follows_the_dataset(client: TestClient, tmp_path: Path) -> None:
     assert "3 of 3 done" in " ".join(client.get("/").text.replace("<small>", " ").split())
 
 
+def test_page_is_not_rendered_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job_page, "_MIN_RENDER_INTERVAL_SECONDS", 60.0)
+    write(tmp_path / "data", done=1)
+    with TestClient(create_job_app(tmp_path / "data", ["localhost"]), base_url="http://localhost") as client:
+        first = client.get("/").text
+        write(tmp_path / "data", done=3)
+        assert client.get("/").text == first
+
+
 def test_page_has_a_strict_policy_and_no_inline_code(client: TestClient) -> None:
     response = client.get("/")
     assert "script-src 'self'; style-src 'self'" in response.headers["content-security-policy"]

@@ -23,7 +23,7 @@ from captionlib.search.config import IndexConfig
 from captionlib.search.index import open_index
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.pages import _format_ratio
+from captionlib.serving.pages import _format_percent, _format_ratio
 from captionlib.serving.responses import SearchResult
 from captionlib.serving.service import SearchService
 from tests.search.example_index import write_captions_dataset
@@ -501,6 +501,13 @@ def test_first_visit_is_small(client: TestClient) -> None:
 )
 def test_class_of_an_aspect_ratio(width: int | None, height: int | None, expected: str) -> None:
     assert _format_ratio(SearchResult.model_construct(width=width, height=height)) == expected
+
+
+@pytest.mark.parametrize(
+    ("probability", "expected"), [(1, "100%"), (0.095, "10%"), (0.0949, "9.5%"), (0.0123, "1.2%"), (0, "0%")]
+)
+def test_small_percentages_have_two_digits(probability: float, expected: str) -> None:
+    assert _format_percent(probability) == expected
 
 
 def test_index_without_images_has_pages(tmp_path: Path) -> None:
