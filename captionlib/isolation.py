@@ -161,9 +161,9 @@ def _watch(error_sink: int, limits: ProcessLimits, scratch: str) -> None:
     """Ends this process if it uses too much memory, or if the parent closes the pipe or dies."""
     pipe = select.poll()
     pipe.register(error_sink, 0)  # reports only that the other end was closed
-    start = _read_allocated_bytes()  # includes the memory that is shared with the parent
+    initial_bytes = _read_allocated_bytes()  # includes the memory that is shared with the parent
     while not pipe.poll(_WATCH_MILLISECONDS):
-        if _read_allocated_bytes() - start > limits.memory_bytes:
+        if _read_allocated_bytes() - initial_bytes > limits.memory_bytes:
             _send_error(error_sink, limits.memory_error)
             os._exit(1)
     shutil.rmtree(scratch, ignore_errors=True)

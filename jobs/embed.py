@@ -17,7 +17,8 @@ __all__ = ["command"]
     "-r",
     required=True,
     metavar="FOLDER",
-    help="Folder that train-ranker wrote, or hf:MODEL, a dual encoder from Hugging Face such as CLIP (name or folder).",
+    help="Folder that train-ranker wrote, or hf:MODEL for a dual encoder from Hugging Face, such as CLIP. MODEL is its "
+    "name or folder.",
 )
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The embeddings dataset to write.")
 @weights_option

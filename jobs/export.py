@@ -18,7 +18,7 @@ __all__ = ["command"]
 _FORMATS = {
     "webdataset": "tars of images with .txt and .json",
     "metadata": "folders of images with metadata.jsonl, for Hugging Face's datasets",
-    "txt": "folders of images with a .txt beside each",
+    "txt": "folders of images with a .txt beside each image",
     "coco": "a JSON file in COCO's format",
     "neuraltalk": "NeuralTalk's result_struct.json",
 }
@@ -36,7 +36,7 @@ _JSON = ("coco", "neuraltalk")
 @click.option("--output", "-o", required=True, metavar="FOLDER|FILE", help="The folder or JSON file to write.")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Export this split only. Repeatable.")
 @click.option("--where", metavar="CONDITION", help='SQL condition on the rows, such as "log_prob > -10".')
-@click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
+@click.option("--duplicates", metavar="FOLDER", help="Output of `captionlib deduplicate`, to leave out duplicates.")
 @click.option(
     "--manifest",
     "-m",
@@ -56,8 +56,8 @@ def command(
 ) -> None:
     """Export CAPTIONS for other programs, with or without the images.
 
-    CAPTIONS are captions datasets. For a manifest (list of images) or features dataset, the references are exported.
-    COLLECTION is a folder that `captionlib init` created; all its captions are exported.
+    CAPTIONS are captions datasets. They can also be manifests (lists of images) or features datasets, whose references
+    are exported. COLLECTION is a folder that `captionlib init` created; all its captions are exported.
 
     webdataset, metadata and txt copy the images unchanged. Images that cannot be read are left out and counted. To
     resume an interrupted export, or to bring it up to date after CAPTIONS has changed, run the same command again.

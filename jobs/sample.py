@@ -28,7 +28,11 @@ _DEFAULT_LENGTHS = {
 )
 @click.option("--temperature", type=float, help="A lower value makes texts more predictable.  [default: 1]")
 @click.option("--top-k", type=int, help="Sample from the k most probable tokens.")
-@click.option("--top-p", type=float, help="Sample from the fewest tokens with at least this total probability.")
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample from the smallest set of most probable tokens with at least this total probability.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed produces the same texts.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line: text, log_prob, tokens.")
 @config_options

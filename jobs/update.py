@@ -92,7 +92,7 @@ def _prepare_sources(
 
 
 def _check_ids_differ(collection: Collection) -> None:
-    """Raises DuplicateIdError if an image id occurs in several sources, before any image is captioned."""
+    """Raises DuplicateIdError if an image id occurs in several sources. Called before any image is captioned."""
     from captionlib.data.ingestion.staging import check_ids_differ
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.data.shards.markers import SUCCESS_FILE
@@ -107,10 +107,10 @@ def _check_ids_differ(collection: Collection) -> None:
 def _caption_sources(
     collection: Collection, failed: Container[str], generation: GenerationConfig, device: str, run: RunConfig
 ) -> dict[str, Exception]:
-    """Captions the images of all sources that are not in `failed`. Returns the errors of those with too many failures.
+    """Captions the images of all sources that are not in `failed`. Returns the errors of those that fail.
 
-    The sources in `failed` are left out even if some of their images have no captions yet. Such images probably cannot
-    be read either, and would be recorded as failures.
+    A source fails if too many of its images cannot be read. The sources in `failed` are left out even if some of their
+    images have no captions yet. Such images probably cannot be read either, and would be recorded as failures.
     """
     from captionlib.errors import FailureRatioError
 

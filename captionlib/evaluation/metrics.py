@@ -73,9 +73,9 @@ def compute_bleu(captions: Tokenized, references: Tokenized) -> Metric:
 def _bleu(sums: Numbers) -> Numbers:
     """Returns the geometric mean of the n-gram precisions up to each order, times the brevity penalty."""
     correct, guessed = sums[..., :_ORDERS], sums[..., _ORDERS : 2 * _ORDERS]
-    length, expected = sums[..., -2:-1], sums[..., -1:]
+    length, reference_length = sums[..., -2:-1], sums[..., -1:]
     products = np.cumprod((correct + _TINY) / (guessed + _SMALL), axis=-1)
-    ratio = (length + _TINY) / (expected + _SMALL)
+    ratio = (length + _TINY) / (reference_length + _SMALL)
     with np.errstate(over="ignore", divide="ignore"):
         penalty = np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)
     scores: Numbers = products ** (1 / np.arange(1, _ORDERS + 1)) * penalty

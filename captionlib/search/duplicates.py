@@ -43,7 +43,7 @@ Shard = tuple[ShardedDataset, int]
 
 @dataclass(frozen=True)
 class DuplicateSummary:
-    """Counts of an embeddings dataset's duplicates.
+    """Counts of images, duplicates and groups of duplicates.
 
     Attributes:
         images: number of images.
@@ -221,7 +221,7 @@ def _find_first_copies(hashes: pa.StringArray) -> Indices:
 
 def _index_vectors(shards: Sequence[Shard], rows: int, dimension: int) -> Any:
     """Returns a Faiss index of all vectors as float16, numbered in the order of the shards."""
-    layout = VectorLayout.choose(IndexConfig(vectors="sq8"), rows, dimension)  # for the number of inverted lists
+    layout = VectorLayout.choose(IndexConfig(vectors="sq8"), rows, dimension)  # only nlist and nprobe are used
     index = faiss.index_factory(dimension, f"IVF{layout.nlist},SQfp16", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.spherical = True
@@ -248,8 +248,8 @@ def _group_similar(
 
     `unique` contains the indices of the images in `_Images`, without exact copies. `positions` is `_Images.positions`.
     """
-    image_of_row = np.empty_like(positions)
-    image_of_row[positions] = np.arange(len(positions))
+    image_by_position = np.empty_like(positions)
+    image_by_position[positions] = np.arange(len(positions))
     is_unique = np.zeros(len(positions), np.bool_)
     is_unique[unique] = True
     for start in range(0, len(unique), _QUERY_BATCH_ROWS):
@@ -258,11 +258,11 @@ def _group_similar(
         vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
         # The margin allows for rounding, which makes the product of a vector with itself slightly less than 1.
         offsets, similarity, found = index.range_search(vectors, threshold - 1e-3)
-        for row, image in enumerate(batch):
+        for query, image in enumerate(batch):
             if groups.kept_image[image] != image:
                 continue
-            matches = slice(int(offsets[row]), int(offsets[row + 1]))
-            members, scores = image_of_row[found[matches]], similarity[matches]
+            matches = slice(int(offsets[query]), int(offsets[query + 1]))
+            members, scores = image_by_position[found[matches]], similarity[matches]
             joins = (members > image) & is_unique[members] & (groups.kept_image[members] == members)
             groups.kept_image[members[joins]], groups.similarity[members[joins]] = image, scores[joins]
         bar.update(min(_QUERY_BATCH_ROWS, len(unique) - start))

@@ -61,8 +61,8 @@ class Thumbnails:
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches
         per_host = max(1, threads // _HOST_DIVISOR)
-        waiting = _MAX_WAITING_PER_THREAD * threads
-        self._threads = FairThreadPool("thumbnails", threads, per_host, waiting, _MAX_WAIT_SECONDS)
+        max_waiting = _MAX_WAITING_PER_THREAD * threads
+        self._threads = FairThreadPool("thumbnails", threads, per_host, max_waiting, _MAX_WAIT_SECONDS)
         self._resources.callback(self._threads.close)
         fetching = FetchConfig(
             timeout_seconds=config.image_timeout_seconds, attempts=1, allow_private_hosts=config.allow_private_hosts

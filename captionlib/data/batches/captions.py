@@ -209,7 +209,7 @@ def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def make_batch(
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8], sentences: Sequence[list[list[int]]]
 ) -> CaptionBatch:
-    """Returns a batch. `features` are features or pixels of images, and `sentences` the token ids of their captions."""
+    """Returns a batch. `features` are features or pixels of images. `sentences` are the token ids of their captions."""
     image_of_sentence = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
     return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 

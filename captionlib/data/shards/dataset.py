@@ -340,7 +340,7 @@ class ShardedDataset:
             content = self.folder.read(name)
             if "" not in checksums and compute_checksum(io.BytesIO(content)) not in checksums:
                 raise self._damaged(name, "its checksum differs from the marker")
-            # A process that ends soon after Arrow has started threads may crash.
+            # A process that exits soon after Arrow has started threads may crash, so Arrow does not use threads here.
             table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
         except FileNotFoundError:
             raise self._damaged(name, "missing") from None
@@ -364,8 +364,8 @@ class ShardedDataset:
 
         Raises:
             DatasetError: a shard is not finished, or the folder was removed meanwhile.
-            FailureRatioError: too many images could not be read: more than the fraction `max_failure_ratio` or, if it
-                is None, all of them.
+            FailureRatioError: more than the fraction `max_failure_ratio` of the images could not be read. If it is
+                None, the error is raised only if no image could be read.
         """
         totals = self.compute_totals()
         if totals.shards < self.shards:
@@ -486,8 +486,8 @@ def create_dataset(
         config: everything that determines the rows, except for the input.
         shards: number of shards. If None, the dataset has as many shards as `source`.
         source: the dataset that this one is made from.
-        manifest_id: id of the manifest that the images come from. If None, the one of `source` or, without a source,
-            the fingerprint.
+        manifest_id: id of the manifest that the images come from. If None, it is copied from `source`; if there is no
+            source, it is the fingerprint.
         encoder_weights: path or URL of the weights file of the encoder, if the dataset contains its features.
         overwrite: whether to first delete an existing dataset in the folder.
 
@@ -495,8 +495,8 @@ def create_dataset(
         ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or of a different manifest, and
             `overwrite` is not set.
-        DatasetError: the folder holds files that captionlib did not write, or a dataset that was not compacted with
-            `source`.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
+            had before it was compacted.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
@@ -571,7 +571,10 @@ def _select_other_files(names: Collection[str]) -> list[str]:
 
 
 def _list_dataset_files(names: Iterable[str]) -> list[str]:
-    """Returns the files and folders that a dataset may have, with the data files in `names`. The markers are last."""
+    """Returns the names of the files and folders of a dataset. Its data files are selected from `names`.
+
+    The folder of markers is last.
+    """
     parts = [name for name in names if name.endswith(".parquet") and _PART.fullmatch(name.removesuffix(".parquet"))]
     return [SUCCESS_FILE, JOURNAL_FILE, UPDATE_FOLDER, FAILURES_FOLDER, *parts, MARKERS_FOLDER]
 
