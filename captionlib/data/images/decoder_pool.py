@@ -40,9 +40,10 @@ _BASE_MEMORY_BYTES = 2**30  # for libraries and the image file
 
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # more threads would use up the address space
-    # glibc keeps up to 64 MB of freed memory for the next image. Getting it from the system again takes longer.
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-    "MALLOC_TRIM_THRESHOLD_": str(2**26),
+    # glibc keeps up to 32 MB of freed memory for the next image. Getting it from the system again takes longer.
+    # Blocks of 8 MB or more are returned nevertheless, because gaps between them would use up the address space.
+    "MALLOC_MMAP_THRESHOLD_": str(2**23),
+    "MALLOC_TRIM_THRESHOLD_": str(2**25),
 }
 
 _START_TIMEOUT_SECONDS = 120.0
