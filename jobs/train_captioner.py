@@ -39,7 +39,7 @@ def command(
 
     A recipe (--config) is a built-in configuration; --set overrides single values. talk-lstm and talk-rnn have the
     settings of Karpathy & Li's talk "Automated Image Captioning with ConvNets and Recurrent Nets", and finetune-encoder
-    is for manifests. Small datasets are trained in three stages, each starting from the previous one (--init-from):
+    is for manifests. For small datasets, train in three stages, each starting from the previous one (--init-from):
     first flickr8k-bag-of-words, which learns the words of a caption without their order, then flickr8k-attention or
     flickr8k-pooled, and last flickr8k-self-critical.
 

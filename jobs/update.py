@@ -24,15 +24,15 @@ _INDEX = "index"  # no source has this name
 
 @click.command()
 @click.argument("collection")
-@click.option("--dry-run", is_flag=True, help="Only show what is new, changed and gone in the sources.")
-@click.option("--allow-removal", is_flag=True, help="Continue if more than a tenth of a source's images are gone.")
+@click.option("--dry-run", is_flag=True, help="Only show how many images are new, changed and missing in the sources.")
+@click.option("--allow-removal", is_flag=True, help="Continue if more than a tenth of a source's images are missing.")
 @device_option
 @pipeline_options
 def command(collection: str, dry_run: bool, allow_removal: bool, device: str, run: RunConfig) -> None:
     """Caption and index the new and changed images of COLLECTION.
 
     COLLECTION is a folder that `captionlib init` created, with sources such as folders or tables of images. Images that
-    are gone from the sources are removed. Unchanged images are not processed again. If a source cannot be read, its
+    are no longer in the sources are removed. Unchanged images are not processed again. If a source cannot be read, its
     images are kept, the other sources are updated, and the command ends with an error. To resume an interrupted update,
     run the same command again. `captionlib serve` shows the result without a restart.
 
@@ -159,7 +159,7 @@ def _prepare(
     )
     changes = summary.changes
     click.echo(
-        f"{manifest}: {changes.new:,} new, {changes.changed:,} changed, {changes.gone:,} gone, "
+        f"{manifest}: {changes.new:,} new, {changes.changed:,} changed, {changes.missing:,} missing, "
         f"{changes.unchanged:,} unchanged"
     )
     for reason, count in summary.skipped.items():

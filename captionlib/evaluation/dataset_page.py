@@ -66,7 +66,7 @@ def _compute_fraction(report: DatasetReport) -> float:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A cell of the grid that shows the states of shards, for one or several neighboring shards."""
+    """A cell of the grid of shard states. It represents one shard, or several neighboring shards."""
 
     state: str
     title: str

@@ -164,9 +164,8 @@ class IndexBuild:
             }
             if self.embeddings:
                 self._write_partial_index(position, caption_file, kept, local)
-        self.folder.write(
-            self._result_file(position), to_checked_json(files)
-        )  # the shard is done when this file exists
+        # The shard is done when this file exists.
+        self.folder.write(self._result_file(position), to_checked_json(files))
 
     def _read_references(self, shard: InputShard) -> pa.Table | None:
         manifest = self.manifests[shard.dataset]
@@ -473,7 +472,7 @@ def _describe_duplicates(address: str | os.PathLike[str]) -> IndexedDuplicates:
 
 @lru_cache(maxsize=1)
 def _read_kept_images(duplicates: IndexedDuplicates | None) -> dict[str, str]:
-    """Returns the id of the kept image for each duplicate. Each process reads them once."""
+    """Returns the id of the kept image for each duplicate. Each process reads the dataset once."""
     if duplicates is None:
         return {}
     dataset = open_dataset(duplicates.folder, "duplicates").require_complete()
@@ -490,7 +489,7 @@ def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
 def _apply_duplicates(
     build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
 ) -> list[InputShard]:
-    """Adds to each shard the hash of its duplicates, and subtracts the left-out images from its number of rows.
+    """Sets the hash of the duplicates in each shard, and subtracts the left-out images from its number of rows.
 
     If the duplicates have not changed since the last build, shards of the existing index are not read again.
     """

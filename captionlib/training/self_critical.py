@@ -169,7 +169,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         """Returns the rewards of the samples and their advantages (reward - baseline), `[images, samples]` each."""
         samples = self._config.samples
         references: list[list[list[int]]] = [[] for _ in batch.features]
-        for sentence, image in zip(batch.sentences, batch.image_of_sentence, strict=True):
+        for sentence, image in zip(batch.sentences, batch.image_of_caption, strict=True):
             references[image].append([*sentence, END])
         per_image = [sampled[begin : begin + samples] for begin in range(0, len(sampled), samples)]
         rewards = np.array(list(map(self._cider_d.score, per_image, references)))

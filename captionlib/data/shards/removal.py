@@ -129,7 +129,7 @@ class Removal:
                     self._rewrite(staged, shard, "" if source is None else self._find_input_checksum(source, shard))
 
     def _find_input_checksum(self, source: ShardedDataset, shard: int) -> str:
-        """Returns the input checksum for the marker of a rewritten shard, or STALE if the shard is not current."""
+        """Returns the input checksum for the marker of a rewritten shard, or STALE if it must be processed again."""
         marker = source.read_marker(shard)
         return marker.checksum if self.is_current[shard] and marker is not None else STALE
 
@@ -152,7 +152,7 @@ class Removal:
 
 
 def _remove_unfinished_files(folder: Folder) -> None:
-    """Removes the files of commands that were killed, because they may contain removed images."""
+    """Removes the temporary samples and files of killed commands, because they may contain removed images."""
     folder.remove(SAMPLE_FOLDER)
     folder.remove_temporary_files()
     drop_uncommitted_updates(folder)

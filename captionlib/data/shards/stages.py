@@ -60,9 +60,10 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The caller processes the first before it requests the second.
 
-        Reading the markers of many finished shards is slow, but listing the files is fast. If the input has not changed
-        since the outputs were created, the first list contains the shards that lack a marker or a data file, and the
-        second list contains the other shards to process.
+        Listing the files is fast, but reading the markers of many finished shards is slow. Therefore, the first list
+        contains the shards that lack a marker or a data file, and the second list contains the other shards to process.
+        If the input has changed since the outputs were created, or with `retry_failures` or `verify`, there is only one
+        list.
         """
         missing = self._find_missing()
         if missing:

@@ -48,7 +48,7 @@ def export_checkpoint(
         checkpoint: the folder of the checkpoint.
         output: the folder to write.
         weights: path of the encoder's weights file; required only if the file has moved.
-        with_encoder: include the weights of the encoder if they were loaded from a file. Otherwise, the model card
+        with_encoder: include the weights of the encoder if they were loaded from a file. If False, the model card
             contains the name of the file or model folder and the hash of the weights.
         with_datastore: include the datastore for reranking: features and captions of the training images.
         notes: what the model card says about license, data and scores.

@@ -64,7 +64,7 @@ class Checkpoint:
 
     Attributes:
         kind: kind of model, such as `captioner`.
-        identity: everything except the weights that determines the model's output, such as architecture and vocabulary.
+        identity: what determines the model's output apart from the weights, such as architecture and vocabulary.
         tensors: the weights, on the CPU.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
@@ -113,7 +113,7 @@ def write_checkpoint(
         WEIGHTS: weights,
     }
     target = open_folder(folder)
-    with ExitStack() as stack:  # exits in reverse order, so CONFIG is renamed last
+    with ExitStack() as stack:  # the files are renamed in reverse order, CONFIG last
         for name, content in files.items():
             if content is not None:
                 stack.enter_context(target.stage(name)).write_bytes(content)
