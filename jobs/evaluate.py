@@ -39,7 +39,7 @@ __all__ = ["command"]
     "--features",
     "-f",
     metavar="FOLDER",
-    help="Features of the images, for the perplexity. [default: encode the images of the manifest]",
+    help="Features of the images, for the perplexity.  [default: encode the images of the manifest]",
 )
 @click.option(
     "--train-split",
