@@ -2,13 +2,15 @@
 
 Each client has its own address in 127.0.0.0/8. The clients request all pages and the API without a break, load the
 thumbnails of each page and upload images. A third of the images are on slow and hanging hosts. Further connections send
-incomplete headers and incomplete bodies. Meanwhile the captions change ten times, and the index is built again.
+incomplete headers and incomplete bodies. Meanwhile the captions change ten times, and the index is built again. Other
+processes than that of the clients do this and observe the server, because the clients' process is itself busy.
 """
 
 import argparse
 import asyncio
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -22,9 +24,11 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import aiohttp
 import numpy as np
@@ -61,17 +65,27 @@ class Results:
         statuses: number of responses by path and status; status 0 means that there was no valid response.
         uploads: number of captioned images by client.
         failures: number of requests without a valid response by method, path and exception.
-        health_seconds: latencies of `/health`.
-        memory: time in seconds since the start, and the resident memory in MB, of the server without its decoders.
-        index_updates: number of new versions of the index that `/health` reported.
     """
 
     statuses: Counter[tuple[str, int]] = field(default_factory=Counter)
     uploads: Counter[int] = field(default_factory=Counter)
     failures: Counter[str] = field(default_factory=Counter)
-    health_seconds: list[float] = field(default_factory=list)
-    memory: list[tuple[float, float]] = field(default_factory=list)
-    index_updates: int = 0
+
+
+class Observation(NamedTuple):
+    """The state of the server at one moment.
+
+    Attributes:
+        seconds: time since the start.
+        megabytes: resident memory of the server without its decoders.
+        health_status: status of the response of `/health`; 0 if there was no valid response.
+        health_seconds: latency of `/health`.
+    """
+
+    seconds: float
+    megabytes: float
+    health_status: int
+    health_seconds: float
 
 
 def main() -> None:
@@ -79,40 +93,40 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     options = parser.parse_args()
     seconds = 60 * options.minutes
+    if seconds <= WARM_UP_SECONDS:
+        parser.error(f"--minutes: expected more than {WARM_UP_SECONDS / 60:g}, the time of the warm-up")
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     results = Results()
-    with _serve_images() as image_port:
+    context = multiprocessing.get_context("spawn")
+    with _serve_images() as image_port, ProcessPoolExecutor(2, context) as executor:
         _write_index(image_port)
         with _serve_index() as (port, process):
-            threads = [
-                threading.Thread(target=_monitor, args=(port, process, time.monotonic() + seconds, results)),
-                threading.Thread(target=_update_index, args=(image_port, port, seconds, results)),
-            ]
-            for thread in threads:
-                thread.start()
+            observations = executor.submit(_observe, port, process.pid, seconds)
+            updates = executor.submit(_update_index, image_port, port, seconds)
             asyncio.run(_run_clients(port, time.monotonic() + seconds, results))
-            for thread in threads:
-                thread.join()
-    sys.exit(not _report(results))
+            sys.exit(not _report(results, observations.result(), updates.result()))
 
 
-def _report(results: Results) -> bool:
+def _report(results: Results, observations: list[Observation], index_updates: int) -> bool:
+    results.statuses.update(("/health", observation.health_status) for observation in observations)
     for (path, status), count in sorted(results.statuses.items()):
         print(f"# {path} {status}: {count}")
     for failure, count in results.failures.most_common():
         print(f"# {failure}: {count}")
     uploads = [results.uploads[client] for client in range(CLIENTS)]
-    print(f"# index updates that reached the server: {results.index_updates} of {INDEX_UPDATES}")
+    print(f"# index updates that reached the server: {index_updates} of {INDEX_UPDATES}")
     print(f"# captioned images per client: {min(uploads)} to {max(uploads)}, median {statistics.median(uploads)}")
-    print("# memory: " + ", ".join(f"{memory:.0f} MB" for _, memory in results.memory[:: len(results.memory) // 10]))
+    print("# memory: " + ", ".join(f"{row.megabytes:.0f} MB" for row in observations[:: len(observations) // 10]))
+    slowest = sorted(observations, key=lambda row: row.health_seconds)[-5:]
+    print("# slowest /health: " + ", ".join(f"{row.health_seconds:.3f} s at {row.seconds:.0f} s" for row in slowest))
     errors = sum(count for (_, status), count in results.statuses.items() if status == 0 or status in range(500, 503))
-    early = max(memory for seconds, memory in results.memory if seconds <= WARM_UP_SECONDS)
-    late = max(memory for seconds, memory in results.memory if seconds > WARM_UP_SECONDS)
+    early = max(row.megabytes for row in observations if row.seconds <= WARM_UP_SECONDS)
+    late = max(row.megabytes for row in observations if row.seconds > WARM_UP_SECONDS)
     return all(
         [
             report("serve-soak-errors", errors, 0, at_least=False),
-            report("serve-soak-health-seconds", max(results.health_seconds), 0.5, at_least=False),
+            report("serve-soak-health-seconds", slowest[-1].health_seconds, 0.5, at_least=False),
             report("serve-soak-captioned-images-of-unluckiest-client", min(uploads), 1),
             report("serve-soak-memory-ratio", late / early, 1.05, at_least=False),
         ]
@@ -177,8 +191,11 @@ def _build_index() -> None:
     build.finish()
 
 
-def _update_index(image_port: int, port: int, seconds: float, results: Results) -> None:
-    """Writes new captions and builds the index again, `INDEX_UPDATES` times, evenly spread over the run."""
+def _update_index(image_port: int, port: int, seconds: float) -> int:
+    """Writes new captions and builds the index again, `INDEX_UPDATES` times, evenly spread over the run.
+
+    Returns the number of new versions of the index that `/health` reported.
+    """
     versions = {_get_index_version(port)}
     for version in range(1, INDEX_UPDATES + 1):
         time.sleep(seconds / (2 * INDEX_UPDATES + 4))
@@ -186,7 +203,7 @@ def _update_index(image_port: int, port: int, seconds: float, results: Results) 
         _build_index()
         time.sleep(seconds / (2 * INDEX_UPDATES + 4))  # the server looks for a new version every few seconds
         versions.add(_get_index_version(port))
-    results.index_updates = len(versions) - 1
+    return len(versions) - 1
 
 
 def _get_index_version(port: int) -> str:
@@ -212,22 +229,24 @@ def _serve_index() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
             process.kill()
 
 
-def _monitor(port: int, process: subprocess.Popen[bytes], until: float, results: Results) -> None:
+def _observe(port: int, server: int, seconds: float) -> list[Observation]:
+    """Reads the memory of the server process and requests `/health`, twice a second."""
+    observations = []
     began = time.monotonic()
-    while (now := time.monotonic()) < until:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        (kilobytes,) = re.findall(r"VmRSS:\s+(\d+) kB", status)
-        results.memory.append((now - began, int(kilobytes) / 1000))
+    while (now := time.monotonic()) < began + seconds:
+        process_status = Path(f"/proc/{server}/status").read_text()
+        (kilobytes,) = re.findall(r"VmRSS:\s+(\d+) kB", process_status)
+        status = 0
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as response:
-                results.statuses["/health", response.status] += 1
+                status = response.status
         except urllib.error.HTTPError as error:
-            results.statuses["/health", error.code] += 1
+            status = error.code
         except OSError as error:
-            results.statuses["/health", 0] += 1
-            results.failures[f"GET /health {error!r}"] += 1
-        results.health_seconds.append(time.monotonic() - now)
+            print(f"# GET /health {error!r}", flush=True)
+        observations.append(Observation(now - began, int(kilobytes) / 1000, status, time.monotonic() - now))
         time.sleep(0.5)
+    return observations
 
 
 async def _run_clients(port: int, until: float, results: Results) -> None:

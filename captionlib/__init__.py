@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Makes PyTorch use transparent huge pages (2 MB) for large tensors, which are faster to allocate and fragment memory
-# less. PyTorch reads the variable at its first allocation. Systems without huge pages ignore it.
+# Makes PyTorch use transparent huge pages (2 MB) for large tensors. Huge pages are faster to allocate and fragment
+# memory less. PyTorch reads the variable at its first allocation. Systems without huge pages ignore it.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _NAMES = {

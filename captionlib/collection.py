@@ -172,7 +172,7 @@ def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) 
     if names := created.list():
         raise DatasetError(f"{created.uri}: expected a new or empty folder, got files ({', '.join(names[:3])})")
     content = (
-        "# The sources and models of this collection. To change it, edit this file and run `captionlib update`.\n"
+        "# The sources and models of this collection. To change them, edit this file and run `captionlib update`.\n"
         + yaml.safe_dump(_to_absolute_values(config), sort_keys=False, allow_unicode=True)
     )
     created.write(COLLECTION_FILE, content.encode())
@@ -207,7 +207,7 @@ def is_collection(folder: str | os.PathLike[str]) -> bool:
 
 
 def expand_collections(addresses: Iterable[str]) -> list[str]:
-    """Replaces each address of a collection by the captions of all its sources."""
+    """Replaces the address of each collection with the addresses of the captions of its sources."""
     return [
         captions
         for address in addresses

@@ -52,10 +52,10 @@ def run_isolated(program: Callable[[BinaryIO], None], limits: ProcessLimits) -> 
     """Runs a function in a child process and streams its output.
 
     When the context exits, the child process is killed and its temporary files are removed. The child is a fork, so it
-    starts in milliseconds. If other threads hold locks at this moment, the child may wait for them until its timeout.
+    starts in milliseconds. If other threads hold locks at the fork, the child may wait for them until its timeout.
 
     Args:
-        program: the function. It writes its output to a file.
+        program: the function. It writes its output to the binary file that it receives.
         limits: the limits on the child process.
 
     Yields:
@@ -161,9 +161,9 @@ def _watch(error_sink: int, limits: ProcessLimits, scratch: str) -> None:
     """Ends this process if it uses too much memory, or if the parent closes the pipe or dies."""
     pipe = select.poll()
     pipe.register(error_sink, 0)  # reports only that the other end was closed
-    start = _read_allocated_bytes()  # includes the memory that is shared with the parent
+    initial_bytes = _read_allocated_bytes()  # includes the memory that is shared with the parent
     while not pipe.poll(_WATCH_MILLISECONDS):
-        if _read_allocated_bytes() - start > limits.memory_bytes:
+        if _read_allocated_bytes() - initial_bytes > limits.memory_bytes:
             _send_error(error_sink, limits.memory_error)
             os._exit(1)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -171,7 +171,7 @@ def _watch(error_sink: int, limits: ProcessLimits, scratch: str) -> None:
 
 
 def _read_allocated_bytes() -> int:
-    """Returns the size of the memory without mapped files. On macOS, it is the peak and includes mapped files."""
+    """Returns the memory in use, without mapped files. On macOS, returns the peak, including mapped files."""
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     _, _, rest = Path("/proc/self/status").read_text().partition("\nRssAnon:")

@@ -63,7 +63,7 @@ def command(
 
     With --duplicates, only the largest image of each group of duplicates is indexed. If you run the command again
     without --duplicates, it adds the other images. With --set keep_duplicates=true, duplicates are indexed and marked,
-    and visitors of `serve` can leave them out.
+    and a search in the web application can leave them out.
 
     The index also lists the images that could not be captioned. It contains the reference captions if the manifest
     (list of images) of CAPTIONS can be read.
@@ -87,8 +87,8 @@ def command(
 
     if language is not None:
         overrides = (*overrides, f"language={language}")
-    # click allows only one argument of variable length. Beam's options begin with a dash, and folders do not.
-    captions = tuple(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    # click allows only one argument of variable length. Beam options begin with "-", and files of them with "@".
+    captions = tuple(takewhile(lambda argument: not argument.startswith(("-", "@")), arguments))
     beam_options = arguments[len(captions) :]
     if not captions:
         raise click.UsageError("expected one or more folders CAPTIONS before the options of Beam, got none.")
@@ -98,7 +98,7 @@ def command(
     if build.outgrown is not None:
         old = f"{_describe_layout(build.outgrown)}, for {build.outgrown.rows:,} rows"
         click.echo(
-            f"The index now has {index.captions_count:,} rows. Replaced its former vector layout ({old})", err=True
+            f"The index now has {index.captions_count:,} rows, so its vector layout ({old}) was replaced", err=True
         )
     vectors = f"{index.vectors_count:,} vectors ({_describe_layout(index.layout)})" if index.layout else "no vectors"
     click.echo(f"{output}: {index.captions_count:,} captions, {vectors}, in {len(index.shards):,} shards")

@@ -31,7 +31,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "update": "Caption and index what has changed in a collection.",
         "remove": "Remove images from a collection or from datasets.",
         "compact": "Merge small shards and split large ones.",
-        "status": "Show what is new, finished and failed in a collection.",
+        "status": "Show what is finished, pending and failed in a collection.",
     },
     "Prepare images": {
         "prepare": "List images and their captions in a manifest.",
@@ -65,7 +65,7 @@ COMMANDS: dict[str, dict[str, str]] = {
     },
 }
 
-# What a resumable command keeps when it is stopped, and the commands that this applies to.
+# Messages about what is kept when a resumable command is stopped, and the commands that show each message.
 _KEPT = {
     "Finished stages are kept": {"demo", "update", "remove"},
     "Finished datasets are kept": {"compact"},

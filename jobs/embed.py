@@ -17,7 +17,8 @@ __all__ = ["command"]
     "-r",
     required=True,
     metavar="FOLDER",
-    help="Folder that train-ranker wrote, or hf:MODEL, such as a CLIP model of Hugging Face (name or folder).",
+    help="Folder that train-ranker wrote, or hf:MODEL for a dual encoder from Hugging Face, such as CLIP. MODEL is its "
+    "name or folder.",
 )
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="The embeddings dataset to write.")
 @weights_option
@@ -33,7 +34,7 @@ def command(
     embeddings dataset, which contains the vector of each image. If SOURCE is a manifest, the image features are
     computed in the same pass.
 
-    To caption the same images too, run `captionlib generate-captions` with --ranker and --embeddings instead. It writes
+    To also caption the images, run `captionlib generate-captions` with --ranker and --embeddings instead. It writes
     captions and embeddings in one pass.
 
     \b

@@ -18,8 +18,8 @@ __all__ = ["command"]
 _FORMATS = {
     "webdataset": "tars of images with .txt and .json",
     "metadata": "folders of images with metadata.jsonl, for Hugging Face's datasets",
-    "txt": "folders of images with a .txt beside each",
-    "coco": "a JSON file of COCO",
+    "txt": "folders of images with a .txt beside each image",
+    "coco": "a JSON file in COCO's format",
     "neuraltalk": "NeuralTalk's result_struct.json",
 }
 _JSON = ("coco", "neuraltalk")
@@ -36,9 +36,12 @@ _JSON = ("coco", "neuraltalk")
 @click.option("--output", "-o", required=True, metavar="FOLDER|FILE", help="The folder or JSON file to write.")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Export this split only. Repeatable.")
 @click.option("--where", metavar="CONDITION", help='SQL condition on the rows, such as "log_prob > -10".')
-@click.option("--duplicates", metavar="FOLDER", help="Leave out duplicates, as listed by `captionlib deduplicate`.")
+@click.option("--duplicates", metavar="FOLDER", help="Output of `captionlib deduplicate`, to leave out duplicates.")
 @click.option(
-    "--manifest", "-m", metavar="FOLDER", help="Manifest (list of images) or features with references; for JSON files."
+    "--manifest",
+    "-m",
+    metavar="FOLDER",
+    help="Manifest (list of images) or features dataset with the references; for coco and neuraltalk.",
 )
 @progress_option
 def command(
@@ -53,15 +56,15 @@ def command(
 ) -> None:
     """Export CAPTIONS for other programs, with or without the images.
 
-    CAPTIONS are captions datasets, or manifests or features datasets, whose references are exported. COLLECTION is a
-    folder that `captionlib init` created, and stands for all its captions.
+    CAPTIONS are captions datasets. They can also be manifests (lists of images) or features datasets, whose references
+    are exported. COLLECTION is a folder that `captionlib init` created; all its captions are exported.
 
     webdataset, metadata and txt copy the images unchanged. Images that cannot be read are left out and counted. To
     resume an interrupted export, or to bring it up to date after CAPTIONS has changed, run the same command again.
 
     coco and neuraltalk write one JSON file without images, and also accept JSON files in these formats as CAPTIONS.
-    COCO's results file contains no references, so it can be written and submitted for COCO's test split, whose
-    references are secret. NeuralTalk's file also contains references, which are read from --manifest.
+    COCO's results file contains no references, so it can also be written for COCO's test split, whose references are
+    secret. NeuralTalk's file also contains references, which are read from --manifest.
 
     \b
     Examples:
@@ -74,7 +77,7 @@ def command(
       captionlib export captions --to neuraltalk -o result_struct.json --manifest manifest
     """
     if to not in _JSON and manifest is not None:
-        raise click.UsageError(f"--manifest is for --to {' and '.join(_JSON)}; {to} exports the captions of CAPTIONS.")
+        raise click.UsageError(f"--manifest is for --to {' and '.join(_JSON)}, got --to {to}; leave it out.")
     from captionlib.collection import expand_collections
 
     captions = tuple(expand_collections(captions))
@@ -97,7 +100,7 @@ def command(
 def _select(
     captions: tuple[str, ...], splits: tuple[str, ...], where: str | None, duplicates: str | None
 ) -> ImageSelection:
-    """Returns the images that all options select."""
+    """Returns the images that match all options."""
     from captionlib.data.selection import select_images
 
     included = None

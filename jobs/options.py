@@ -135,7 +135,7 @@ def training_options(command: Command) -> Command:
         click.option("--output", "-o", required=True, metavar="FOLDER", help=help_text),
         config_options,
         device_option,
-        click.option("--overwrite", is_flag=True, help="Replace a run that has a different configuration."),
+        click.option("--overwrite", is_flag=True, help="Delete an earlier run in the folder and start again."),
         progress_option,
     ]
     return _apply(command, options)

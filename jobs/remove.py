@@ -41,10 +41,11 @@ def command(
 ) -> None:
     """Remove images from each FOLDER: a collection, a manifest (list of images), another dataset, or an index.
 
-    A collection is a folder that `captionlib init` created. Afterwards, no FOLDER contains the ids. Later updates of
-    the manifest skip the images, because its file `_removed.json` lists hashes of their ids. The image files themselves
-    are not deleted. Models that were trained on the images do not change. To remove the images from a model, train it
-    again. If it has a datastore, run `build-datastore` again, because a datastore contains captions of training images.
+    A collection is a folder that `captionlib init` created. After the removal, no FOLDER contains the images. Later
+    updates of the manifest skip them, because its file `_removed.json` lists hashes of their ids. The image files
+    themselves are not deleted. Models that were trained on the images do not change. To remove the images from a model,
+    train it again. If it has a datastore, run `build-datastore` again, because a datastore contains captions of
+    training images.
 
     \b
     Examples:
@@ -56,18 +57,18 @@ def command(
     from captionlib.data.shards.removal import plan_removal
     from captionlib.data.sources.values import is_unicode
 
-    wanted = {*filter(None, ids), *(image_id for file in files for image_id in _read_ids(file))}
-    if not wanted:
-        raise click.UsageError("expected the images to remove with --id or --ids, got none.")
-    if invalid := [image_id for image_id in wanted if not is_unicode(image_id)]:
+    requested_ids = {*filter(None, ids), *(image_id for file in files for image_id in _read_ids(file))}
+    if not requested_ids:
+        raise click.UsageError("expected ids of images to remove (--id or --ids), got none.")
+    if invalid := [image_id for image_id in requested_ids if not is_unicode(image_id)]:
         raise ConfigError(f"--id: expected text in UTF-8, got {invalid[0]!a}")
     with ExitStack() as stack:
         datasets, indexes = _find_datasets(folders, stack, dry_run)
-        plans = [plan_removal(open_dataset(address), wanted, reason) for address in datasets]
+        plans = [plan_removal(open_dataset(address), requested_ids, reason) for address in datasets]
         plans.sort(key=lambda plan: _ORDER.index(plan.dataset.kind))
         for plan in plans:
-            click.echo(f"{plan.dataset.folder.uri}: {len(plan.found):,} of {len(wanted):,} images")
-        if missing := sorted(wanted.difference(*(plan.found for plan in plans))):
+            click.echo(f"{plan.dataset.folder.uri}: {len(plan.found):,} of {len(requested_ids):,} images")
+        if missing := sorted(requested_ids.difference(*(plan.found for plan in plans))):
             click.echo(f"Not found: {len(missing):,} ids, for example {missing[0][:200]!r}", err=True)
         if dry_run:
             return
@@ -75,7 +76,7 @@ def command(
             plan.run()
         for address in indexes:
             try:
-                _rebuild_index(address, wanted)
+                _rebuild_index(address, requested_ids)
             except CaptionlibError as error:
                 raise DatasetError(
                     f"{address} still contains the images, because it cannot be updated: {error}. Correct this, then "
@@ -154,9 +155,10 @@ def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:
 
 
 def _rebuild_duplicates(description: IndexDescription) -> str | None:
-    """Returns the duplicates dataset that an index was built with, or None if there is none.
+    """Returns the folder of the duplicates dataset to build an index with, or None if there is none.
 
-    Writes the dataset again if images were removed from it.
+    If images were removed from the dataset, it is computed again from the embeddings. Without embeddings, it cannot be
+    used, and None is returned.
     """
     if description.duplicates is None:
         return None

@@ -23,11 +23,16 @@ _DEFAULT_LENGTHS = {
     "--length",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Maximum number of tokens (words, characters or subwords) after the prefix. Continuous text has exactly N.",
+    help="Maximum number of tokens (words, characters or subwords) after the prefix. A model trained on continuous "
+    "text generates exactly N.",
 )
 @click.option("--temperature", type=float, help="A lower value makes texts more predictable.  [default: 1]")
 @click.option("--top-k", type=int, help="Sample from the k most probable tokens.")
-@click.option("--top-p", type=float, help="Sample from the fewest tokens with at least this total probability.")
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample from the smallest set of most probable tokens with at least this total probability.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="The same seed produces the same texts.  [default: 0]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line: text, log_prob, tokens.")
 @config_options

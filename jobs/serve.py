@@ -1,6 +1,7 @@
 """The command `captionlib serve`."""
 
 import copy
+import gc
 import json
 import os
 import resource
@@ -228,4 +229,7 @@ def create() -> Any:
     from captionlib.config import build_config
     from captionlib.serving.startup import AppConfig, load_app
 
-    return load_app(build_config(AppConfig, json.loads(os.environ[_APP_CONFIG])))
+    app = load_app(build_config(AppConfig, json.loads(os.environ[_APP_CONFIG])))
+    gc.collect()
+    gc.freeze()  # a full collection of the objects of PyTorch and other modules would pause all requests for 0.2 s
+    return app

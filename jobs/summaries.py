@@ -24,7 +24,7 @@ def print_totals(output: str, totals: Totals) -> None:
 
 
 def print_remaining_cost(source: str, outputs: Sequence[str], workers: int) -> None:
-    """After a run with --limit, prints the estimated time and output size for all images that it did not process.
+    """After a run with --limit, prints the estimated time and output size for the remaining images.
 
     Args:
         source: address of the dataset from which the run sampled images.
@@ -36,7 +36,7 @@ def print_remaining_cost(source: str, outputs: Sequence[str], workers: int) -> N
 
     estimate = estimate_remaining(open_dataset(source), [open_dataset(output) for output in outputs], workers)
     if not estimate.images:
-        click.echo(f"The sample contains all images of {source}, at {estimate.images_per_second:,.1f} images/s")
+        click.echo(f"The sample contained all images of {source} ({estimate.images_per_second:,.1f} images/s)")
         return
     speed = f"{estimate.images_per_second:,.1f} images/s with {workers} {'worker' if workers == 1 else 'workers'}"
     click.echo(

@@ -26,10 +26,10 @@ def command(
     """Train a captioner on SOURCE, a features dataset, or fine-tune it together with its encoder on a manifest.
 
     extract-features writes features datasets; prepare writes manifests (lists of images). Training uses the splits
-    train and restval (images of val that Karpathy's splits add to train). The checkpoint of the best epoch on val or
-    dev is kept: the one with the lowest perplexity or, with objective=self_critical, the highest CIDEr. Ctrl-C saves
-    the state and stops; the same command resumes. torchrun trains on several GPUs or machines, and the batch size
-    is multiplied by the number of processes.
+    train and restval (images of COCO's val set that Karpathy's splits use for training). The checkpoint of the best
+    epoch on val or dev is kept: the one with the lowest perplexity or, with objective=self_critical, the highest CIDEr.
+    Ctrl-C saves the state and stops; the same command resumes. torchrun trains on several GPUs or machines, and the
+    batch size is multiplied by the number of processes.
 
     \b
     Examples:

@@ -15,10 +15,10 @@ __all__ = ["command"]
 def command(features: str, output: str, config: str | None, overrides: tuple[str, ...], **options: Any) -> None:
     """Train a ranker (a dual encoder for image-text retrieval) on the features dataset FEATURES.
 
-    extract-features writes features datasets. Training uses the splits train and restval (images of val that
-    Karpathy's splits add to train). The checkpoint of the epoch with the highest mean recall on val or dev is kept.
-    Ctrl-C saves the state and stops; the same command resumes. torchrun trains on several GPUs or machines, and the
-    batch size is multiplied by the number of processes.
+    extract-features writes features datasets. Training uses the splits train and restval (images of COCO's val set
+    that Karpathy's splits use for training). The checkpoint of the epoch with the highest mean recall on val or dev is
+    kept. Ctrl-C saves the state and stops; the same command resumes. torchrun trains on several GPUs or machines, and
+    the batch size is multiplied by the number of processes.
 
     \b
     Examples:

@@ -32,8 +32,8 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
     """Caption and index the new and changed images of COLLECTION.
 
     COLLECTION is a folder that `captionlib init` created, with sources such as folders or tables of images. Images that
-    are gone from the sources are removed, and all others stay as they are. If a source cannot be read, its images stay
-    as they are too, the other sources are updated, and the command ends with an error. To resume an interrupted update,
+    are gone from the sources are removed. Unchanged images are not processed again. If a source cannot be read, its
+    images are kept, the other sources are updated, and the command ends with an error. To resume an interrupted update,
     run the same command again. `captionlib serve` shows the result without a restart.
 
     \b
@@ -92,7 +92,7 @@ def _prepare_sources(
 
 
 def _check_ids_differ(collection: Collection) -> None:
-    """Raises DuplicateIdError if an image id occurs in several sources, before any image is captioned."""
+    """Raises DuplicateIdError if an image id occurs in several sources. Called before any image is captioned."""
     from captionlib.data.ingestion.staging import check_ids_differ
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.data.shards.markers import SUCCESS_FILE
@@ -107,10 +107,10 @@ def _check_ids_differ(collection: Collection) -> None:
 def _caption_sources(
     collection: Collection, failed: Container[str], generation: GenerationConfig, device: str, run: RunConfig
 ) -> dict[str, Exception]:
-    """Captions the images of all sources that are not in `failed`. Returns the errors of those with too many failures.
+    """Captions the images of all sources that are not in `failed`. Returns the errors of those that fail.
 
-    The sources in `failed` are left out even if some of their images have no captions yet. Such images probably cannot
-    be read either, and would be recorded as failures.
+    A source fails if too many of its images cannot be read. The sources in `failed` are left out even if some of their
+    images have no captions yet. Such images probably cannot be read either, and would be recorded as failures.
     """
     from captionlib.errors import FailureRatioError
 
@@ -181,7 +181,7 @@ def _caption(
 
     config = collection.config
     manifest, captions, embeddings = (
-        address(source) for address in (collection.manifest, collection.captions, collection.embeddings)
+        get_address(source) for get_address in (collection.manifest, collection.captions, collection.embeddings)
     )
     same_encoder = config.ranker is not None and (
         SHARED_RANKERS.load_with_version(config.ranker)[0].encoder
@@ -206,7 +206,7 @@ def _caption(
 
 
 def _index(collection: Collection, failed: Container[str], run: RunConfig) -> dict[str, Exception]:
-    """Indexes the sources that have captions. For a source in `failed`, it uses the captions of an earlier update.
+    """Indexes the sources that have captions. A source in `failed` keeps the captions of an earlier update.
 
     Returns the error if the index cannot be updated because of the sources in `failed`.
     """
@@ -250,7 +250,7 @@ def _deduplicate(collection: Collection, threshold: float, progress: bool) -> st
     embeddings = collection.list_embeddings()
     try:
         summary = find_duplicates(embeddings, collection.duplicates, threshold, progress=progress)
-    except FingerprintError:  # the threshold or the ranker has changed
+    except FingerprintError:  # the threshold or the list of sources has changed
         summary = find_duplicates(embeddings, collection.duplicates, threshold, overwrite=True, progress=progress)
     click.echo(f"{collection.duplicates}: {summary.duplicates:,} duplicates in {summary.groups:,} groups")
     return collection.duplicates

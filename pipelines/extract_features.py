@@ -36,7 +36,7 @@ def extract_features(
         manifest: folder of a complete manifest.
         output: folder of the features dataset to write.
         config: settings for the encoder and for image loading.
-        limit: encode only a sample of this number of images, evenly spaced over the manifest. To encode all images
+        limit: encode only a sample of this many images, evenly spaced over the manifest. To encode all images
             later, use a different output folder.
         device: auto, cpu, cuda or cuda:N.
         run: workers, runner and error handling.

@@ -18,14 +18,14 @@ def main() -> None:
 
     The only argument is the path of a file that the parent process removes to stop its workers.
     """
-    threading.Thread(target=_exit_with_run, args=(Path(sys.argv[1]), os.getppid()), daemon=True).start()
+    threading.Thread(target=_exit_when_run_stops, args=(Path(sys.argv[1]), os.getppid()), daemon=True).start()
     options = json.loads(os.environ.get("PIPELINE_OPTIONS") or "{}")
     os.environ["PIPELINE_OPTIONS"] = json.dumps({"default_sdk_harness_log_level": "CRITICAL", **options})
     logging.getLogger(sdk_worker_main.__name__).setLevel(logging.CRITICAL)
     sdk_worker_main.main(sys.argv)
 
 
-def _exit_with_run(run_file: Path, parent: int) -> None:
+def _exit_when_run_stops(run_file: Path, parent: int) -> None:
     """Ends this process, even in the middle of a shard, when the run stops or the parent process dies."""
     while run_file.exists() and os.getppid() == parent:
         time.sleep(_POLL_SECONDS)

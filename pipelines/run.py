@@ -120,7 +120,7 @@ def run_job(job: ShardJob, label: str, run: RunConfig) -> Totals:
     _, options = choose_runner(run)  # checks the options before any dataset is changed
     name = options.view_as(StandardOptions).runner
     if run.progress and name in _IN_PROCESS_RUNNERS - {None, "FnApiRunner"}:
-        print(f"{label}: runs in this process with Beam's FnApiRunner, which replaces {name}", file=sys.stderr)
+        print(f"{label}: runs on this machine with Beam's FnApiRunner instead of {name}", file=sys.stderr)
     for shards in job.plan():  # first the missing shards, then those that are out of date or have failures to retry
         job.mark_incomplete()
         with show_progress(job, shards, label, run.progress):

@@ -73,9 +73,9 @@ def compute_bleu(captions: Tokenized, references: Tokenized) -> Metric:
 def _bleu(sums: Numbers) -> Numbers:
     """Returns the geometric mean of the n-gram precisions up to each order, times the brevity penalty."""
     correct, guessed = sums[..., :_ORDERS], sums[..., _ORDERS : 2 * _ORDERS]
-    length, expected = sums[..., -2:-1], sums[..., -1:]
+    length, reference_length = sums[..., -2:-1], sums[..., -1:]
     products = np.cumprod((correct + _TINY) / (guessed + _SMALL), axis=-1)
-    ratio = (length + _TINY) / (expected + _SMALL)
+    ratio = (length + _TINY) / (reference_length + _SMALL)
     with np.errstate(over="ignore", divide="ignore"):
         penalty = np.where(ratio < 1, np.exp(1 - 1 / ratio), 1.0)
     scores: Numbers = products ** (1 / np.arange(1, _ORDERS + 1)) * penalty
@@ -83,7 +83,7 @@ def _bleu(sums: Numbers) -> Numbers:
 
 
 def compute_meteor(captions: Tokenized, references: Tokenized) -> Metric:
-    """Computes METEOR 1.5 (Denkowski & Lavie 2014) from the counts of its Java program; see `count_alignments`."""
+    """Computes METEOR 1.5 (Denkowski & Lavie 2014) from the counts of METEOR's Java program; see `count_alignments`."""
     rows = count_alignments([(caption, references[image_id]) for image_id, (caption,) in captions.items()])
     return Metric(("METEOR",), rows, _meteor)
 
@@ -131,7 +131,7 @@ def compute_ratio(
     denominators: Sequence[float] | Numbers,
     transform: Callable[[Numbers], Numbers] = lambda quotient: quotient,
 ) -> Metric:
-    """Computes a score from the quotient of two sums over images. It is undefined if the denominators sum to 0.
+    """Computes a score from the quotient of two sums over images. The score is NaN if the denominators sum to 0.
 
     `transform` maps the quotient to the score, element by element. By default, the score is the quotient.
     """

@@ -7,9 +7,9 @@ __all__ = ["Dropout"]
 
 
 class Dropout(nn.Dropout):
-    """Computes the same as `nn.Dropout`, with masks from uniform random numbers on a CPU.
+    """Equivalent to `nn.Dropout`, but samples masks from uniform random numbers on a CPU.
 
-    `torch.bernoulli_`, which `nn.Dropout` uses there, takes four times as long to sample them.
+    `nn.Dropout` samples masks with `Tensor.bernoulli_`, which takes four times as long on a CPU.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:

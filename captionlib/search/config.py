@@ -92,8 +92,8 @@ class VectorLayout:
     def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
-        This is the case if `auto` would choose a different encoding. It is also the case if there are inverted lists,
-        and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows
+        This is the case if `choose` returns a different encoding for `rows`. It is also the case if there are inverted
+        lists, and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows
         decreases, the layout is kept, so that an index whose size varies around a limit is not built again at every
         update.
         """

@@ -43,7 +43,7 @@ Shard = tuple[ShardedDataset, int]
 
 @dataclass(frozen=True)
 class DuplicateSummary:
-    """Counts of an embeddings dataset's duplicates.
+    """Counts of images, duplicates and groups of duplicates.
 
     Attributes:
         images: number of images.
@@ -105,13 +105,14 @@ def find_duplicates(
         output: folder to write.
         threshold: minimum cosine similarity, in (0, 1], of the embeddings of near-duplicates. If 1, only exact copies
             are duplicates.
-        overwrite: replace an existing dataset that has a different threshold.
-        progress: show a progress bar.
+        overwrite: whether to replace a dataset that has a different threshold or was made from other manifests.
+        progress: whether to show a progress bar.
 
     Raises:
         ConfigError: `threshold` is out of range.
         DatasetError: `embeddings` are not complete embeddings datasets of one ranker (image-text retrieval model).
-        FingerprintError: the output contains a dataset with a different threshold, and `overwrite` is False.
+        FingerprintError: the output contains a dataset with a different threshold or from other manifests, and
+            `overwrite` is False.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold: expected a number above 0 and at most 1, got {threshold}")
@@ -220,11 +221,11 @@ def _find_first_copies(hashes: pa.StringArray) -> Indices:
 
 def _index_vectors(shards: Sequence[Shard], rows: int, dimension: int) -> Any:
     """Returns a Faiss index of all vectors as float16, numbered in the order of the shards."""
-    layout = VectorLayout.choose(IndexConfig(vectors="sq8"), rows, dimension)  # for the number of inverted lists
+    layout = VectorLayout.choose(IndexConfig(vectors="sq8"), rows, dimension)  # only nlist and nprobe are used
     index = faiss.index_factory(dimension, f"IVF{layout.nlist},SQfp16", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.spherical = True
-    index.cp.min_points_per_centroid = 1  # no warning about few vectors per list
+    index.cp.min_points_per_centroid = 1  # disables the warning about few vectors per list
     if shards:
         chosen = [shards[index] for index in np.unique(np.linspace(0, len(shards) - 1, _TRAINING_SHARDS).astype(int))]
         per_shard = -(-layout.nlist * _TRAINING_VECTORS_PER_LIST // len(chosen))
@@ -243,12 +244,12 @@ def _read_vectors(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.floa
 def _group_similar(
     index: Any, positions: Indices, unique: Indices, groups: _Groups, threshold: float, bar: ProgressBar
 ) -> None:
-    """Adds each image in `unique` to the group of the first kept image that is similar enough. Changes `groups`.
+    """Adds each image in `unique` to the group of the first similar kept image. Changes `groups` in place.
 
     `unique` contains the indices of the images in `_Images`, without exact copies. `positions` is `_Images.positions`.
     """
-    image_of_row = np.empty_like(positions)
-    image_of_row[positions] = np.arange(len(positions))
+    image_by_position = np.empty_like(positions)
+    image_by_position[positions] = np.arange(len(positions))
     is_unique = np.zeros(len(positions), np.bool_)
     is_unique[unique] = True
     for start in range(0, len(unique), _QUERY_BATCH_ROWS):
@@ -257,11 +258,11 @@ def _group_similar(
         vectors = index.reconstruct_batch(positions[batch]) if len(batch) else np.empty((0, index.d), np.float32)
         # The margin allows for rounding, which makes the product of a vector with itself slightly less than 1.
         offsets, similarity, found = index.range_search(vectors, threshold - 1e-3)
-        for row, image in enumerate(batch):
+        for query, image in enumerate(batch):
             if groups.kept_image[image] != image:
                 continue
-            matches = slice(int(offsets[row]), int(offsets[row + 1]))
-            members, scores = image_of_row[found[matches]], similarity[matches]
+            matches = slice(int(offsets[query]), int(offsets[query + 1]))
+            members, scores = image_by_position[found[matches]], similarity[matches]
             joins = (members > image) & is_unique[members] & (groups.kept_image[members] == members)
             groups.kept_image[members[joins]], groups.similarity[members[joins]] = image, scores[joins]
         bar.update(min(_QUERY_BATCH_ROWS, len(unique) - start))

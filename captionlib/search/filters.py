@@ -57,14 +57,15 @@ class Filter:
 class FacetCounts:
     """Numbers of images by the values of each facet.
 
-    The counts of a facet ignore the filter's condition on that facet, so they show how many images each other
-    value of the facet would match.
+    The counts of a facet ignore the filter's condition on that facet. They show how many images would match if the
+    filter selected a different value of the facet.
 
     Attributes:
         total: number of images that match all conditions.
         splits: number of images by split.
         sources: number of images by the name of the captions dataset.
-        months: number of images by month, such as `2026-03`, or by year. Images without a known date are not counted.
+        months: number of images by month, such as `2026-03`, or by year if the index has very many groups of facet
+            values. Images without a known date are not counted.
         kept: number of images that are not marked as duplicates of another image.
         duplicates: number of images that are marked as duplicates.
     """
@@ -106,7 +107,7 @@ class Facets:
         return None if len(selected) == len(self._groups) else selected
 
     def count(self, where: Filter, rows: npt.NDArray[np.int64] | None = None) -> FacetCounts:
-        """Counts images by facet. `rows` has the number of images in each group, `[groups]`; None for all images."""
+        """Counts images by facet. `rows` is the number of images in each group, `[groups]`; None for all images."""
         tests = self._make_tests(where)
         total, kept, duplicates = 0, 0, 0
         splits, sources, months = Counter[str](), Counter[str](), Counter[str]()

@@ -109,7 +109,7 @@ def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: Bin
 def _merge_single_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Merges batches so that each, except for the last, has at least two rows.
 
-    If the first batch has only one row, there are thus no other rows.
+    A first batch with only one row therefore contains all rows.
     """
     pending: pa.RecordBatch | None = None
     for batch in batches:

@@ -43,7 +43,7 @@ __all__ = [
 RESULT_COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score", "width", "height")
 """The columns of a captions dataset that search results show.
 
-`tokens` is the number of tokens of the caption. The last three columns are null if they are not known.
+`tokens` is the number of tokens of the caption. The last three columns are null if their values are unknown.
 """
 
 _CAPTIONS = captions_schema(has_scores=True)
@@ -64,10 +64,10 @@ represents their group; for other images, it is null.
 _REFERENCES = pa.field("references", pa.list_(pa.string()))
 _ATTENTION = pa.field("attention", pa.list_(pa.list_(pa.float16())))
 DETAILS_SCHEMA = pa.schema([_CAPTIONS.field("candidates"), _REFERENCES, _ATTENTION])
-"""The columns that only the page of an image shows. References and attention are null if they are not known."""
+"""The columns that only the web page of an image shows. References and attention are null if they are not known."""
 
 FAILURE_SCHEMA = pa.schema([FAILURES_SCHEMA.field(name) for name in ("image_id", "stage", "error")])
-"""The columns of an image without a caption. Messages are left out, because they can contain private addresses."""
+"""The columns of an image without a caption. Error messages are left out, as they can contain private addresses."""
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
 _SOURCE = pa.field("source", pa.string(), nullable=False)

@@ -88,7 +88,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def handle_http_error(request: Request, error: HTTPException) -> Response:
         detail = str(error.detail)
         if detail == "Not Found":
-            detail = f"nothing is at {request.url.path}"
+            detail = f"{request.url.path} does not exist"
         return render(request, make_problem(error.status_code, detail), error.headers)
 
     @app.exception_handler(QueryError)
@@ -105,7 +105,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def handle_failure(request: Request, _error: Exception) -> Response:
-        return render(request, make_problem(500, "the server failed; its log has the reason"))
+        return render(request, make_problem(500, "the server failed; see its log for the reason"))
 
     @app.exception_handler(ClientDisconnect)
     async def handle_disconnect(_request: Request, _error: ClientDisconnect) -> Response:

@@ -20,7 +20,7 @@ class ServingConfig:
             many images wait, the latest image of the client with the most waiting images is rejected with status 503.
         max_concurrent_fetches: maximum number of images to fetch at once for thumbnails. At most a quarter of them can
             be from the same host. A request that waits for more than five seconds fails with status 503.
-        max_requests_per_client: maximum number of requests of one client at once. Further requests fail with status
+        max_requests_per_client: maximum number of concurrent requests per client. Further requests fail with status
             429. If a proxy in front of the server does not pass on client addresses, all clients count as one.
         body_timeout_seconds: timeout for receiving a request body. Each 16 KiB received extends it by one second.
         max_image_pixels: maximum number of pixels (width x height) of images to decode.

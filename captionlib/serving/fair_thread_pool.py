@@ -40,7 +40,7 @@ class FairThreadPool:
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # keys in the order of their next turns
 
     def close(self) -> None:
-        """Waits for the functions that are running."""
+        """Waits for running functions to return."""
         self._executor.shutdown(cancel_futures=True)
 
     async def run(self, key: str, function: Callable[[], Result]) -> Result:
@@ -92,9 +92,9 @@ class FairThreadPool:
     def _find_next_key(self) -> str | None:
         return next((key for key in self._waiting if self._running[key] < self._threads_per_key), None)
 
-    def _reject_latest(self, newcomer: str) -> None:
-        """Rejects the latest call of the key with the most waiting calls. In a tie, the key `newcomer` is chosen."""
-        longest = max(self._waiting, key=lambda key: (len(self._waiting[key]), key == newcomer))
+    def _reject_latest(self, latest_key: str) -> None:
+        """Rejects the latest call of the key with the most waiting calls. In a tie, `latest_key` is chosen."""
+        longest = max(self._waiting, key=lambda key: (len(self._waiting[key]), key == latest_key))
         turn = self._waiting[longest][-1]
         self._stop_waiting(longest, turn)
         turn.set_exception(_busy())

@@ -39,7 +39,7 @@ _PAGE_RESULTS = 48
 _EXAMPLES = 12  # example images on a page without results
 _TALLEST, _WIDEST = 0.5, 2.5  # limits of the aspect ratio of a search result; see page.css
 _DEFAULTS = {"mode": "text", "sort": "relevance", "duplicates": "all"}
-_MAX_MONTHS = 24  # more months are shown as years
+_MAX_MONTHS = 24  # with more months, the date filter lists years
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "June", "July", "Aug", "Sept", "Oct", "Nov", "Dec")
 _EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
 _LAST_PAGE = MAX_OFFSET // _PAGE_RESULTS + 1
@@ -51,7 +51,7 @@ _ERROR_HEADINGS = {
     429: "Too busy",
     503: "Too busy",
 }
-# Descriptions of the reasons for which an image has no caption.
+# Descriptions of the reasons why an image has no caption.
 _REASONS = {
     "BadAddress": "the address is not valid",
     "BadCertificate": "the certificate of the server is not valid",
@@ -128,7 +128,7 @@ def _read_search(
 ) -> Search:
     """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default.
 
-    `source` is the name of a captions dataset. `like` is the id of an image, to find similar images.
+    `source` is the name of a captions dataset. `like` is the id of an image; the search returns similar images.
     """
     return Search(
         query=q,
@@ -153,7 +153,7 @@ def show_search(
     page: Annotated[int, Query(ge=1)] = 1,
     fragment: bool = False,
 ) -> HTMLResponse:
-    # While the user types, a script requests only the results: `fragment` is true.
+    # While the user types, a script requests only the results and sets `fragment`.
     page = min(page, _LAST_PAGE)
     first = (page - 1) * _PAGE_RESULTS
     response = service.search(search, make_cursor(first, search), _PAGE_RESULTS)
@@ -315,7 +315,7 @@ def _list_values(counts: Mapping[str, int]) -> list[tuple[str, str, int]]:
 
 
 def _list_dates(months: Mapping[str, int]) -> list[tuple[str, str, int]]:
-    """Returns the months, latest first, or the years if there are many months or if only the year is known."""
+    """Returns the months, latest first, or the years if there are many months or some dates are only years."""
     years = Counter[str]()
     for month, count in months.items():
         years[month[:4]] += count
@@ -333,7 +333,7 @@ def _format_percent(probability: float) -> str:
 
 
 def _format_ratio(image: SearchResult) -> str:
-    """Returns the CSS class for an aspect ratio; see page.css. The security policy does not allow inline styles."""
+    """Returns the CSS class for an aspect ratio; see page.css. The Content Security Policy forbids inline styles."""
     if not image.width or not image.height:
         return ""
     return f"r{5 * round(20 * min(_WIDEST, max(_TALLEST, image.width / image.height)))}"

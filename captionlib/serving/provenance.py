@@ -11,7 +11,7 @@ from captionlib.serving.responses import Attention
 
 __all__ = ["describe_provenance", "make_attention"]
 
-_SHOWN_CHARACTERS = 12  # of the hash that identifies a model
+_SHOWN_HASH_LENGTH = 12  # a model is shown as the first characters of the hash that identifies it
 
 
 def describe_provenance(config: Mapping[str, Any]) -> dict[str, str]:
@@ -26,11 +26,11 @@ def describe_provenance(config: Mapping[str, Any]) -> dict[str, str]:
     width = f", width {decoding['beam_width']}" if strategy == "beam" and "beam_width" in decoding else ""
     rerank = decoding.get("rerank", {}).get("method", "none")
     described = {
-        "Captioner": str(config.get("captioner", ""))[:_SHOWN_CHARACTERS],
+        "Captioner": str(config.get("captioner", ""))[:_SHOWN_HASH_LENGTH],
         "Encoder": f"{model}, {node}" if model and node else model,
         "Decoding": f"{strategy}{width}" if strategy else "",
         "Reranking": "" if rerank == "none" else str(rerank),
-        "Ranker": str(config.get("ranker", ""))[:_SHOWN_CHARACTERS],
+        "Ranker": str(config.get("ranker", ""))[:_SHOWN_HASH_LENGTH],
     }
     return {name: value for name, value in described.items() if value}
 
@@ -38,21 +38,27 @@ def describe_provenance(config: Mapping[str, Any]) -> dict[str, str]:
 def make_attention(
     weights: Sequence[Sequence[float]] | None, config: Mapping[str, Any], row: Mapping[str, Any]
 ) -> Attention | None:
-    """Returns the attention maps of a caption; None if they cannot be shown.
+    """Returns the attention maps of a caption, and the part of the image that they cover.
 
-    They can be shown if there are `weights`, `[tokens, positions]`, and if the crop of the image is known. The crop
-    depends on the size of the image in `row`, and on the preprocessing in `config` (the configuration of the captions).
+    Args:
+        weights: the attention weights of the caption, `[tokens, positions]`, or None.
+        config: the configuration of the captions dataset, with the encoder's preprocessing.
+        row: the row of the image in the index, with its width and height.
+
+    Returns:
+        The maps; None if there are no weights, the maps are not square, or the size of the image or the preprocessing
+        is unknown.
     """
     if not weights or not row["width"] or not row["height"]:
         return None
     try:
-        shown = build_image_display([{"image_id": "", "attention": weights}], config.get("encoder", {}))
+        display = build_image_display([{"image_id": "", "attention": weights}], config.get("encoder", {}))
     except DatasetError:  # the maps are not square
         return None
-    if shown.preprocessing is None:
+    if display.preprocessing is None:
         return None
-    crop = _find_crop(shown.preprocessing, row["width"], row["height"])
-    maps = shown.attention_maps[""]
+    crop = _find_crop(display.preprocessing, row["width"], row["height"])
+    maps = display.attention_maps[""]
     return Attention(maps=[base64.b64encode(each.tobytes()).decode() for each in maps], crop=crop)
 
 

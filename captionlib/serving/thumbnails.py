@@ -55,13 +55,14 @@ class Thumbnails:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._max_bytes = config.max_thumbnail_bytes
-        # Part of file names, so a server without `allow_private_hosts` never shows what a server with it has stored.
+        # Part of file names, so that a server without `allow_private_hosts` never shows thumbnails that a server with
+        # this option has stored.
         self._scope = "all" if config.allow_private_hosts else "public"
         self._resources = ExitStack()
         threads = config.max_concurrent_fetches
         per_host = max(1, threads // _HOST_DIVISOR)
-        waiting = _MAX_WAITING_PER_THREAD * threads
-        self._threads = FairThreadPool("thumbnails", threads, per_host, waiting, _MAX_WAIT_SECONDS)
+        max_waiting = _MAX_WAITING_PER_THREAD * threads
+        self._threads = FairThreadPool("thumbnails", threads, per_host, max_waiting, _MAX_WAIT_SECONDS)
         self._resources.callback(self._threads.close)
         fetching = FetchConfig(
             timeout_seconds=config.image_timeout_seconds, attempts=1, allow_private_hosts=config.allow_private_hosts
@@ -135,7 +136,7 @@ class Thumbnails:
             excess -= size
 
     def create_ahead(self, uri: str) -> bool:
-        """Stores the small thumbnail of an image, unless it exists. Returns whether the image can be read."""
+        """Stores the small thumbnail of an image, unless it exists. Returns False if the image cannot be read."""
         path = _choose_path(self._folder, self._scope, "small", uri)
         if not path.exists():
             try:

@@ -91,7 +91,7 @@ class CiderValidation:
     of `batches`.
 
     Raises:
-        ConfigError: Java, which CIDEr's tokenizer requires, is missing, or `decoding` requires a datastore.
+        ConfigError: Java, which CIDEr's tokenizer requires, is missing, or `decoding` requires a ranker or a datastore.
         DatasetError: there are fewer than two images.
     """
 

@@ -150,7 +150,7 @@ def train_captioner(
         weights: the encoder's weights file, for a new captioner (without `init_from`) with an `encoder_top`. Required
             only if the file has been moved since the features were extracted.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        overwrite: replace a run with a different configuration.
+        overwrite: delete an earlier run in `output` instead of resuming it.
         progress: show a progress bar.
 
     Returns:

@@ -55,8 +55,8 @@ class ProcessGroup:
 
         `weight` is the weight of this process. The weights of all processes must sum to 1.
 
-        DistributedDataParallel is unsuitable. It weights all processes equally, requires that each process has a part
-        of every batch, and requires calls to `forward`, but some objectives call other methods instead.
+        DistributedDataParallel is unsuitable. It weights all processes equally, and requires that each process has a
+        part of every batch. It also requires calls to `forward`, whereas some objectives call other methods.
         """
         if self.world_size == 1:
             return

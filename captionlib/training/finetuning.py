@@ -112,8 +112,8 @@ def finetune_captioner(
 
     Raises:
         CheckpointError: `init_from` is not a checkpoint, or the weights belong to a different encoder.
-        ConfigError: `init_from` is missing, or no layer from `encoder.from_node` on has weights to fine-tune.
-        DatasetError: the manifest is incomplete, or a split has no captions.
+        ConfigError: `init_from` is missing, or no layer at or after `encoder.from_node` has weights to fine-tune.
+        DatasetError: the manifest is incomplete, or the training or validation splits contain no captions.
         FailureRatioError: more images are unreadable than the configuration allows.
     """
     if config.init_from is None:
@@ -174,8 +174,8 @@ def _load_trainable_encoder(
     parameters = dict(encoder.network.network.named_parameters())
     if set(parameters) <= frozen:
         raise ConfigError(
-            f"encoder.from_node: expected at least one layer with weights to fine-tune, got none: {from_node} comes "
-            f"after the last one, because the encoder ends at {encoder_config.node}; choose an earlier node"
+            f"encoder.from_node: expected at least one layer with weights at or after {from_node}, got none, because "
+            f"the encoder ends at {encoder_config.node}; choose an earlier node"
         )
     for name, parameter in parameters.items():
         parameter.requires_grad_(name not in frozen)

@@ -139,15 +139,17 @@ def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: Sharde
     changed = {name: value for name, value in configured.items() if value != defaults[name]}
     if lines := describe_differences({name: to_dict(initial.config)[name] for name in changed}, changed):
         raise ConfigError(
-            f"captioner: expected the architecture of init_from, {folder}, got other values ({'; '.join(lines)}); "
-            "leave them out, or train without init_from"
+            f"captioner: expected the architecture of init_from, {folder}, got different values ({'; '.join(lines)}); "
+            "leave these values out, or train without init_from"
         )
     return initial
 
 
 @torch.no_grad()
 def initialize_word_vectors(model: CaptionerNetwork, vocabulary: Vocabulary, uri: str) -> dict[str, Any]:
-    """Initializes word embeddings from a word2vec, GloVe or fastText file. The embeddings of other words stay random.
+    """Initializes word embeddings from a word2vec, GloVe or fastText file.
+
+    Words that are not in the file keep their random embeddings.
 
     Returns:
         `file`, the numbers of `found` and `missing` words, and `examples`: the five most frequent missing words.
@@ -156,8 +158,9 @@ def initialize_word_vectors(model: CaptionerNetwork, vocabulary: Vocabulary, uri
         ConfigError: the file is unreadable, or its vectors do not have the size of the model's embeddings.
         DatasetError: the file is malformed, or contains no word of the vocabulary.
     """
-    read = read_word_vectors(uri, vocabulary.words, model.config.embedding_size)
-    for word, vector in read.vectors.items():
+    word_vectors = read_word_vectors(uri, vocabulary.words, model.config.embedding_size)
+    for word, vector in word_vectors.vectors.items():
         (token_id,) = vocabulary.encode_tokens([word])
         model.word_vectors.weight[token_id] = torch.from_numpy(vector)
-    return {"file": uri, "found": len(read.vectors), "missing": len(read.missing), "examples": list(read.missing[:5])}
+    missing = word_vectors.missing
+    return {"file": uri, "found": len(word_vectors.vectors), "missing": len(missing), "examples": list(missing[:5])}

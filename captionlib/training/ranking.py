@@ -205,7 +205,7 @@ def train_ranker(
         output: the folder for the checkpoint of the best epoch, metrics, curves and the state to resume from.
         config: the configuration of the ranker and its training.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        overwrite: replace a run with a different configuration.
+        overwrite: delete an earlier run in this folder and start again.
         progress: show a progress bar.
 
     Returns:

@@ -64,7 +64,7 @@ class RunState:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def complete_step(self, loss_total: float, loss_count: float, reward_total: float, reward_count: float) -> None:
-        """Adds the totals of a step over all processes; see `BatchLoss`."""
+        """Adds the totals of one step, summed over all processes; see `BatchLoss`."""
         self.step += 1
         self.loss_total += loss_total
         self.loss_count += int(loss_count)

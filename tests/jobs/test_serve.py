@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -13,8 +14,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from captionlib.config import to_dict
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
 from captionlib.serving.server import listen
+from captionlib.serving.startup import AppConfig
+from jobs import serve
 from jobs.cli import captionlib
 from tests.serving.example_site import make_site
 
@@ -128,3 +132,14 @@ def test_settings_of_captions_need_a_captioner(tmp_path: Path) -> None:
     result = CliRunner().invoke(captionlib, ["serve", str(tmp_path / "index"), "--set", "decoding.beam_width=3"])
     assert result.exit_code == 2
     assert "--config and --set configure the captions of uploaded images; add --captioner." in result.output
+
+
+def test_garbage_collections_skip_the_objects_of_the_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_site(tmp_path, 10, with_models=False)
+    config = AppConfig(index=str(tmp_path / "index"), thumbnails=str(tmp_path / "thumbnails"))
+    monkeypatch.setenv("CAPTIONLIB_APP_CONFIG", json.dumps(to_dict(config)))
+    try:
+        serve.create()
+        assert len(gc.get_objects()) < 0.01 * gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

@@ -28,3 +28,10 @@ def test_commands_treat_several_datasets_as_one(tmp_path: Path) -> None:
     assert {json.loads(line)["image_id"] for line in similar} == {
         f"im{number}" for number in (*range(1, 20), *range(30, 50))
     }
+
+
+def test_files_of_beam_options_are_not_captions(tmp_path: Path) -> None:
+    write_captions_dataset(str(tmp_path / "captions"), {0: make_rows(20)}, 1).finish()
+    (tmp_path / "runner.yaml").write_text("runner: DirectRunner\n")
+    output = run("build-index", tmp_path / "captions", "-o", tmp_path / "index", "--", f"@{tmp_path}/runner.yaml")
+    assert output.startswith(f"{tmp_path}/index: 20 captions")

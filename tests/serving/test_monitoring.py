@@ -67,7 +67,7 @@ def test_failure_of_the_server_is_a_problem_without_a_stack_trace(
 ) -> None:
     monkeypatch.setattr(client.app.state.service, "snapshot", None)  # type: ignore[attr-defined]
     response = client.get("/api/v1/search?q=dog")
-    assert (response.status_code, response.json()["detail"]) == (500, "the server failed; its log has the reason")
+    assert (response.status_code, response.json()["detail"]) == (500, "the server failed; see its log for the reason")
     assert client.get("/", headers={"accept": "text/html"}).text.count("Traceback") == 0
 
 

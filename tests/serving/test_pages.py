@@ -305,10 +305,10 @@ def test_health_and_docs(client: TestClient) -> None:
 
 
 def test_error_is_a_page_for_browsers_and_json_for_other_clients(client: TestClient) -> None:
-    problem = {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "nothing is at /nothing"}
+    problem = {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "/nothing does not exist"}
     assert client.get("/nothing").json() == {**problem, "errors": []}
     page = client.get("/nothing", headers=BROWSER).text
-    assert "<h1>Not found</h1>\n<p>Nothing is at /nothing.</p>" in page
+    assert "<h1>Not found</h1>\n<p>/nothing does not exist.</p>" in page
     assert client.get("/static/../../app.py").status_code == 404
 
 

@@ -242,7 +242,7 @@ def test_rejects_what_cannot_be_finetuned(manifest: ShardedDataset, start: Loade
     for node, message in (
         (
             "features.9",
-            "got none: features.9 comes after the last one, because the encoder ends at features.3.squeeze_activation",
+            "at or after features.9, got none, because the encoder ends at features.3.squeeze_activation",
         ),
         ("features.99", "squeezenet1_1 has no node 'features.99'; similar nodes"),
     ):

@@ -1,7 +1,8 @@
 """Streams training batches from a features dataset (Parquet shards of image features and captions).
 
 Each epoch reads the shards in a new random order. A buffer holds a group of shards, and its images are shuffled. The
-next buffer is loaded in the background, so at most two are in memory. A dataset that fits in one is read only once.
+next buffer is loaded in the background, so at most two are in memory. A dataset that fits in one buffer
+is read only once.
 """
 
 import math
@@ -52,7 +53,7 @@ class CaptionBatch:
         features: `[images, size] float32` or `[images, positions, channels] float32`, or pixels if the image encoder is
             trained too: `[images, crop_size, crop_size, 3] uint8`.
         sentences: token ids of each caption, without the END tokens at its start and end.
-        image_of_sentence: `[sentences] int64`, index in `features` of the image of each caption.
+        image_of_sentence: `[sentences] int64`, for each caption the index of its image in `features`.
     """
 
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8]
@@ -96,7 +97,7 @@ class CaptionBatches:
         self._load_once = lru_cache(maxsize=1)(self._load)
 
     def count(self, world_size: int = 1) -> int:
-        """Returns the number of batches per epoch, which may vary slightly with the order of the shards."""
+        """Returns the number of batches per epoch. The order of the shards may change the number slightly."""
         selected = add_split_aliases(self.splits)
         images = [
             sum(
@@ -139,7 +140,7 @@ class CaptionBatches:
                 yield self._batch(buffer, images, buffer.features[images])
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
-        """Yields the batches of `in_order` without captions: indices of images in that order, and their features."""
+        """Yields the batches of `in_order` as pairs of image indices, counted over all batches, and features."""
         first = 0
         for buffer in self._prefetch(self._groups):
             for begin in range(0, len(buffer.features), self.batch_images):
@@ -208,7 +209,7 @@ def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def make_batch(
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8], sentences: Sequence[list[list[int]]]
 ) -> CaptionBatch:
-    """Returns a batch. `features` are features or pixels of images, and `sentences` the token ids of their captions."""
+    """Returns a batch. `features` are features or pixels of images. `sentences` are the token ids of their captions."""
     image_of_sentence = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
     return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
 
@@ -292,7 +293,7 @@ def _read_splits_and_captions(dataset: ShardedDataset, shard: int) -> Iterator[t
 
 
 def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) -> npt.NDArray[np.float32]:
-    """Returns the features of about `count` images in `splits`, `[images, *shape]`: the first ones of each shard."""
+    """Returns the features `[images, *shape]` of about `count` images in `splits`, from the start of each shard."""
     per_shard = -(-count // max(1, dataset.shards))
     samples: list[Features] = []
     for shard in range(dataset.shards):

@@ -74,7 +74,7 @@ class ImageBatches:
                 yield batch
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], Pixels]]:
-        """Yields batches of readable images in the same order: indices in `rows`, and pixels.
+        """Yields batches of readable images in the order of the manifest: indices in `rows`, and pixels.
 
         The pixels are `[images, crop_size, crop_size, 3] uint8`.
         """
@@ -104,7 +104,9 @@ class ImageBatches:
 
 
 def read_captioned_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Table:
-    """Returns the image_id, uri and captions of captioned images in `splits`, about 500 bytes of memory per row.
+    """Returns the columns image_id, uri and captions of the captioned images in `splits`.
+
+    The table takes about 500 bytes of memory per row.
 
     Raises:
         DatasetError: no image in `splits` has a caption.

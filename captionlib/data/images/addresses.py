@@ -174,8 +174,8 @@ def open_image_file_system(file: ImageFile, allow_private_hosts: bool = True) ->
     if not allow_private_hosts and file.protocol == "hdfs" and urlsplit(file.url).netloc:
         raise FetchError(
             "ForbiddenHost",
-            "expected an hdfs address without a host, which refers to the configured cluster, got an address with a "
-            "host; if you trust the source of the addresses, allow private hosts",
+            "expected an hdfs address of the configured cluster, without a host, got an address with a host; if you "
+            "trust the source of the addresses, allow private hosts",
         )
     try:
         return open_file_system(file.url, **options)

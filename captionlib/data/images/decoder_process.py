@@ -63,7 +63,8 @@ def _decode(content: bytes, settings: DecoderSettings, responses: BinaryIO) -> N
         signal.setitimer(signal.ITIMER_PROF, fraction * settings.timeout_seconds)
 
     limit_cpu_time(0)
-    signal.setitimer(signal.ITIMER_REAL, 2 * settings.timeout_seconds)  # in case the parent has died
+    # The parent kills a slow process earlier, unless the parent has died.
+    signal.setitimer(signal.ITIMER_REAL, 2 * settings.timeout_seconds)
     try:
         image = decode_image(
             content, settings.preprocessing, settings.max_image_pixels, settings.max_jpeg_scans, limit_cpu_time

@@ -81,8 +81,8 @@ _Pixels: TypeAlias = Image.Image | npt.NDArray[np.uint8]
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
 _FLOAT_WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1)  # if a value exceeds all of them, white is 1, as in ImageMagick
 
-# For each EXIF orientation: the transposition that turns the stored image upright, and whether it swaps rows and
-# columns, reverses the columns, and reverses the rows of the stored image.
+# For each EXIF orientation: the transposition that turns the stored image upright, and three flags. They say whether it
+# swaps rows and columns, whether it reverses the columns, and whether it reverses the rows of the stored image.
 _ORIENTATIONS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
     3: (Image.Transpose.ROTATE_180, False, True, True),
@@ -187,8 +187,8 @@ def decode_image(
         before_decoding: function that is called with the number of pixels, before they are decoded.
 
     Raises:
-        DecodeError: the image cannot be decoded. Its reason is Empty, NotAnImage, UnsupportedFormat, TooManyPixels,
-            TooManyScans, Truncated, Corrupt or OutOfMemory.
+        DecodeError: the image cannot be decoded. The error's `reason` is Empty, NotAnImage, UnsupportedFormat,
+            TooManyPixels, TooManyScans, Truncated, Corrupt or OutOfMemory.
     """
     image_format = find_format(content)
     if image_format is None:
@@ -288,6 +288,7 @@ def _resize(
         if pixels.shape[2] == 3:
             return Image.fromarray(shrink_image(pixels, size, box))
         pixels = Image.frombuffer("RGBX", (width, height), pixels, "raw", "RGBX", 0, 1)
+        pixels.im.setmode("RGB")  # RGB images also have an unused fourth channel; for RGBX, Pillow would resize it too
     return pixels.resize(size, method, box)
 
 

@@ -14,7 +14,7 @@ class ImageFormat:
     """A format of image files.
 
     Attributes:
-        name: name in messages.
+        name: name that messages show.
         signature: regular expression that matches the first bytes of a file.
         extensions: file extensions, in lower case.
         plugins: names of the Pillow plugins that decode the format.

@@ -26,7 +26,8 @@ _UNSUPPORTED = dict.fromkeys((0xC3, 0xCB), "lossless JPEG") | dict.fromkeys(
 )
 _UNSUPPORTED[0xF7] = "JPEG-LS"
 
-# In the data of a scan, 0xff is followed by zero or belongs to a restart marker. Otherwise, it begins the next marker.
+# In the data of a scan, 0xff00 stands for the byte 0xff, and 0xffd0 to 0xffd7 are restart markers. Any other 0xff
+# begins the next marker, or is a fill byte before it if a second 0xff follows.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")

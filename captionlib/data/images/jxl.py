@@ -4,7 +4,7 @@ from fractions import Fraction
 
 __all__ = ["read_jxl_size"]
 
-_CODESTREAM = b"\xff\x0a"
+_CODESTREAM_SIGNATURE = b"\xff\x0a"
 _HEADER_BYTES = 16  # more than enough for the width and height, which take up to 9 bytes
 
 # ISO/IEC 18181-1, section "SizeHeader". Two bits select the number of bits of a width or height, unless the image is
@@ -27,10 +27,10 @@ class _Bits:
 
 def read_jxl_size(content: bytes) -> tuple[int, int] | None:
     """Returns the width and height of the image in a JPEG XL file, before rotation; None if the header is damaged."""
-    header = content if content.startswith(_CODESTREAM) else _read_codestream(content)
-    if len(header) < _HEADER_BYTES or not header.startswith(_CODESTREAM):
+    header = content if content.startswith(_CODESTREAM_SIGNATURE) else _read_codestream(content)
+    if len(header) < _HEADER_BYTES or not header.startswith(_CODESTREAM_SIGNATURE):
         return None
-    bits = _Bits(header[len(_CODESTREAM) : _HEADER_BYTES])
+    bits = _Bits(header[len(_CODESTREAM_SIGNATURE) : _HEADER_BYTES])
     is_small = bits.read(1)  # if so, a width or height is a multiple of 8, up to 256
 
     def read_dimension() -> int:

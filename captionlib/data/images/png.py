@@ -24,7 +24,7 @@ def remove_text(content: bytes) -> bytes | None:
 
 
 def find_transparent_pixels(content: bytes, image: PngImagePlugin.PngImageFile) -> npt.NDArray[np.bool_] | None:
-    """Finds the pixels of a PNG of 16 bits per channel that have the color that the file declares transparent.
+    """Finds the pixels whose color the file declares transparent, in a PNG file with 16 bits per channel.
 
     Pillow loads only the high byte of each channel, but several colors may have the same high bytes.
 
@@ -33,7 +33,7 @@ def find_transparent_pixels(content: bytes, image: PngImagePlugin.PngImageFile) 
         image: the file as Pillow opened it, before its pixels are loaded.
 
     Returns:
-        `[height, width]`, or None if the file does not have 16 bits per channel or declares no such color.
+        `[height, width] bool`, or None if the file does not have 16 bits per channel or declares no such color.
     """
     if image.mode != "RGB" or "transparency" not in image.info or image.tile[0].args != "RGB;16B":
         return None

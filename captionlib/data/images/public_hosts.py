@@ -1,7 +1,8 @@
 """An HTTP client that connects only to public hosts.
 
 The client checks the IP address of each connection just before it opens the socket. The check therefore covers host
-names, IP addresses and redirects, and even host names that first resolve to a public address (DNS rebinding).
+names, IP addresses and redirects. It also covers host names that resolve to a public address first and to a private
+address later (DNS rebinding).
 """
 
 import ipaddress

@@ -124,7 +124,7 @@ class Comparison:
         yield from map(_to_manifest_rows, self._read(_READ_NEW))
 
     def _execute_on_existing(self, sql: str, *parameters: str) -> None:
-        """Runs an SQL statement that reads the table `existing_rows` once.
+        """Runs an SQL statement on the table `existing_rows`, which the statement can read only once.
 
         The table contains the rows of the manifest, each with the number of its shard.
         """
@@ -138,7 +138,7 @@ class Comparison:
 
     @contextmanager
     def _register(self, name: str, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[None]:
-        """Registers rows as a table that can be read once. An error in `batches` is raised instead of DuckDB's."""
+        """Registers rows as a table that can be read once. Raises errors of `batches` instead of DuckDB's errors."""
         errors: list[Exception] = []
 
         def read() -> Iterator[pa.RecordBatch]:
@@ -165,8 +165,8 @@ class Comparison:
 
 def _split_by_shard(batch: pa.RecordBatch) -> Iterator[tuple[int, pa.RecordBatch]]:
     shards = batch["shard"].to_numpy()
-    starts = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
-    for start, end in pairwise(starts):
+    bounds = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(shards)]
+    for start, end in pairwise(bounds):
         yield int(shards[start]), _to_manifest_rows(batch.slice(start, end - start))
 
 
@@ -209,11 +209,11 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     changed_shards, gone = comparison.list_changed_shards(), comparison.count_gone_by_shard()
     remaining = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
     last = max((shard for shard, count in remaining.items() if count), default=0)  # empty shards after it are dropped
-    new_rows = comparison.count().new
-    room = max(0, shard_size - remaining[last])
-    fills_last = new_rows > 0 and room > 0
-    added = -(-max(0, new_rows - room) // shard_size)
-    shards = last + 1 + added
+    new_count = comparison.count().new
+    free_rows = max(0, shard_size - remaining[last])
+    fills_last = new_count > 0 and free_rows > 0
+    new_shards = -(-max(0, new_count - free_rows) // shard_size)
+    shards = last + 1 + new_shards
     changed = comparison.read_changed()
     pending = next(changed, None)
     new = RowBuffer(comparison.read_new())
@@ -228,7 +228,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
             if shard in gone:
                 table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=comparison.read_gone_ids(shard))))
             if fills_last and shard == last:
-                table = pa.concat_tables([table, new.take_table(room, MANIFEST_SCHEMA)])
+                table = pa.concat_tables([table, new.take_table(free_rows, MANIFEST_SCHEMA)])
             _write(staged, shard, table)
         for shard in range(last + 1, shards):
             _write(staged, shard, new.take_table(shard_size, MANIFEST_SCHEMA))

@@ -118,7 +118,7 @@ def _open_scipy(path: Path, address: str, name: str) -> Iterator[npt.NDArray[Any
 
 @contextmanager
 def _open_hdf5(path: Path, address: str, name: str) -> Iterator[Any]:
-    """Opens a matrix without reading it, and yields its transpose, which is how MATLAB stores it."""
+    """Opens a matrix without reading it, and yields its transpose, because MATLAB stores matrices by column."""
     with _raise_dataset_errors(address):
         file = h5py.File(path, "r")
     with file:

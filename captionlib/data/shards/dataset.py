@@ -77,7 +77,7 @@ _PART = re.compile(r"part-([0-9]+)")
 
 @dataclass(frozen=True)
 class ShardedDataset:
-    """A dataset in a folder. It pickles without reading its files, so it can be sent to workers.
+    """A dataset in a folder. Pickling it does not read its files, so it is cheap to send to workers.
 
     Attributes:
         folder: folder of the dataset.
@@ -153,13 +153,15 @@ class ShardedDataset:
         return marker if finished and self.folder.exists(f"{part_name(shard)}.parquet") else None
 
     def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
-        """Returns the markers of the finished shards among `shards`, by shard. If None, all shards are considered."""
+        """Returns the markers of the finished shards among `shards` (all shards if None), by shard."""
         written = self.list_written_shards()
         selected = written if shards is None else written & set(shards)
         return {marker.shard: marker for marker in self.iter_markers(selected)}
 
     def require_markers(self) -> dict[int, Marker]:
-        """Returns the markers of the finished shards, by shard. Commands that must not overlook a shard call this.
+        """Returns the markers of the finished shards, by shard.
+
+        Use this instead of `read_markers` where no shard of a complete dataset may be skipped.
 
         Raises:
             DamagedShardError: the dataset is complete, but a marker is missing or damaged.
@@ -198,7 +200,7 @@ class ShardedDataset:
     def read_marker_even_if_unfinished(self, shard: int) -> Marker | None:
         """Returns the marker of a shard, or None if it has none.
 
-        While the files of the shard are replaced, the attribute `previous` of its marker is set.
+        While the files of the shard are being replaced, the attribute `previous` of its marker is set.
         """
         for content in self.folder.read_many([marker_file(shard)]):
             marker = self._decode_marker(content)
@@ -320,7 +322,7 @@ class ShardedDataset:
         )
 
     def _select(self, columns: Sequence[str] | None) -> pa.Schema:
-        """Returns the schema of some columns, in the order of the dataset's schema. If None, of all columns."""
+        """Returns the schema of the given columns, in the dataset's order, or of all columns if `columns` is None."""
         return self.schema if columns is None else pa.schema([each for each in self.schema if each.name in columns])
 
     def read_failures(self, shard: int) -> pa.Table | None:
@@ -338,7 +340,7 @@ class ShardedDataset:
             content = self.folder.read(name)
             if "" not in checksums and compute_checksum(io.BytesIO(content)) not in checksums:
                 raise self._damaged(name, "its checksum differs from the marker")
-            # A process that ends soon after Arrow has started threads may crash.
+            # A process that exits soon after Arrow has started threads may crash, so Arrow does not use threads here.
             table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
         except FileNotFoundError:
             raise self._damaged(name, "missing") from None
@@ -362,16 +364,16 @@ class ShardedDataset:
 
         Raises:
             DatasetError: a shard is not finished, or the folder was removed meanwhile.
-            FailureRatioError: too many images could not be read: more than the fraction `max_failure_ratio` or, if it
-                is None, all of them.
+            FailureRatioError: more than the fraction `max_failure_ratio` of the images could not be read. If it is
+                None, the error is raised only if no image could be read.
         """
         totals = self.compute_totals()
         if totals.shards < self.shards:
             pending = self.pending_shards()  # may be empty: another process can finish a shard meanwhile
-            first = f" (the first is {part_name(pending[0])})" if pending else ""
+            first = f" (the first missing shard is {part_name(pending[0])})" if pending else ""
             raise DatasetError(
-                f"{self.folder.uri}: expected {self.shards} finished shards, {self.shards - totals.shards} are "
-                f"missing{first}; run the command again to resume it"
+                f"{self.folder.uri}: expected {self.shards} finished shards, got {totals.shards}{first}; "
+                "run the command again to resume it"
             )
         if totals.exceeds(max_failure_ratio):
             self.mark_incomplete()
@@ -433,7 +435,7 @@ def open_dataset(
     Args:
         uri: path or URL of the folder.
         kind: expected kind (manifest, features, captions, embeddings or duplicates). If None, any kind is accepted.
-        complete_update: first complete an update that was interrupted after its commit; see
+        complete_update: whether to first complete an update that was interrupted after its commit; see
             `captionlib.data.shards.update`.
 
     Raises:
@@ -445,7 +447,7 @@ def open_dataset(
         got = "other files" if folder.list() else "a missing or empty folder"
         raise DatasetError(
             f"{folder.uri} is not a captionlib dataset: expected a folder with {DESCRIPTION_FILE}, got {got}; "
-            "use the output of the previous stage, such as that of `captionlib prepare` for a folder of images"
+            "use the output of the previous stage; for a folder of images, run `captionlib prepare` first"
         )
     if kind is not None and description["kind"] != kind:
         raise DatasetError(
@@ -484,22 +486,22 @@ def create_dataset(
         config: everything that determines the rows, except for the input.
         shards: number of shards. If None, the dataset has as many shards as `source`.
         source: the dataset that this one is made from.
-        manifest_id: id of the manifest that the images come from. If None, the one of `source` or, without a source,
-            the fingerprint.
+        manifest_id: id of the manifest that the images come from. If None, it is copied from `source`; if there is no
+            source, it is the fingerprint.
         encoder_weights: path or URL of the weights file of the encoder, if the dataset contains its features.
-        overwrite: first delete an existing dataset in the folder.
+        overwrite: whether to first delete an existing dataset in the folder.
 
     Raises:
         ConfigError: `uri` is the folder of `source`.
         FingerprintError: the folder holds a dataset with a different fingerprint or of a different manifest, and
             `overwrite` is not set.
-        DatasetError: the folder holds files that captionlib did not write, or a dataset that was not compacted with
-            `source`.
+        DatasetError: the folder holds files that captionlib did not write, or a dataset with the shards that `source`
+            had before it was compacted.
     """
     folder = Folder(uri)
     config = json.loads(json.dumps(config))
     fingerprint = compute_fingerprint(kind, config)
-    follows_source = shards is None
+    uses_source_shards = shards is None
     if shards is None:
         assert source is not None, "the number of shards is unknown"
         shards = source.shards
@@ -523,7 +525,7 @@ def create_dataset(
     elif description is not None:
         existing = _to_dataset(folder, description)
         _require_same(existing, dataset)
-        if follows_source:
+        if uses_source_shards:
             _require_same_compaction(existing, dataset)
         dataset = dataset if source else replace(dataset, compaction_id=existing.compaction_id)
         if existing == dataset:
@@ -569,7 +571,10 @@ def _select_other_files(names: Collection[str]) -> list[str]:
 
 
 def _list_dataset_files(names: Iterable[str]) -> list[str]:
-    """Returns the names that are files of a dataset. The markers are last."""
+    """Returns the names of the files and folders of a dataset. Its data files are selected from `names`.
+
+    The folder of markers is last.
+    """
     parts = [name for name in names if name.endswith(".parquet") and _PART.fullmatch(name.removesuffix(".parquet"))]
     return [SUCCESS_FILE, JOURNAL_FILE, UPDATE_FOLDER, FAILURES_FOLDER, *parts, MARKERS_FOLDER]
 
@@ -584,8 +589,8 @@ def _prepare_folder(folder: Folder) -> dict[str, Any] | None:
         DatasetError: the folder holds files that captionlib did not write.
     """
     names = folder.list()
-    others, has_remains = _select_other_files(names), MARKERS_FOLDER in names
-    description = _read_updated_description(folder) if others or has_remains else None
+    others, has_markers = _select_other_files(names), MARKERS_FOLDER in names
+    description = _read_updated_description(folder) if others or has_markers else None
     if description is not None:
         return description
     if others:
@@ -593,7 +598,7 @@ def _prepare_folder(folder: Folder) -> dict[str, Any] | None:
             f"{folder.uri} holds files that captionlib did not write ({', '.join(others[:3])}); "
             "use a new or empty folder"
         )
-    for name in _list_dataset_files(names) if has_remains else ():
+    for name in _list_dataset_files(names) if has_markers else ():
         folder.remove(name)
     return None
 
@@ -627,7 +632,7 @@ def _require_same_compaction(existing: ShardedDataset, dataset: ShardedDataset) 
 
 
 def _clear(folder: Folder) -> None:
-    """Deletes all files except for the description.
+    """Deletes the files of a dataset, except for its description and `_removed.json`.
 
     `_SUCCESS` and the markers are deleted first, so that an interruption leaves an incomplete dataset.
     """

@@ -117,7 +117,7 @@ class DatasetReport:
             source cannot be read.
         failed: number of images that could not be read.
         failures: failures by reason (the category of the error), the most frequent first.
-        removed: the images that `captionlib remove` removed from a manifest: reason and date by hash of the image id.
+        removed: reason and date of each removal from a manifest (`captionlib remove`), by hash of the image id.
         job: the progress of the job that writes the dataset.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
         interrupted_update: whether an update was interrupted. The next command that reads the dataset completes it.
@@ -219,7 +219,8 @@ def _compare_with_source(
     """Returns the stale shards, the number of stale and missing shards, and the number of images of the source.
 
     A shard is missing if it was added to the source after this dataset was written. Both numbers are None if the source
-    cannot be read. If the dataset has no source, the number of images is its own, or None if it is incomplete.
+    cannot be read. If the dataset has no source, the last value is the number of its own images, or None if the dataset
+    is not complete.
     """
     if not dataset.source:
         complete = dataset.is_complete()

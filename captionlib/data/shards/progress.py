@@ -1,6 +1,7 @@
-"""Shows the progress of a job that writes a dataset. It counts the images of finished shards and of shards in progress.
+"""Shows the progress of a job that writes a dataset.
 
-A finished shard has a marker, the JSON file that records that the shard is complete.
+The progress bar counts the images of finished shards and of shards in progress. A finished shard has a marker, the JSON
+file that records that the shard is complete.
 """
 
 import threading
@@ -17,7 +18,9 @@ __all__ = ["show_progress"]
 
 @contextmanager
 def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: bool = True) -> Iterator[None]:
-    """Shows a progress bar while the `with` block runs a job: images, images/s, the time left, shards and failures.
+    """Shows a progress bar while the `with` block runs a job.
+
+    The bar shows the images, images per second, the time left, the finished shards and the failures.
 
     Args:
         job: the job. Its workers write their progress to the folder of its first output.

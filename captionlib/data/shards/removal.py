@@ -66,7 +66,8 @@ def list_removed(folder: Folder) -> RemovedImages:
 def copy_removed_to_new_manifests(manifests: Sequence[Folder]) -> None:
     """Copies the list of removed images to the new manifests of a collection, which has one manifest per source.
 
-    A manifest is new if it has not been written yet. Only images that were removed from all other manifests are listed.
+    A manifest is new if it has not been written yet. Only images that were removed from all existing manifests are
+    listed.
     """
     is_new = [not folder.exists(DESCRIPTION_FILE) for folder in manifests]
     lists = [list_removed(folder).reasons for folder, new in zip(manifests, is_new, strict=True) if not new]
@@ -97,9 +98,9 @@ class Removal:
         is_current: for each shard with images to remove, whether it was made from the current version of its input.
         found: those of `image_ids` that the dataset contains, as rows or as failures.
         uris: paths and URLs of the images in `found`.
-        reason: why the images are removed. It is stored in the list of a manifest.
-        unreadable: unfinished shards of a killed command whose data files cannot be read. They are removed, because
-            they may contain the images.
+        reason: why the images are removed. A manifest stores the reason in its list of removed images.
+        unreadable: unfinished shards that a killed command left and whose data files cannot be read. They are removed,
+            because they may contain the images.
     """
 
     dataset: ShardedDataset
@@ -128,7 +129,7 @@ class Removal:
                     self._rewrite(staged, shard, "" if source is None else self._find_input_checksum(source, shard))
 
     def _find_input_checksum(self, source: ShardedDataset, shard: int) -> str:
-        """Returns the checksum of the input shard, which the marker of the rewritten shard contains."""
+        """Returns the input checksum for the marker of a rewritten shard, or STALE if the shard is not current."""
         marker = source.read_marker(shard)
         return marker.checksum if self.is_current[shard] and marker is not None else STALE
 
@@ -163,7 +164,7 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
     Args:
         dataset: a dataset of any kind.
         image_ids: ids of the images.
-        reason: why the images are removed. It is stored in the list of a manifest.
+        reason: why the images are removed. A manifest stores the reason in its list of removed images.
 
     Raises:
         DamagedShardError: the dataset is complete, but a marker is missing or damaged, so images might be overlooked.

@@ -41,8 +41,8 @@ class StageInput:
     def input_arguments(self) -> dict[str, Any]:
         """The arguments of `create_dataset` that record what the output of the stage was made from.
 
-        A sample is removed after the run, so its output has no `source`. The `manifest_id` still identifies the list of
-        images.
+        A sample is removed after the run, so an output that was made from it has no `source`. The `manifest_id` still
+        identifies the list of images.
         """
         if self.limit is None:
             return {"source": self.dataset}
@@ -60,8 +60,8 @@ def open_stage_input(
 ) -> Iterator[StageInput]:
     """Yields the whole dataset if `limit` is None, and otherwise a sample of up to `limit` evenly spaced rows.
 
-    The sample is written to a subfolder of the output, which all workers can read, and removed when the `with` block
-    ends. It has one shard per worker, or more if it is large.
+    The sample is written to a subfolder of the output, because all workers can read the output. It has one shard per
+    worker, or more if it is large. It is removed when the `with` block ends.
 
     Raises:
         ConfigError: the output is the dataset itself.
@@ -122,11 +122,11 @@ class Estimate:
     """The estimated cost of processing the images that are not in the sample.
 
     Attributes:
-        images: number of these images.
+        images: number of images that are not in the sample.
         images_per_second: total speed of all workers.
-        seconds: time that these images take at this speed.
-        bytes: size of their output.
-        failures: number of them that cannot be read.
+        seconds: time to process the images at this speed.
+        bytes: size of the output for the images.
+        failures: number of images that cannot be read.
     """
 
     images: int
@@ -137,9 +137,10 @@ class Estimate:
 
 
 def estimate_remaining(source: ShardedDataset, outputs: Sequence[ShardedDataset], workers: int) -> Estimate:
-    """Estimates the cost of processing the remaining images of a dataset from the complete outputs of a sample.
+    """Estimates the cost of processing the images of a dataset that are not in the sample.
 
-    The time does not include starting the workers or loading the models.
+    The estimate is based on `outputs`, the complete outputs for the sample. The time does not include starting the
+    workers or loading the models.
     """
     totals = outputs[0].compute_totals()  # `totals.images` is the number of images in the sample
     remaining = max(0, source.compute_totals().rows - totals.images)

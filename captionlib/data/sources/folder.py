@@ -31,8 +31,9 @@ _DELETED = "deleted while the folder was listed"
 def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images in folders and their subfolders, sorted by name. The id is the path relative to the folder.
 
-    Files with an image extension or without an extension become rows; they are not opened. Other extensions, hidden
-    files and folders, and special files are skipped. Symbolic links are followed unless they point to a parent folder.
+    Files with an image extension or without an extension become rows; they are not opened. Files with other extensions,
+    hidden files and folders, and special files are skipped. Symbolic links are followed unless they point to a parent
+    folder.
     For a glob, ids are relative to the last folder before the first wildcard.
     See `captionlib.data.sources.rows.SourceReader` for the arguments.
 
@@ -77,7 +78,7 @@ def find_images(address: str) -> list[str]:
 def _is_image_name(name: str, skips: SkipCounter) -> bool:
     extension = get_extension(name)
     if extension and extension not in IMAGE_EXTENSIONS:
-        # Only common forms of extensions become separate reasons, because .001, .002 etc. would be too many.
+        # Extensions such as .001, .002 and so on share one reason; otherwise there could be too many reasons.
         is_common_form = re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", extension)
         reason = f"not an image: extension {extension}" if is_common_form else "not an image: other extension"
         skips.count_ignored(reason)

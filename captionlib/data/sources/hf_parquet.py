@@ -37,7 +37,7 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
     repeat in the file, the id consists of the file name and the 0-based row number.
 
     Args:
-        addresses: paths, URLs or globs of the files.
+        addresses: paths, URLs or glob patterns of the files.
         options: how to read the files.
         skips: counter of skipped rows and captions.
 

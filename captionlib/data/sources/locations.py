@@ -114,7 +114,7 @@ def get_extension(name: str) -> str:
 
 
 def get_uncompressed_extension(name: str) -> str:
-    """Returns the extension without compression or query: `.csv` for `a.csv.gz` and `https://x.org/a.csv?v=2`."""
+    """Returns the extension, ignoring compression and query: `.csv` for `a.csv.gz` and `https://x.org/a.csv?v=2`."""
     name = name.partition("?")[0].lower()
     for compressed in (".gz", ".bz2", ".xz"):
         name = name.removesuffix(compressed)

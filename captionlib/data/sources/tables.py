@@ -66,7 +66,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
     """Yields the images of tables in file order.
 
     Consecutive rows of the same image are merged into one row with all their captions, unless they have caption lists.
-    Without an id column, the id is the uri exactly as it is in the table. URIs may be relative to `options.image_root`
+    Without an id column, the id is the uri as it is in the table. URIs may be relative to `options.image_root`
     or, by default, to the table's folder. Invalid rows are skipped. See `SourceReader` for the arguments.
 
     Raises:
@@ -84,7 +84,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 def _parse_records(
     records: Iterable[_Record], root: str, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[ImageRecord, bool]]:
-    """Yields each row, and whether it may be merged. Rows without captions or with lists of captions may not."""
+    """Yields each row, and whether it may be merged: it has caption columns, and none of them contains a list."""
     for origin, columns, values in records:
         try:
             uri = parse_text(values.get(columns.uri), origin, columns.uri).strip()

@@ -42,10 +42,15 @@ class WordVectors:
 
 
 def read_word_vectors(uri: str, words: Sequence[str], size: int) -> WordVectors:
-    """Reads the vectors of `words` (in lower case) from a path or URL, which may be compressed (.gz, .bz2, .xz).
+    """Reads the vectors of `words` from a file, which may be compressed (.gz, .bz2 or .xz).
 
-    If a word is not in the file in lower case, the first entry that differs only in case is used. Files are sorted by
-    frequency, so this is the most frequent spelling. For example, the Google News vectors contain `A` but not `a`.
+    If the file has no lowercase entry for a word, the first entry that differs only in case is used. Files are sorted
+    by frequency, so this is the most frequent spelling. For example, the Google News vectors contain `A` but not `a`.
+
+    Args:
+        uri: path or URL of the file.
+        words: words in lower case.
+        size: expected number of values per vector.
 
     Raises:
         ConfigError: the file cannot be read, or its vectors do not have `size` values.
@@ -154,7 +159,8 @@ def _read_binary(
             vector = np.frombuffer(buffer, "<f4", size, space + 1).astype(np.float32)
             if not np.isfinite(vector).all():
                 raise DatasetError(
-                    f"word vectors {uri}: expected finite values for {word!r}, got NaN or infinity; download it again"
+                    f"word vectors {uri}: expected finite values for {word!r}, got NaN or infinity; "
+                    "download the file again"
                 )
             yield word, vector
 

@@ -66,12 +66,12 @@ class CaptionerConfig:
             Must be 0 for a Transformer, whose annotation vectors have `hidden_size` dimensions.
         encoder_top: name of a node of the encoder network that comes after the node whose output is the features. For
             example, `features.29` if the features are the output of `features.23`. The layers between the two nodes
-            become part of the captioner and are fine-tuned with it. If None, it contains no layers of the encoder.
+            become part of the captioner and are fine-tuned with it. If None, the captioner contains no encoder layers.
         weight_init: `neuraltalk` initializes weights from U(-r, r) with r = min(0.1, 1 / sqrt(fan_in)), word embeddings
             with r = 0.1, and the recurrent weights of an RNN with random orthogonal matrices; `pytorch` uses PyTorch's
             defaults: word embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in). A Transformer
-            ignores this: its embeddings are from N(0, 1 / hidden_size), the image projection has PyTorch's defaults,
-            and all others are initialized as in Glorot & Bengio 2010.
+            ignores this: its word embeddings and softmax weights are from N(0, 1 / hidden_size), its image projection
+            has PyTorch's defaults, and all others are initialized as in Glorot & Bengio 2010.
     """
 
     cell: Literal["lstm", "rnn", "transformer"] = "lstm"
@@ -119,8 +119,8 @@ class CaptionerConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
-                    f"captioner: {name} is for cell rnn or lstm, got {getattr(self, name)} with cell transformer, "
-                    "which attends to all positions of the features; leave it out"
+                    f"captioner: cell transformer needs {name} {' or '.join(map(str, allowed))}, got "
+                    f"{getattr(self, name)}; leave {name} out"
                 )
 
 
@@ -144,8 +144,8 @@ class ImageState(NamedTuple):
 
     Attributes:
         features: `[images, projection_input_size]`, the input of the projection; `[images, 0]` for a language model.
-        projection: `[images, size]`, the projected features. The size is that of an input, the gates or the state,
-            depending on `image_input`; 0 for a language model, and for a Transformer without `every_step`.
+        projection: `[images, size]`, the projected features. The size is that of a word embedding, the gates or the
+            state, depending on `image_input`; 0 for a language model, and for a Transformer without `every_step`.
         state: `[states, images, hidden_size]` before START: the h of each layer, then the c of each layer of an LSTM.
             For a Transformer, an empty cache of keys and values, `[2 * layers, images, 0, hidden_size]`.
         annotations: `[images, positions, attention_size]`, annotation vectors; for a Transformer, the output of
@@ -321,7 +321,7 @@ class CaptionerNetwork(nn.Module):
         """
         if not (self.config.standardize_features or self.config.principal_components):
             raise ConfigError(
-                "captioner: expected one that stores the mean of the training images' features, got one with "
+                "captioner: expected a captioner that stores the mean of the training images' features, got one with "
                 "standardize_features false"
             )
         mean = self.standardization.mean  # of power-normalized features, so the power is inverted here

@@ -76,13 +76,13 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(projection)
 
     def annotate(self, maps: Tensor) -> Tensor:
-        """Computes the keys, then the values, of an image's positions for the cross-attention of each layer.
+        """Computes the keys and values of feature maps for the cross-attention of each layer.
 
         Args:
             maps: `[images, positions, channels]`.
 
         Returns:
-            `[2 * layers, images, heads, positions, head_size]`.
+            `[2 * layers, images, heads, positions, head_size]`, the keys of each layer, then the values of each layer.
         """
         annotations = self.dropout(torch.relu(self.annotation(self.standardization(maps))))
         projected: Tensor = self.image_keys_values(annotations)
@@ -110,7 +110,7 @@ class Transformer(nn.Module):
             image_of_sentence: `[sentences] int64`, the image that each sentence attends to; None for a language model.
             parent: `[sentences] int64`, the row of the state that each sentence continues; None if sentence i continues
                 row i.
-            image: `[tokens, size]`, the projected image of each token; None with `image_input: initial_input`.
+            image: `[tokens, size]`, the projected image of each token; None unless `image_input` is `every_step`.
         """
         layout = _PaddedLayout.create(batch_sizes, state[0].shape[1], embeddings.device)
         size, layers = embeddings.shape[1], len(self.layers)
@@ -197,7 +197,7 @@ class _Layer(nn.Module):
         key = torch.cat([past_keys.to(key.dtype), key], 1)
         value = torch.cat([past_values.to(value.dtype), value], 1)
         queries, keys, values = (self._split_heads(part) for part in (query, key, value))
-        # On a CPU in bfloat16, the backward pass of PyTorch's fused attention takes 9 times as long for 16 words.
+        # For 16 words in bfloat16 on a CPU, the backward pass of PyTorch's fused attention takes 9 times as long.
         scores = (queries * queries.shape[3] ** -0.5) @ keys.transpose(2, 3)
         if query.shape[1] > 1:  # this causal mask also excludes the padding after the last token of a sentence
             future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)

@@ -68,7 +68,7 @@ class LoadedModel(Generic[Model, Config]):
         encoder: description of the encoder that computed the training features; empty for a language model.
         encoder_weights: path or URL of the encoder's weights file or model folder; None if there is none, or if it
             cannot be found.
-        provenance: the data and versions that the model was trained with.
+        provenance: the data and the software versions that the model was trained with.
         training: the training configuration and history.
         fingerprint: hash of everything that determines the model's output.
     """
@@ -101,7 +101,7 @@ class LoadedModel(Generic[Model, Config]):
         self.model.to(device)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Checks that features come from the encoder that this model was trained on.
+        """Checks that features come from the same encoder as the features that this model was trained on.
 
         Args:
             description: description of the features' encoder, as a features dataset records it.

@@ -39,8 +39,9 @@ LOCAL_WEIGHTS = ("file", "folder")
 def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> str | None:
     """Returns the path or URL of the encoder's weights file or model folder, or None if there is none.
 
-    Looks for `encoder.safetensors` in the checkpoint's folder, then for the path that was recorded when the features
-    were extracted, and then for a file of the same name in the checkpoint's folder. The content is not verified.
+    Looks for `encoder.safetensors` in the checkpoint's folder, and then for the path that was recorded when the
+    features were extracted. If that path does not exist, looks for its file name in the checkpoint's folder. The
+    content is not verified.
 
     Args:
         folder: the checkpoint.
@@ -79,8 +80,8 @@ def not_a_checkpoint_error(folder: Folder) -> CheckpointError:
 def require_checkpoint_files(address: str, weights: str | None) -> None:
     """Checks that a checkpoint exists and that the weights of its encoder can be found, without loading them.
 
-    Commands call this function first, because importing PyTorch and loading models takes much longer. Models of other
-    families (providers of models, selected by a prefix such as `hf:`) are not checked.
+    Commands call this function first, because importing PyTorch and loading models takes much longer. An address with
+    the prefix of a family (a provider of models), such as `hf:`, is not checked.
 
     Args:
         address: folder of a checkpoint, or an address with the prefix of a family.
@@ -88,7 +89,7 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
 
     Raises:
         CheckpointError: the folder is not a checkpoint.
-        ConfigError: the weights file does not exist.
+        ConfigError: the encoder's weights cannot be found.
     """
     if split_address(address)[0]:
         return

@@ -30,7 +30,7 @@ class DecodingConfig:
         rerank: how to rerank the candidates of the beam.
         min_words: minimum number of tokens before END. A shorter sentence ends only if no other token is allowed.
         no_repeat_ngram_size: an n-gram of this size occurs at most once per sentence; 0 allows repetition.
-        forbidden_words: words that are never generated; for models of words or characters.
+        forbidden_words: words that are never generated. Models of subwords do not support this setting.
         beam_groups: number of equally wide groups for diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424);
             must divide `beam_width`.
         diversity_penalty: penalty on a word's log-probability for each hypothesis of an earlier group with the same

@@ -70,7 +70,7 @@ class Datastore:
     Args:
         image_ids: ids of the training images.
         vectors: `[images, projection_input_size]`, the `ImageState.features` of these images.
-        references: `list<list<int32>>` per image, token ids.
+        references: token ids of each image's references, `list<list<int32>>`.
         fingerprint: hash of everything that determines the datastore.
     """
 
@@ -109,7 +109,7 @@ class Datastore:
         return unit_vectors
 
     def _collect(self, rows: npt.NDArray[np.int64], similarities: Vectors) -> Neighbors:
-        """Weights the neighbors in `rows` by similarity, and divides each weight evenly among the references."""
+        """Weights neighbors by similarity, and divides the weight of each neighbor evenly among its references."""
         weights = np.exp((similarities - similarities.max()).astype(np.float64) / _TEMPERATURE)
         per_image = self._references.take(pa.array(rows)).to_pylist()
         counts = [len(references) for references in per_image]
@@ -170,7 +170,7 @@ def read_datastore(folder: FolderLike, captioner: LoadedCaptioner) -> Datastore:
 
 @contextmanager
 def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.ParquetFile, str]]:
-    """Opens the datastore, verifies its captioner, and yields the file and its fingerprint."""
+    """Opens the datastore, checks that it belongs to the captioner, and yields the file and the fingerprint."""
     source = open_folder(folder)
     command = f"`captionlib build-datastore FEATURES -c {source.uri}`"
     try:

@@ -129,7 +129,7 @@ class Decoder:
         ranked = sorted(candidates, key=lambda each: each.log_prob / each.token_count**exponent, reverse=True)
         distinct: dict[Hashable, Candidate] = {}
         for candidate in ranked:
-            # `token_count` includes the END token, which `token_ids` omits and a truncated caption lacks.
+            # `token_count` includes END, and `token_ids` never does. A truncated caption has no END, so both are equal.
             is_truncated = candidate.token_count == len(candidate.token_ids)
             distinct.setdefault((is_truncated, self._to_key(candidate.token_ids)), candidate)
         return list(distinct.values())[: self.config.candidate_count]

@@ -45,8 +45,8 @@ class DecoderState(NamedTuple):
         c: `[parents, hidden_size]` of each layer of an LSTM; for a Transformer, the values of the words so far; empty
             for an RNN.
         context: `[parents, attention_size]`, the last context vector; None without attention.
-        image_gates: `[parents, gates]`, the image's contribution to the next time step's gates, or to the word
-            embedding of a Transformer; None if it has none.
+        image_gates: `[parents, gates]`, the image's contribution to the gates of the next time step, or to the word
+            embedding of a Transformer; None if the image does not contribute.
         image: `[parents] int64`, the image of each parent; None without attention.
         annotations: `ImageState.annotations`; None without attention.
         parent: `[rows] int64`, the state row of each sentence; None if row i belongs to sentence i.

@@ -38,7 +38,7 @@ class ActivationConfig:
         nodes: nodes of the model's graph whose outputs are feature maps. If empty, all convolutional layers are used,
             with the batch normalization and the activation function that follow them.
         max_layers: maximum number of convolutional layers; if there are more, evenly spaced ones are selected.
-        resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
+        resize_size: shorter side of the image before the crop, in pixels. If None, the encoder's own size.
     """
 
     model: str = "vgg16"

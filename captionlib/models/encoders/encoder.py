@@ -67,11 +67,13 @@ class EncoderConfig:
         missing_weights: what to do if `weights` lack layers: `error`, or `random:SEED` to sample them.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
-        resize_size: shorter side of the image before the crop, in pixels. If None, the size used in training is used.
+        resize_size: shorter side of the image before the crop, in pixels. If None, the size that the network was
+            trained with.
         stored_dtype: dtype that features are rounded to, even if they are not stored, so that an image and its
             stored features give the same caption.
         decode_scale: `fast` decodes large JPEG files at a reduced scale, which changes the features slightly; `exact`
-            decodes them at full resolution. If None, the scale used in training is used, or `exact` if that is unknown.
+            decodes them at full resolution. If None, the scale that the network was trained with, or `exact` if
+            that is unknown.
     """
 
     model: str = "vgg16"
@@ -285,7 +287,7 @@ def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dic
     if missing:
         weights = {**sample_weights(network, config.missing_weights), **weights}
     else:
-        config = replace(config, missing_weights="error")  # it had no effect
+        config = replace(config, missing_weights="error")  # no weights were sampled
     _check_shapes(weights, needed, config)
     return weights, config
 

@@ -31,7 +31,7 @@ class EncoderTop(EvalModeNetwork):
         shape: shape of the output for one image: `[positions, channels]`.
 
     Raises:
-        ConfigError: the node does not follow the encoder's node, or input or output is not a feature map.
+        ConfigError: the node does not follow the encoder's node, or the input or the output is not a feature map.
     """
 
     def __init__(self, encoder: Mapping[str, Any], node: str) -> None:
@@ -59,9 +59,9 @@ class EncoderTop(EvalModeNetwork):
         return flatten_positions(self.run_network(maps.view(len(maps), side, side, -1).permute(0, 3, 1, 2)))
 
     def load_weights(self, weights: str | None) -> None:
-        """Loads the encoder's weights of these layers.
+        """Loads the weights that these layers have in the encoder.
 
-        `weights` is the encoder's weights file, if it used one; otherwise None.
+        `weights` is the encoder's weights file; None if the encoder was not loaded from a file.
 
         Raises:
             CheckpointError: `weights` are not the encoder's weights.

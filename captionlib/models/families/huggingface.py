@@ -34,7 +34,7 @@ WHOLE_IMAGE = SizeLimit(2**31 - 1)
 Part = TypeVar("Part")
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 transformers.logging.set_verbosity_error()  # its warnings are for developers
 transformers.logging.disable_progress_bar()
@@ -44,15 +44,15 @@ def open_model_folder(location: str) -> Path:
     """Returns the local folder of a model; downloads it if `location` is `ORGANIZATION/NAME@REVISION`.
 
     Raises:
-        CheckpointError: the folder has no weights in the format safetensors.
+        CheckpointError: the folder has no weights in safetensors format.
         ConfigError: the folder does not exist, or the model cannot be downloaded.
     """
     folder = Path(location)
     if not folder.is_dir():
         folder = _download(location)
     if not any(folder.glob("*.safetensors")):
-        pickles = [path.name for pattern in _PICKLES for path in folder.glob(pattern)]
-        got = f"{pickles[0]}, which could run code" if pickles else "none"
+        others = [path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern)]
+        got = f"{others[0]}, which could run code" if others else "none"
         raise CheckpointError(f"hf:{location}: expected weights in safetensors files, got {got}; convert the weights")
     return folder
 
@@ -103,7 +103,7 @@ def load_weights(location: str, load: Callable[..., Any], folder: Path) -> tuple
     """Loads a model in evaluation mode, with float32 weights from safetensors files.
 
     Returns:
-        The model, and the names of its tensors that the files lack. Transformers initializes them randomly.
+        The model, and the names of its tensors that the files lack. Transformers initializes these tensors randomly.
 
     Raises:
         CheckpointError: see `load_part`.
@@ -115,7 +115,7 @@ def load_weights(location: str, load: Callable[..., Any], folder: Path) -> tuple
 
 
 def require_weights(location: str, missing: Collection[str]) -> None:
-    """Raises CheckpointError if the files of a model lack tensors that the model needs; `missing` are their names."""
+    """Raises CheckpointError if `missing`, the names of tensors that a model's files lack, is not empty."""
     if missing:
         raise CheckpointError(f"hf:{location}: the weights lack {len(missing)} tensors, among them {min(missing)}")
 
@@ -125,8 +125,9 @@ def require_pixels(address: str, expected: Mapping[str, Any], description: Mappi
 
     Args:
         address: address of the model, for the error message.
-        expected: `describe_pixel_input` of the model's preprocessing.
-        description: description of the input: `expected` for pixels, or that of the encoder for features.
+        expected: result of `describe_pixel_input` for the model's preprocessing.
+        description: description of the actual input. It equals `expected` for pixels, and describes the encoder for
+            features.
 
     Raises:
         CheckpointError: the input is features.

@@ -52,7 +52,7 @@ class HuggingFaceCaptioner:
         folder = open_model_folder(location)
         self._location = location
         self._model, missing = load_weights(location, AutoModelForImageTextToText.from_pretrained, folder)
-        # Captioners do not use the pooled output of the encoder. TrOCR and ViT-GPT2 files often lack these weights.
+        # TrOCR and ViT-GPT2 files often lack the weights of the encoder's pooler, which captioners do not use.
         require_weights(location, [name for name in missing if "pooler" not in name])
         self._type = str(self._model.config.model_type)
         image_processor = load_part(location, AutoImageProcessor.from_pretrained, folder)
@@ -96,7 +96,7 @@ class HuggingFaceCaptioner:
         dtype = getattr(torch, config.dtype)
         model = self._model if dtype == torch.float32 else copy.deepcopy(self._model).to(dtype)
         options = _map_decoding(config.decoding)
-        # Transformers samples from a global generator, which is seeded for each image. So each image is its own batch.
+        # Transformers samples with a global generator. It is seeded for each image, so each batch contains one image.
         is_sampling = config.decoding.strategy == "sample"
 
         def generate_batch(images: Arrays, image_ids: Sequence[str]) -> list[list[Caption]]:

@@ -56,7 +56,10 @@ def load(location: str, config: EncoderConfig, device: torch.device) -> Encoder:
     address = f"hf:{location}"
     node = find_node(address, config.node)
     if config.weights != EncoderConfig.weights or config.missing_weights != "error":
-        raise ConfigError(f"encoder.weights: the folder of {address} contains the weights; leave out weights")
+        raise ConfigError(
+            f"encoder.weights: the folder of {address} contains the weights; omit encoder.weights and "
+            "encoder.missing_weights"
+        )
     folder = open_model_folder(location)
     preprocessing = find_preprocessing(load_part(location, AutoImageProcessor.from_pretrained, folder))
     if not isinstance(preprocessing, Preprocessing):

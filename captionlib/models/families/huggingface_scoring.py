@@ -13,7 +13,9 @@ __all__ = ["score_sentences"]
 def score_sentences(
     model: Any, tokenizer: Any, pixels: Tensor, sentences: Sequence[Sequence[str]]
 ) -> list[list[tuple[float, int]]]:
-    """Returns ln p(sentence | image) and the number of tokens, including the end token, of each image's sentences.
+    """Returns ln p(sentence | image) and the number of tokens of each sentence, grouped by image.
+
+    The number of tokens includes the end token.
 
     Args:
         model: BLIP, GIT or an encoder-decoder, in float32.
@@ -51,7 +53,7 @@ def _find_start_and_end(model: Any) -> tuple[int, int]:
 def _compute_logits(model: Any, pixels: Tensor, image_indices: Tensor, tokens: Tensor) -> Tensor:
     """Returns logits, `[sentences, tokens, vocabulary]`. All models are causal, so padding at the end has no effect."""
     logits: Tensor
-    if model.config.model_type == "git":  # its layers see pixels and tokens together
+    if model.config.model_type == "git":  # pixels and tokens form one sequence
         logits = model(pixel_values=pixels[image_indices], input_ids=tokens).logits[:, -tokens.shape[1] :]
     elif model.config.model_type == "blip":
         embeddings = model.vision_model(pixel_values=pixels)[0]

@@ -84,5 +84,6 @@ def _family_error(address: str, package: str, error: Exception) -> CheckpointErr
     reason = str(error).strip().partition("\n")[0]
     return CheckpointError(
         f"{address}: the package {package}, which provides this family of models, failed with "
-        f"{type(error).__name__}{f' ({reason})' if reason else ''}; check the model, or report this to the package"
+        f"{type(error).__name__}{f' ({reason})' if reason else ''}; check the model, or report this "
+        "to the package's maintainers"
     )

@@ -19,7 +19,7 @@ __all__ = ["load"]
 
 
 class _TimmNetwork(nn.Module):
-    """A timm model without its classifier, up to a node."""
+    """A timm model without its classifier. `node` selects the output that is used as features."""
 
     def __init__(self, model: Any, node: Node, address: str) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def _build_model(name: str) -> nn.Module:
         close = difflib.get_close_matches(name, names) or names[:5]
         raise ConfigError(f"unknown model timm:{name}; timm has {len(names)} models, among them {', '.join(close)}")
     try:
-        with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
+        with torch.random.fork_rng(devices=[]):  # restores the caller's random state
             torch.manual_seed(0)  # for the weights that random:SEED does not sample
             model: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
     except RuntimeError as error:  # such as an unknown tag after the dot

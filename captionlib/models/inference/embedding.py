@@ -92,7 +92,7 @@ class ImageEmbedding:
 def create_embeddings_dataset(
     folder: str | os.PathLike[str], stage_input: StageInput, ranker: RankingModel, overwrite: bool
 ) -> ShardedDataset:
-    """Creates the dataset for a ranker's embeddings of the images of `stage_input`; see `create_dataset`."""
+    """Creates an embeddings dataset for the images of `stage_input`; see `create_dataset`."""
     return create_dataset(
         folder,
         "embeddings",

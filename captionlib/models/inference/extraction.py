@@ -95,7 +95,7 @@ class FeatureExtraction:
 
 
 class PixelPassthrough:
-    """Replaces the encoder of models whose input is pixels: the features of an image are its pixels."""
+    """The encoder for models whose input is pixels. The features of an image are its pixels."""
 
     def __init__(self, preprocessing: Preprocessing | SizeLimit) -> None:
         self.preprocessing = preprocessing

@@ -1,6 +1,6 @@
 """Scores how well captions fit their images.
 
-The score is the cosine similarity of the embeddings of caption and image, which a ranker (dual encoder) computes.
+A ranker (dual encoder) computes embeddings of the caption and the image. The score is their cosine similarity.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def score_captions(
         candidates: the candidates of each image, best first.
         vectors: embeddings of the images, `[images, size]`.
         ranker: the ranker that computed the embeddings.
-        decoding: how the candidates were decoded.
+        decoding: the configuration that the candidates were decoded with.
     """
     texts = list({caption.text: None for per_image in candidates for caption in per_image})
     embeddings = dict(zip(texts, ranker.encode_sentences(texts), strict=True))

@@ -2,7 +2,7 @@
 
 It follows Kiros et al. 2014 (arXiv 1411.2539) and Faghri et al. 2018 (VSE++, arXiv 1707.05612):
 
-    v = Wi dropout(sqrt(size) f / |f|) + b            image; f: standardized features, of dimensions `size`
+    v = Wi dropout(sqrt(size) f / |f|) + b            image; f: standardized features with `size` dimensions
     s = Ws pool(h_1 .. h_T) + c                       sentence; h_t: LSTM or GRU state, or word embedding
     score(image, sentence) = cos(v, s)
 
@@ -26,7 +26,7 @@ from captionlib.models.standardization import Standardization
 
 __all__ = ["RankerConfig", "RankerNetwork"]
 
-_WORD_RANGE = 0.1  # word embeddings are initialized from U(-0.1, 0.1)
+_WORD_EMBEDDING_RANGE = 0.1  # word embeddings are initialized from U(-0.1, 0.1)
 _INITIAL_TEMPERATURE = 0.07  # as in Wu et al. 2018 (arXiv 1805.01978) and CLIP
 
 _Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -42,7 +42,7 @@ class RankerConfig:
         hidden_size: dimensions of a layer's hidden state.
         embedding_size: dimensions of a word embedding.
         joint_embedding_size: dimensions of the joint space.
-        pooling: how recurrent states become one vector: `last` state, `mean` of all, or `max` of each dimension.
+        pooling: how recurrent states are combined: `last` (only the last), `mean`, or `max` (of each dimension).
         feature_dropout: dropout probability of image features.
         dropout: dropout probability of word embeddings and states.
     """
@@ -82,9 +82,9 @@ class RankerNetwork(nn.Module):
         self.sentence_projection = nn.Linear(state_size, config.joint_embedding_size)
         self.dropout = Dropout(config.dropout)
         self.feature_dropout = Dropout(config.feature_dropout)
-        # Trained by the contrastive loss only; stored as a logarithm so that the temperature stays positive.
+        # Only the contrastive loss trains this parameter. As a logarithm, it keeps the temperature positive.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(_INITIAL_TEMPERATURE)))
-        nn.init.uniform_(self.word_vectors.weight, -_WORD_RANGE, _WORD_RANGE)
+        nn.init.uniform_(self.word_vectors.weight, -_WORD_EMBEDDING_RANGE, _WORD_EMBEDDING_RANGE)
         for projection in (self.image_projection, self.sentence_projection):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
@@ -112,7 +112,7 @@ class RankerNetwork(nn.Module):
         return F.normalize(self.sentence_projection(pooled), dim=1)
 
     def _encode_sentences(self, recurrence: nn.RNNBase, inputs: Tensor, lengths: Tensor) -> Tensor:
-        """Runs the recurrence and pools, `[sentences, longest, embedding_size]` to `[sentences, hidden_size]`."""
+        """Encodes `[sentences, longest, embedding_size]` as `[sentences, hidden_size]` with the recurrent layers."""
         packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
         outputs, state = recurrence(packed)
         if self.config.pooling == "last":

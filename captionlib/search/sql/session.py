@@ -138,9 +138,9 @@ def open_sql(
         folders: the datasets.
         kind: expected kind; None for any.
         limits: resources that the queries may use.
-        duplicates: dataset that contains groups of similar images. Only one image of each group then has a row.
-        mark_duplicates: keep the rows of all images. The additional column `duplicate_of` contains the id of the kept
-            image, or null if the image is not a duplicate.
+        duplicates: dataset that contains groups of similar images. Only one image of each group is kept.
+        mark_duplicates: keep the rows of all images, and add the column `duplicate_of`. It contains the id of the kept
+            image of the group, or null if the image is not a duplicate.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
@@ -192,7 +192,8 @@ def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limit
         [{'images': 26}]
 
     Args:
-        folder: the dataset, or several. Their kind, such as `captions`, is the name of the view to query.
+        folder: the dataset, or several datasets of the same kind. The view to query has the name of the kind, such as
+            `captions`.
         sql: the statement.
         parameters: values for the placeholders (`?`) of the statement.
         limits: limits on memory, threads and temporary disk space.
@@ -261,11 +262,12 @@ def _join_duplicates(
     connection: duckdb.DuckDBPyConnection, all_rows: str, address: str | os.PathLike[str], mark: bool
 ) -> duckdb.DuckDBPyRelation:
     """Leaves out the duplicates of kept images or, if `mark` is set, adds the column `duplicate_of`."""
-    kept_images = read_kept_images(open_dataset(address, "duplicates").require_complete())
-    columns = {"image_id": kept_images.keys(), "duplicate_of": kept_images.values()}
-    connection.register("kept_images", pa.table({name: pa.array(ids, pa.string()) for name, ids in columns.items()}))
+    kept_by_duplicate = read_kept_images(open_dataset(address, "duplicates").require_complete())
+    columns = {"image_id": kept_by_duplicate.keys(), "duplicate_of": kept_by_duplicate.values()}
+    table = pa.table({name: pa.array(ids, pa.string()) for name, ids in columns.items()})
+    connection.register("duplicate_images", table)
     how = "left" if mark else "anti"
-    return connection.table(all_rows).join(connection.table("kept_images"), "image_id", how=how)
+    return connection.table(all_rows).join(connection.table("duplicate_images"), "image_id", how=how)
 
 
 @contextmanager

@@ -180,6 +180,7 @@ def test_image_is_retried_when_its_decoder_is_killed() -> None:
         pool.decode(GOOD)
         (killed,) = pool.pids
         os.kill(killed, signal.SIGSTOP)  # so that it cannot finish before it is killed
+        os.waitpid(killed, os.WUNTRACED)  # until it has stopped, it may still read a request
         decoded = thread.submit(pool.decode, GOOD)
         while not has_pending_request(killed):
             time.sleep(0.001)

@@ -133,7 +133,7 @@ def test_shards_with_garbage_in_their_marker_are_written_again(tmp_path: Path, c
     assert dataset.pending_shards() == [0]
     with pytest.raises(DamagedShardError, match="its marker is missing"):
         dataset.read(0)
-    with pytest.raises(DatasetError, match=r"1 are missing \(the first is part-00000\)"):
+    with pytest.raises(DatasetError, match=r"finished shards, got 1 \(the first missing shard is part-00000\)"):
         dataset.finish()
     write_rows(dataset, 0)
     assert dataset.finish().shards == 2

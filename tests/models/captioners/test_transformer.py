@@ -194,9 +194,9 @@ def test_initial_predictions_are_close_to_the_word_frequencies() -> None:
     [
         ({"embedding_size": 300}, "a Transformer needs embedding_size = hidden_size, got 300 and 512; set them equal"),
         ({"heads": 7}, "expected heads that divide hidden_size, got 7 and 512"),
-        ({"attention_size": 64}, "attention_size is for cell rnn or lstm, got 64 with cell transformer"),
-        ({"principal_components": 9}, "principal_components is for cell rnn or lstm, got 9 with cell transformer"),
-        ({"image_input": "first_step"}, "image_input is for cell rnn or lstm, got first_step with cell transformer"),
+        ({"attention_size": 64}, "cell transformer needs attention_size 0, got 64"),
+        ({"principal_components": 9}, "cell transformer needs principal_components 0, got 9"),
+        ({"image_input": "first_step"}, "needs image_input initial_input or every_step or none, got first_step"),
     ],
 )
 def test_config_rejects_options_of_recurrent_cells(options: dict[str, int], message: str) -> None:
