@@ -1,4 +1,4 @@
-"""Measures an update of a collection in which 1% of the images are new, 0.2% changed and 0.2% gone.
+"""Measures an update of a collection in which 1% of the images are new, 0.2% changed and 0.2% deleted.
 
 The first figure counts images with a wrong row. Before the update, the bytes of all unchanged images are replaced by
 zeros, with the same size and modification time, so a row of such an image is right only if it was copied. The second
@@ -89,7 +89,7 @@ def change_source(folder: Path, images: list[Path]) -> tuple[dict[str, str], int
     generator = random.Random(0)
     new, different = len(images) // 100, len(images) // 500
     touched = generator.sample(range(len(images)), 2 * different)
-    gone, changed = (
+    deleted, changed = (
         {images[number] for number in touched[:different]},
         {images[number] for number in touched[different:]},
     )
@@ -97,7 +97,7 @@ def change_source(folder: Path, images: list[Path]) -> tuple[dict[str, str], int
     for path in images:
         image_id = path.relative_to(folder / "images").as_posix()
         content = path.read_bytes()
-        if path in gone:
+        if path in deleted:
             path.unlink()
             continue
         if path in changed:

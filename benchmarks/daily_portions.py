@@ -173,7 +173,7 @@ class Day:
 
     new: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    gone: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
     removed: list[str] = field(default_factory=list)
     encoded: int = 0
     captioned: int = 0
@@ -238,7 +238,7 @@ def run_days(collection: Collection, photographs: Sequence[Path], days: int, sta
     problems: list[str] = []
     versions: dict[str, str] = {}
     server: Callable[[str], tuple[int, Any]] | None = None
-    print("# day    new changed   gone removed encoded captioned images seconds")
+    print("# day    new changed deleted removed encoded captioned images seconds")
     for number in range(1, days + 1):
         day = change_source(collection, photographs[(number - 1) * portion : number * portion])
         if number == 1:
@@ -250,7 +250,7 @@ def run_days(collection: Collection, photographs: Sequence[Path], days: int, sta
         found = check_datasets(collection, day, versions)
         found += check_removed(collection, day) + check_server(server, collection, day)
         print(
-            f"# {number:3} {len(day.new):6} {len(day.changed):7} {len(day.gone):6} {len(day.removed):7} "
+            f"# {number:3} {len(day.new):6} {len(day.changed):7} {len(day.deleted):7} {len(day.removed):7} "
             f"{day.encoded:7} {day.captioned:9} {len(collection.list_expected()):6} {day.seconds:7.1f}",
             flush=True,
         )
@@ -270,7 +270,7 @@ def change_source(collection: Collection, portion: Sequence[Path]) -> Day:
         arguments = [word for name in day.removed for word in ("--id", name)]
         with tempfile.TemporaryDirectory() as thumbnails:
             run("remove", collection.address, *arguments, "--reason", "asked", "--thumbnails", thumbnails)
-    for name in day.gone:
+    for name in day.deleted:
         collection.source.delete(name)
     for name in day.changed:
         collection.source.write(name, replace_image(portion[0].with_name(name), len(collection.removed)))
@@ -344,7 +344,7 @@ def compare(what: str, found: Sequence[str], expected: Sequence[str]) -> list[st
 
 
 def check_removed(collection: Collection, day: Day) -> list[str]:
-    """Searches all files for ids that `captionlib remove` removed, and rows for images that are gone."""
+    """Searches all files for ids that `captionlib remove` removed, and rows for images that were deleted."""
     problems = []
     for name, content in collection.read_files():
         text = content
@@ -354,7 +354,7 @@ def check_removed(collection: Collection, day: Day) -> list[str]:
             text += str(pa.ipc.open_file(pa.py_buffer(content)).read_all().to_pydict()).encode()
         problems += [f"{name} contains {image_id}" for image_id in collection.removed if image_id.encode() in text]
         if name.endswith(".parquet"):
-            problems += [f"{name} contains {image_id}" for image_id in day.gone if image_id.encode() in text]
+            problems += [f"{name} contains {image_id}" for image_id in day.deleted if image_id.encode() in text]
     return problems
 
 
@@ -399,7 +399,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 def check_server(get: Callable[[str], tuple[int, Any]], collection: Collection, day: Day) -> list[str]:
-    """Checks that the server has taken up the new version, and has all images of the day but none that are gone."""
+    """Checks that the server has taken up the new version, and has all images of the day but none that were deleted."""
     rows = {row["image_id"]: row for row in collection.read_index()}
     fingerprint = collection.read_index_description()["fingerprint"]
     wait_until(lambda: get("/health")[1]["index"] == fingerprint, "the server to take up the new version")
@@ -408,7 +408,7 @@ def check_server(get: Callable[[str], tuple[int, Any]], collection: Collection, 
         status, content = get(f"/api/v1/image?id={quote(name)}")
         if status != 200 or content["caption"] != rows.get(name, {}).get("caption"):
             problems.append(f"serve: status {status} for the new image {name}, or an old caption")
-    absent = {*day.gone, *collection.removed}
+    absent = {*day.deleted, *collection.removed}
     problems += [f"serve: {name} is still there" for name in absent if get(f"/api/v1/image?id={quote(name)}")[0] != 404]
     words = {name: set(re.findall(r"\w+", row["caption"].lower())) for name, row in rows.items()}
     for word in sorted(set().union(*(words.get(name, ()) for name in day.new)), key=len)[-3:]:

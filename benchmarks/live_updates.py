@@ -180,10 +180,10 @@ def _read_with_duckdb(folder: Path) -> dict[str, int]:
 
 def _serve(folder: Path) -> tuple[uvicorn.Server, int]:
     app = load_app(AppConfig(str(folder / "index"), str(folder / "thumbnails")))
-    listening = socket.create_server(("127.0.0.1", 0))
+    server_socket = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    threading.Thread(target=server.run, args=([listening],), daemon=True).start()
-    return server, listening.getsockname()[1]
+    threading.Thread(target=server.run, args=([server_socket],), daemon=True).start()
+    return server, server_socket.getsockname()[1]
 
 
 def _check_serve(port: int) -> str | None:

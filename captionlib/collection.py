@@ -97,7 +97,8 @@ class CollectionConfig:
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
         if not names or len(set(names)) < len(names):
-            raise ConfigError(f"sources: expected one or more sources with different names, got {', '.join(names)}")
+            got = ", ".join(names) or "none"
+            raise ConfigError(f"sources: expected one or more sources with different names, got {got}")
         if self.duplicates is not None and self.ranker is None:
             raise ConfigError(
                 "duplicates: finding near-duplicates requires embeddings; set ranker, or remove duplicates"

@@ -144,15 +144,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def describe_differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], words: tuple[str, str] = ("was", "now")
+    before: Mapping[str, Any], now: Mapping[str, Any], labels: tuple[str, str] = ("was", "now")
 ) -> list[str]:
     """Returns a line such as `epochs: was 5, now 6` for each value that differs between two nested configurations.
 
-    `words` are the words before the two values.
+    `labels` are the words before the two values.
     """
     old, new = _flatten(before), _flatten(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return [f"{name}: {words[0]} {old.get(name)!r}, {words[1]} {new.get(name)!r}" for name in names]
+    return [f"{name}: {labels[0]} {old.get(name)!r}, {labels[1]} {new.get(name)!r}" for name in names]
 
 
 def _describe_problems(error: ValidationError) -> str:
@@ -238,7 +238,7 @@ def _check_keys(config_type: Any, values: Mapping[str, Any], prefix: str, origin
 
 
 def _section_type(field_type: Any) -> Any | None:
-    """Returns the class C of a field of type `C`, `C | None` or `tuple[C, ...]`. Returns None for other types."""
+    """Returns the dataclass C of a field of type `C`, `C | None` or `tuple[C, ...]`. Returns None for other types."""
     types = [field_type, *get_args(field_type)]
     return next((section for section in types if dataclasses.is_dataclass(section)), None)
 

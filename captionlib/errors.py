@@ -10,7 +10,7 @@ CaptionlibError
 │   └── FailureRatioError  more images failed than the run allows
 ├── StorageError           files cannot be read or written
 ├── LockError              another process is changing the same folder
-├── CheckpointError        a folder is not a checkpoint, or the checkpoint was trained with a different encoder
+├── CheckpointError        a checkpoint is missing or damaged, or does not fit the data or the configuration
 ├── QueryError             a query cannot be executed
 ├── BusyError              the server is already processing its maximum number of requests
 ├── RunnerError            a Beam runner failed or cannot be reached
@@ -105,7 +105,7 @@ class LockError(CaptionlibError):
 
 
 class CheckpointError(CaptionlibError):
-    """A folder is not a checkpoint, or the checkpoint was trained with a different encoder."""
+    """A checkpoint is missing or damaged, or does not fit the data or the configuration."""
 
 
 class QueryError(CaptionlibError):

@@ -22,8 +22,8 @@ __all__ = ["command"]
 def command(embeddings: tuple[str, ...], output: str, threshold: float, overwrite: bool, progress: bool) -> None:
     """Group the duplicates among the images of EMBEDDINGS.
 
-    EMBEDDINGS is a dataset that `captionlib embed` wrote. COLLECTION is a folder that `captionlib init` created; it
-    stands for the embeddings of all its images.
+    EMBEDDINGS is a dataset that `captionlib embed` wrote. COLLECTION is a folder that `captionlib init` created; the
+    embeddings of all its images are used.
 
     Exact copies have files with equal bytes. Near-duplicates are resized, recompressed or slightly cropped copies: the
     cosine similarity of their embeddings is at least the threshold. The output is a Parquet dataset with the columns

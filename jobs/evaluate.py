@@ -34,12 +34,14 @@ __all__ = ["command"]
     show_default=True,
     help="With --ranker: the images and references to use. coco-1k averages five folds of 1,000 images.",
 )
-@click.option("--checkpoint", "-c", metavar="FOLDER", help="Captioner, to compute the perplexity of the references.")
+@click.option(
+    "--checkpoint", "-c", metavar="FOLDER", help="Compute the perplexity of the references with this captioner."
+)
 @click.option(
     "--features",
     "-f",
     metavar="FOLDER",
-    help="Features of the images, for the perplexity.  [default: encode the images of the manifest]",
+    help="Features dataset to compute the perplexity from.  [default: encode the images of the manifest]",
 )
 @click.option(
     "--train-split",

@@ -23,7 +23,7 @@ __all__ = ["command"]
     "--without-encoder", is_flag=True, help="Leave out the encoder's weights; the model card names their file and hash."
 )
 @click.option(
-    "--with-datastore", is_flag=True, help="Include the captions of training images that `build-datastore` stored."
+    "--with-datastore", is_flag=True, help="Include the datastore: features and captions of the training images."
 )
 def command(
     checkpoint: str,

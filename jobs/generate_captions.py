@@ -49,11 +49,11 @@ def command(
     """Caption every image of SOURCE, a features dataset or a manifest (list of images).
 
     If SOURCE is a manifest, the images are encoded and captioned in one pass. The output is a captions dataset: the
-    best caption of each image, its log-probability, and the decoding.n_best most probable candidates. With --set
+    best caption of each image, its log-probability, and the n best candidates (decoding.n_best). With --set
     attention_maps=true, the dataset also contains the attention weights of each token.
 
-    --ranker specifies a dual encoder of images and text. It adds the column image_text_score, which says how well a
-    caption fits its image. --embeddings also writes the output of `captionlib embed`, without encoding the images
+    --ranker specifies a dual encoder of images and text. It adds the column image_text_score, which measures how well
+    each caption fits its image. --embeddings also writes the output of `captionlib embed`, without encoding the images
     again.
 
     With --limit, the output contains only a sample. To caption all images later, choose a different folder.

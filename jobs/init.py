@@ -75,7 +75,8 @@ def command(
         "weights": weights,
     }
     apply_overrides(values, overrides)
-    build_config(GenerationConfig, values.get("generation", {}), "options")  # raises an error now if it is invalid
+    # Raises an error now, rather than in `update`, if `generation` is invalid.
+    build_config(GenerationConfig, values.get("generation", {}), "options")
     created = create_collection(collection, build_config(CollectionConfig, values, "options"))
     click.echo(f"{created.folder.address('collection.yaml')}: created. Next: captionlib update {collection}")
     serve_when_done(collection, serve, "update")

@@ -163,10 +163,10 @@ def _serve(folder: str, port: int) -> None:
     from captionlib.serving.job_page import create_job_app
     from captionlib.serving.server import configure_server, listen
 
-    with listen("127.0.0.1", port) as listening:
+    with listen("127.0.0.1", port) as server_socket:
         click.echo(f"Serving a page about {folder} at http://127.0.0.1:{port}/. Press Ctrl-C to stop.")
         app = create_job_app(folder, ServingConfig.allowed_hosts)
-        uvicorn.Server(configure_server(app)).run([listening])
+        uvicorn.Server(configure_server(app)).run([server_socket])
 
 
 def _describe_index(folder: str, index: IndexDescription) -> str:

@@ -50,7 +50,7 @@ beam_argument = click.argument("beam_options", nargs=-1, type=click.UNPROCESSED,
 _PRETRAINED = "hf:Salesforce/blip-image-captioning-large@main"
 _NO_CAPTIONER = """{command} needs a captioner, -c FOLDER. To get one, run one of these:
   pip install 'captionlib[transformers]' && captionlib {example} -c {pretrained}  # BLIP, 1.9 GB
-  captionlib demo -o demo && captionlib {example} -c demo/captioner  # takes minutes; for rendered shapes only"""
+  captionlib demo -o demo && captionlib {example} -c demo/captioner  # takes minutes; for synthetic images only"""
 
 
 class _NoCaptionerError(click.ClickException):
@@ -88,13 +88,13 @@ serve_option = click.option(
 )
 
 
-def serve_when_done(folder: str, port: int | None, *before: str) -> None:
-    """If `port` is not None, runs the commands `before` on a folder, and then serves the folder."""
+def serve_when_done(folder: str, port: int | None, *commands: str) -> None:
+    """If `port` is not None, runs `commands` on a folder, and then serves the folder."""
     if port is None:
         return
     root = click.get_current_context().find_root()
     group = cast(click.Group, root.command)
-    for name, *options in (*((name,) for name in before), ("serve", "--port", str(port))):
+    for name, *options in (*((name,) for name in commands), ("serve", "--port", str(port))):
         command = group.get_command(root, name)
         assert command is not None
         with command.make_context(name, [folder, *options], parent=root) as context:

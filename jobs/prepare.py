@@ -71,8 +71,8 @@ __all__ = ["command"]
 @click.option(
     "--version-column",
     metavar="NAME",
-    help="Tables: column whose value changes when the image changes.  [default: size and time of a local file, or the "
-    "uri]",
+    help="Tables: column whose value changes when the image changes.  [default: size and modification time of a local "
+    "file, or the uri]",
 )
 @click.option(
     "--shard-size",
@@ -95,7 +95,7 @@ __all__ = ["command"]
     help="Features or captions dataset of these images. Images that seem unchanged are read, and their hashes are "
     "compared with the content_hash column of this dataset.",
 )
-@click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and gone, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show how many images are new, changed and missing, and write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")
 @progress_option
 def command(
@@ -131,8 +131,8 @@ def command(
 
     A manifest is a Parquet dataset with one row per image: image_id, uri, version, split and captions. Images are not
     copied. If the manifest exists, it is updated: new images are added, changed images are replaced, and images that
-    are gone are removed. Later stages then process only new and changed images. Image ids must be unique. Invalid rows
-    and captions are skipped and counted by reason.
+    are no longer in the sources are removed. Later stages then process only new and changed images. Image ids must be
+    unique. Invalid rows and captions are skipped and counted by reason.
 
     SOURCE is a path, a URL such as s3://bucket/images, or a glob, in one of these formats:
 
@@ -201,7 +201,7 @@ def command(
 
 def _echo_changes(changes: Changes) -> None:
     click.echo(
-        f"{changes.new:,} new, {changes.changed:,} changed, {changes.gone:,} gone, "
+        f"{changes.new:,} new, {changes.changed:,} changed, {changes.missing:,} missing, "
         f"{changes.unchanged:,} unchanged images"
     )
 
@@ -220,11 +220,11 @@ def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:
 
 def _echo_summary(output: str, summary: PrepareSummary, dry_run: bool) -> None:
     if dry_run:
-        click.echo(f"{output}: {'update' if summary.updated else 'new manifest'}, not written (dry run)")
+        click.echo(f"{output}: {'update' if summary.is_update else 'new manifest'}, not written (dry run)")
     elif summary.already_prepared:
         click.echo(f"{output}: already prepared, nothing to do")
     else:
-        click.echo(f"{output}: {'updated' if summary.updated else 'prepared'} from format {summary.source_format}")
+        click.echo(f"{output}: {'updated' if summary.is_update else 'prepared'} from format {summary.source_format}")
     rows = [
         ("images", summary.images),
         ("captions", summary.captions),

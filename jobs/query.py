@@ -36,7 +36,7 @@ _SECTIONS = {
 
 
 class _SectionedCommand(click.Command):
-    """Shows its options in the sections `_SECTIONS` of the help."""
+    """A command whose help groups the options by `_SECTIONS`."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         parameters = {max(parameter.opts, key=len): parameter for parameter in self.get_params(ctx)}
@@ -68,7 +68,7 @@ class _SectionedCommand(click.Command):
 @click.option(
     "--sql",
     metavar="SELECT",
-    help="A SELECT from a view named after the dataset's kind, such as captions, or from failures.",
+    help="A SELECT from the view named after the dataset's kind, such as captions, or from the view failures.",
 )
 @click.option("--contains", metavar="WORDS", help="Captions with all these words, most probable first.")
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="The N most probable captions.")
@@ -231,7 +231,7 @@ def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[tuple[str,
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], refused: Sequence[str], advice: str) -> str:
     """Returns the only one of `queries` in `values`.
 
-    Options in `refused` apply to another kind of folder, which `advice` names. They raise an error.
+    Options in `refused` are for another kind of folder. They raise an error whose message ends with `advice`.
     """
     for name in values:
         if name in refused and name not in queries:

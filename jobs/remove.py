@@ -157,8 +157,8 @@ def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:
 def _rebuild_duplicates(description: IndexDescription) -> str | None:
     """Returns the folder of the duplicates dataset to build an index with, or None if there is none.
 
-    If images were removed from the dataset, it is computed again from the embeddings. Without embeddings, it cannot be
-    used, and None is returned.
+    Removing images from the dataset makes it incomplete. An incomplete dataset is computed again from the embeddings.
+    If the index has no embeddings, None is returned.
     """
     if description.duplicates is None:
         return None

@@ -175,7 +175,7 @@ def _run_server(server_socket: socket.socket, workers: int, message: str) -> Non
 
 
 def _run_processes(server: "uvicorn.Config", server_socket: socket.socket) -> None:
-    """Runs server processes until a signal stops them, then raises the signal again as uvicorn does for one process."""
+    """Runs server processes until a signal stops them, and then raises it again, as uvicorn does for one process."""
     from uvicorn.supervisors import Multiprocess
 
     received: list[int] = []
@@ -231,5 +231,5 @@ def create() -> Any:
 
     app = load_app(build_config(AppConfig, json.loads(os.environ[_APP_CONFIG])))
     gc.collect()
-    gc.freeze()  # a full collection of the objects of PyTorch and other modules would pause all requests for 0.2 s
+    gc.freeze()  # otherwise, full garbage collections would pause requests for 0.2 s to scan PyTorch's objects
     return app

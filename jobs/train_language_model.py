@@ -17,9 +17,9 @@ def command(source: str, output: str, config: str | None, overrides: tuple[str, 
 
     extract-features writes features datasets; prepare writes manifests (lists of images). The model is a captioner
     without image input. A text file has one sentence per line, or is one continuous text (--set layout=continuous).
-    Tokens are words or characters (--set level=characters). The checkpoint of the epoch with the lowest perplexity on
-    val or dev, or on a held-out part of the text file, is kept. Ctrl-C saves the state and stops; the same command
-    resumes.
+    Tokens are words or characters (--set tokenization=characters). Training keeps the checkpoint of the epoch with the
+    lowest perplexity on the val and dev splits or on a held-out part of the text file. Ctrl-C saves the state and
+    stops; the same command resumes.
 
     \b
     Examples:

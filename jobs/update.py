@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_INDEX = "index"  # no source has this name
+_INDEX = "index"  # stands for the index where errors are listed by source; no source can have this name
 
 
 @click.command()
 @click.argument("collection")
-@click.option("--dry-run", is_flag=True, help="Only show what is new, changed and gone in the sources.")
-@click.option("--allow-removal", is_flag=True, help="Continue if more than a tenth of a source's images are gone.")
+@click.option("--dry-run", is_flag=True, help="Only show how many images are new, changed and missing in the sources.")
+@click.option("--allow-removal", is_flag=True, help="Continue if more than a tenth of a source's images are missing.")
 @device_option
 @pipeline_options
 def command(collection: str, dry_run: bool, allow_removal: bool, device: str, run: RunConfig) -> None:
     """Caption and index the new and changed images of COLLECTION.
 
     COLLECTION is a folder that `captionlib init` created, with sources such as folders or tables of images. Images that
-    are gone from the sources are removed. Unchanged images are not processed again. If a source cannot be read, its
+    are no longer in the sources are removed. Unchanged images are not processed again. If a source cannot be read, its
     images are kept, the other sources are updated, and the command ends with an error. To resume an interrupted update,
     run the same command again. `captionlib serve` shows the result without a restart.
 
@@ -43,7 +43,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
       captionlib update s3://bucket/archive -- --runner=FlinkRunner --flink_master=localhost:8081 --parallelism=2
     """
     from captionlib.collection import open_collection
-    from captionlib.data.shards.removal import copy_removed_to_new_manifests
+    from captionlib.data.shards.removal import copy_removed_ids_to_new_manifests
     from captionlib.errors import DuplicateIdError
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
@@ -54,7 +54,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
         return
     generation = _check_models(opened)
     with lock_folder(opened.folder, "captionlib update"):
-        copy_removed_to_new_manifests([Folder(address) for address in opened.find_manifests()])
+        copy_removed_ids_to_new_manifests([Folder(address) for address in opened.find_manifests()])
         failed = _prepare_sources(opened, allow_removal, run.progress)
         try:
             _check_ids_differ(opened)
@@ -159,7 +159,7 @@ def _prepare(
     )
     changes = summary.changes
     click.echo(
-        f"{manifest}: {changes.new:,} new, {changes.changed:,} changed, {changes.gone:,} gone, "
+        f"{manifest}: {changes.new:,} new, {changes.changed:,} changed, {changes.missing:,} missing, "
         f"{changes.unchanged:,} unchanged"
     )
     for reason, count in summary.skipped.items():

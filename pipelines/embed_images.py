@@ -37,7 +37,8 @@ def embed_images(
         26
 
     Args:
-        source: a complete features dataset, or a complete manifest (list of images), whose images are also encoded.
+        source: a complete features dataset, or a complete manifest (list of images). The images of a manifest are
+            encoded first.
         ranker: the ranker's folder, or the address of a model from another library, such as `hf:FOLDER`.
         output: folder of the embeddings dataset to write. `generate_captions` also writes such a dataset if its
             argument `embeddings` is set.

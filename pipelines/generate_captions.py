@@ -16,7 +16,7 @@ from captionlib.models.inference.captioning import (
     require_attention,
 )
 from captionlib.models.inference.embedding import SHARED_RANKERS, create_embeddings_dataset
-from captionlib.models.inference.image_text_scores import check_works_without_ranker
+from captionlib.models.inference.image_text_scores import check_needs_no_ranker
 from captionlib.models.inference.model_inputs import choose_input_transform
 from captionlib.storage.folders import resolve_address
 from pipelines.run import RunConfig, run_job
@@ -72,7 +72,7 @@ def generate_captions(
         FailureRatioError: more images failed than `run` allows.
     """
     if ranker is None:
-        check_works_without_ranker(config.decoding)
+        check_needs_no_ranker(config.decoding)
         if embeddings is not None:
             raise ConfigError("--embeddings requires --ranker, the model that computes them; specify both")
     if embeddings is not None and resolve_address(embeddings) == resolve_address(output):

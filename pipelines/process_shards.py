@@ -1,4 +1,4 @@
-"""Defines the transform with which several pipelines distribute shards (files of a dataset) to workers."""
+"""Defines the transform that distributes shards (files of a dataset) to workers. Several pipelines use it."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -62,7 +62,7 @@ class _ProcessShard(beam.DoFn):
         self._process_rows: ProcessRows = self._exit_stack.enter_context(self._job.stage.open())
 
     def process(self, shard: int) -> list[Marker]:
-        """Processes a shard. Returns its marker, which records that it is complete and counts rows and failures."""
+        """Processes a shard. Returns its marker, which contains the numbers of rows and failures."""
         marker = self._job.run(shard, self._process_rows)
         self._images.inc(marker.rows + marker.failures)
         self._failures.inc(marker.failures)

@@ -2,7 +2,7 @@
 
     output/
       part-00000.tar                            `webdataset`: an image, a .txt and a .json per sample
-      part-00000/000000.jpg, metadata.jsonl     `metadata`: imagefolder of Hugging Face's `datasets`
+      part-00000/000000.jpg, metadata.jsonl     `metadata`: imagefolder format of Hugging Face's `datasets`
       part-00000/000000.jpg, 000000.txt         `txt`: the captions beside each image, one per line
       __export/export.json                      what is exported
       __export/part-00000.json                  counts of a finished shard
@@ -29,7 +29,7 @@ from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.images.formats import find_format
 from captionlib.data.selection import ALL_IMAGES, ImageSelection
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import Marker, from_checked_json, part_name, to_checked_json, to_json
+from captionlib.data.shards.markers import Marker, from_json_with_checksum, part_name, to_json, to_json_with_checksum
 from captionlib.errors import ConfigError, DatasetError, FetchError, FingerprintError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses
@@ -67,7 +67,7 @@ _SUMMARY = TypeAdapter(ExportSummary)
 def export_images(
     datasets: Addresses,
     output: str | os.PathLike[str],
-    to: ExportFormat,
+    export_format: ExportFormat,
     *,
     selection: ImageSelection = ALL_IMAGES,
     fetch: FetchConfig | None = None,
@@ -80,7 +80,8 @@ def export_images(
     Args:
         datasets: complete manifests (lists of images), features or captions.
         output: folder to write.
-        to: `webdataset`, `metadata` for Hugging Face's imagefolder format, or `txt` for a .txt beside each image.
+        export_format: `webdataset`, `metadata` for Hugging Face's imagefolder format, or `txt` for a .txt beside each
+            image.
         selection: the images to export.
         fetch: limits on fetching an image. If None, the defaults of `FetchConfig`.
         progress: show a progress bar.
@@ -95,7 +96,7 @@ def export_images(
     for dataset in opened:
         if dataset.kind not in ("manifest", "features", "captions"):
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
-    export = _Export(Folder(output), to, selection)
+    export = _Export(Folder(output), export_format, selection)
     # A dataset is identified by its manifest and by a hash (fingerprint) of its configuration.
     identities = [f"{dataset.manifest_id} {dataset.fingerprint}" for dataset in opened]
     images, failures = 0, Counter[str]()
@@ -103,7 +104,7 @@ def export_images(
     shards = [(each, marker) for each in opened for _, marker in sorted(each.require_all_markers().items())]
     with ExitStack() as stack:
         stack.enter_context(lock_folder(export.folder, "captionlib export"))
-        export.claim_folder({"to": to, "datasets": identities, **selection.describe()})
+        export.claim_folder({"format": export_format, "datasets": identities, **selection.describe()})
         bar = stack.enter_context(progress_bar("export", sum(marker.rows for _, marker in shards), "images", progress))
         threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
         fetcher = stack.enter_context(ImageFetcher(fetch))
@@ -128,11 +129,13 @@ class _Export:
     """An export to a folder. `part` is the number of a tar or subfolder of the export."""
 
     folder: Folder
-    to: ExportFormat
+    export_format: ExportFormat
     selection: ImageSelection
 
     def claim_folder(self, description: Mapping[str, Any]) -> None:
-        """Writes the description of the export if it is missing or damaged. Existing parts are then removed first.
+        """Checks that the folder is empty or contains this export.
+
+        If the description of the export is missing or damaged, removes all existing parts and writes the description.
 
         Raises:
             DatasetError: the folder contains other files.
@@ -149,7 +152,7 @@ class _Export:
         if existing is None:
             for name in reversed(names):  # `__export` last, because it identifies the folder as an export
                 self.folder.remove(name)
-            self.folder.write(_DESCRIPTION, to_checked_json(description))
+            self.folder.write(_DESCRIPTION, to_json_with_checksum(description))
         elif existing != description:
             raise FingerprintError(
                 f"{self.folder.uri} contains an export of other datasets, or with a different format or selection; "
@@ -184,7 +187,7 @@ class _Export:
     def _read_record(self, name: str) -> dict[str, Any] | None:
         """Returns the content of a JSON file, or None if it is missing or damaged."""
         try:
-            return from_checked_json(self.folder.read(name))
+            return from_json_with_checksum(self.folder.read(name))
         except (FileNotFoundError, ValueError):
             return None
 
@@ -193,7 +196,7 @@ class _Export:
 
     def _data_file(self, part: int) -> str:
         endings = {"webdataset": ".tar", "metadata": "/metadata.jsonl", "txt": ""}
-        return part_name(part) + endings[self.to]
+        return part_name(part) + endings[self.export_format]
 
     def write_shard(
         self, part: int, dataset: ShardedDataset, marker: Marker, fetcher: ImageFetcher, threads: ThreadPoolExecutor
@@ -201,10 +204,12 @@ class _Export:
         """Writes a part, and then the file with its counts, which marks the part as finished."""
         failures = Counter[str]()
         samples = self._read_samples(dataset, marker.shard, fetcher, threads, failures)
-        write = self._write_tar if self.to == "webdataset" else self._write_folder
+        write = self._write_tar if self.export_format == "webdataset" else self._write_folder
         images = write(part_name(part), samples)
         counts = ExportSummary(images, dict(failures))
-        self.folder.write(self._counts_file(part), to_checked_json({**asdict(counts), "checksum": marker.checksum}))
+        self.folder.write(
+            self._counts_file(part), to_json_with_checksum({**asdict(counts), "checksum": marker.checksum})
+        )
         return counts
 
     def _read_samples(
@@ -250,21 +255,21 @@ class _Export:
             stem = f"{len(lines):06}"
             file_name = f"{stem}{_find_extension(content)}"
             self.folder.write(f"{name}/{file_name}", content)
-            if self.to == "txt":
+            if self.export_format == "txt":
                 self.folder.write(f"{name}/{stem}.txt", _join_captions(row))
             lines.append(json.dumps({"file_name": file_name, **row}, ensure_ascii=False))
-        if lines and self.to == "metadata":
+        if lines and self.export_format == "metadata":
             self.folder.write(f"{name}/metadata.jsonl", "".join(f"{line}\n" for line in lines).encode())
         return len(lines)
 
 
 def find_problem(content: bytes) -> str | None:
-    """Returns why the bytes of an image cannot be exported; None if they can."""
+    """Returns the reason why the bytes of an image cannot be exported, or None if they can."""
     return "UnknownFormat" if find_format(content) is None else None
 
 
 def add_sample(tar: tarfile.TarFile, key: str, row: Mapping[str, Any], content: bytes) -> None:
-    """Adds a sample of WebDataset to a tar: the image, its captions as text, and the row as JSON.
+    """Adds a WebDataset sample to a tar: the image, its captions as text, and the row as JSON.
 
     Args:
         tar: the open tar.

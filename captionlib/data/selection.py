@@ -1,4 +1,4 @@
-"""Selects images by split, by id, and without duplicates."""
+"""Selects images by split and id, and excludes duplicates."""
 
 import hashlib
 import os

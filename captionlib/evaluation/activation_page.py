@@ -80,7 +80,7 @@ def _shrink(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _scale(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Scales each map linearly to 0..255. The lower of zero and its minimum becomes 0, and its maximum becomes 255."""
+    """Scales each map linearly from [min(0, minimum), maximum] to [0, 255]."""
     low = np.minimum(maps.min((1, 2), keepdims=True), 0)
     span = maps.max((1, 2), keepdims=True) - low
     scaled = np.divide(maps - low, span, out=np.zeros_like(maps), where=span > 0)

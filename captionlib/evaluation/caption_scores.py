@@ -25,7 +25,7 @@ WITHOUT_JAVA = (
     "they are not comparable with published scores; install a Java runtime (version 8 or later) for the standard scores"
 )
 
-# Column name and type of the scores that are an integer or a boolean for a single caption.
+# Column name and type of each score whose values for single captions are integers or booleans.
 _NON_FLOAT_COLUMNS = {MEAN_LENGTH: ("length", pa.int32()), NOVEL: (NOVEL, pa.bool_())}
 
 

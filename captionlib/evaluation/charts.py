@@ -7,8 +7,7 @@ from typing import Any
 
 __all__ = ["Chart", "Sparkline", "build_charts", "build_sparkline"]
 
-# data_wait is the fraction of the training time that is spent waiting for data.
-_NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "data_wait"})
+_NOT_PLOTTED = frozenset({"epoch", "step", "total_seconds", "learning_rate", "data_wait_fraction"})
 
 _TRAINING_METRICS = frozenset({"loss", "reward"})  # all other metrics are computed on the validation splits
 
@@ -18,9 +17,9 @@ class Chart:
     """A line chart of one metric over epochs, in the coordinates of an SVG image of `width` by `height`.
 
     `split` is the data that the metric is computed on: `training` or `validation`.
-    `low`, `high`, `last` and `best` are formatted values. `low` is plotted at `bottom`, and `high` at `top`. `best` is
-    the minimum of a loss, perplexity or rank, or the maximum of another metric, and `best_point` is its position. The
-    epochs range from `left` to `right`.
+    `low`, `high`, `last` and `best` are values of the metric, formatted as text. `low` is plotted at `bottom`, and
+    `high` at `top`. `best` is the minimum of a loss, perplexity or rank, or the maximum of another metric, and
+    `best_point` is its position. The epochs range from `left` to `right`.
     """
 
     name: str

@@ -149,7 +149,7 @@ def evaluate_predictions(
     scores = score_captions(captions, references, extra_metrics=metrics, bootstrap=bootstrap)
     tokenizer, notes = ("ptb", []) if has_java() else ("captionlib", [WITHOUT_JAVA])
     if len(captions) == 1:
-        notes = [*notes, "CIDEr is meaningless for one image, because it compares n-grams with other images"]
+        notes = [*notes, "CIDEr is meaningless for one image, because it weights n-grams by their rarity among images"]
     return Evaluation(predictions, scores, count_diversity(captions), tokenizer, bootstrap, notes)
 
 

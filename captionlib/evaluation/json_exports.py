@@ -27,7 +27,7 @@ JsonFormat = Literal["coco", "neuraltalk"]
 def export_json(
     sources: Addresses,
     output: str | os.PathLike[str],
-    to: JsonFormat,
+    json_format: JsonFormat,
     *,
     selection: ImageSelection = ALL_IMAGES,
     manifest: str | os.PathLike[str] | None = None,
@@ -38,7 +38,7 @@ def export_json(
         sources: captions datasets, or JSON files of COCO or NeuralTalk. For `coco`, also manifests (lists of images) or
             features datasets; their references are exported.
         output: file to write.
-        to: `coco` writes COCO's annotations if all sources are manifests or features datasets (see
+        json_format: `coco` writes COCO's annotations if all sources are manifests or features datasets (see
             `to_coco_captions`), and otherwise COCO's results. `neuraltalk` writes `result_struct.json`.
         selection: the images to export.
         manifest: manifest or features dataset whose references and splits are added to the captions.
@@ -49,7 +49,7 @@ def export_json(
     addresses = [os.fspath(address) for address in list_addresses(sources)]
     opened = [open_dataset(address) for address in addresses if is_dataset(address)]
     content: Any
-    if to == "coco" and opened and all(dataset.kind in ("manifest", "features") for dataset in opened):
+    if json_format == "coco" and opened and all(dataset.kind in ("manifest", "features") for dataset in opened):
         rows = [row for address in addresses for row in _read_rows(open_references(address), selection)]
         ids, content = [row["image_id"] for row in rows], to_coco_captions(rows)
     else:
@@ -59,7 +59,10 @@ def export_json(
             for prediction in load_predictions(address, manifest)
             if selection.selects(prediction.image_id, prediction.split)
         ]
-        ids, content = [prediction.image_id for prediction in predictions], _convert(predictions, to, addresses)
+        ids, content = (
+            [prediction.image_id for prediction in predictions],
+            _convert(predictions, json_format, addresses),
+        )
     _check_ids(ids, addresses)
     write_file(output, to_json(content))
     return len(ids)
@@ -84,8 +87,8 @@ def to_coco_captions(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"images": images, "annotations": annotations}
 
 
-def _convert(predictions: Sequence[Prediction], to: JsonFormat, addresses: Sequence[str]) -> Any:
-    if to == "coco":
+def _convert(predictions: Sequence[Prediction], json_format: JsonFormat, addresses: Sequence[str]) -> Any:
+    if json_format == "coco":
         return to_coco_results(predictions)
     return to_result_struct(predictions, {"captions": " ".join(addresses)})
 

@@ -54,7 +54,7 @@ class Prediction:
         log_prob: the log-probability of the caption; None if unknown.
         candidates: the n best captions with their log-probabilities, best first.
         references: human-written captions of the image.
-        image_text_score: the similarity of caption and image; None if unknown.
+        image_text_score: the similarity of the caption and the image; None if unknown.
     """
 
     image_id: str

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from captionlib.config import describe_differences, to_dict
 from captionlib.data.selection import hash_ids, read_kept_images
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import Marker, from_checked_json, part_name, to_checked_json
+from captionlib.data.shards.markers import Marker, from_json_with_checksum, part_name, to_json_with_checksum
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
 from captionlib.search.config import IndexConfig, VectorLayout
 from captionlib.search.facet_groups import FacetGrouper
@@ -164,9 +164,8 @@ class IndexBuild:
             }
             if self.embeddings:
                 self._write_partial_index(position, caption_file, kept, local)
-        self.folder.write(
-            self._result_file(position), to_checked_json(files)
-        )  # the shard is done when this file exists
+        # The shard is done when this file exists.
+        self.folder.write(self._result_file(position), to_json_with_checksum(files))
 
     def _read_references(self, shard: InputShard) -> pa.Table | None:
         manifest = self.manifests[shard.dataset]
@@ -183,7 +182,7 @@ class IndexBuild:
     def _read_result(self, position: int) -> dict[str, str] | None:
         """Returns the files of a shard; None if the shard is not done, a file is missing or the result is damaged."""
         try:
-            files: dict[str, str] = from_checked_json(self.folder.read(self._result_file(position)))
+            files: dict[str, str] = from_json_with_checksum(self.folder.read(self._result_file(position)))
         except (FileNotFoundError, ValueError):
             return None
         needed = [*files.values(), self._partial_file(position)] if self.embeddings else files.values()
@@ -289,7 +288,7 @@ class IndexBuild:
     def _list_indexed_shards(self) -> list[IndexedShard]:
         base = {shard.content: shard for shard in self.base.shards} if self.base else {}
         results = {
-            position: from_checked_json(self.folder.read(self._result_file(position))) for position in self.added
+            position: from_json_with_checksum(self.folder.read(self._result_file(position))) for position in self.added
         }
         return [
             IndexedShard(**asdict(shard), **results[position])
@@ -482,7 +481,7 @@ def _describe_duplicates(address: str | os.PathLike[str]) -> IndexedDuplicates:
 
 @lru_cache(maxsize=1)
 def _read_kept_images(duplicates: IndexedDuplicates | None) -> dict[str, str]:
-    """Returns the id of the kept image for each duplicate. Each process reads them once."""
+    """Returns the id of the kept image for each duplicate. Each process reads the dataset once."""
     if duplicates is None:
         return {}
     dataset = open_dataset(duplicates.folder, "duplicates").require_complete()
@@ -499,7 +498,7 @@ def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
 def _apply_duplicates(
     build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
 ) -> list[InputShard]:
-    """Adds to each shard the hash of its duplicates, and subtracts the left-out images from its number of rows.
+    """Sets the hash of the duplicates in each shard, and subtracts the left-out images from its number of rows.
 
     If the duplicates have not changed since the last build, shards of the existing index are not read again.
     """

@@ -11,7 +11,7 @@ from captionlib.errors import ConfigError
 
 __all__ = ["LANGUAGES", "IndexConfig", "VectorLayout"]
 
-# The languages that Tantivy, the full-text search engine, can stem.
+# `none`, and the languages that Tantivy, the full-text search engine, can stem.
 LANGUAGES = (
     *("none", "arabic", "danish", "dutch", "english", "finnish", "french", "german", "greek", "hungarian"),
     *("italian", "norwegian", "portuguese", "romanian", "russian", "spanish", "swedish", "tamil", "turkish"),

@@ -50,7 +50,7 @@ class FacetGrouper:
         return tuple(FacetGroup(*values, rows) for values, rows in zip(self._numbers, self._rows, strict=True))
 
     def add_group_numbers(self, dataset: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Adds a last column, the number of the group of each row. The batches have the columns of `ROW_SCHEMA`."""
+        """Appends a column with the group number of each row. The batches have the columns of `ROW_SCHEMA`."""
         for batch in batches:
             months = pc.fill_null(pc.strftime(batch["modified"], "%Y-%m"), "")
             columns = [batch["split"], months, batch["duplicate_of"].is_valid()]

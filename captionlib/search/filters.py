@@ -29,7 +29,7 @@ class Filter:
         source: name of the captions dataset; see `name_sources`.
         date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`. An index
             with very many sources and splits may only accept years in searches by text.
-        kept_only: whether to leave out images that are marked as duplicates of another image.
+        exclude_duplicates: whether to leave out images that are marked as duplicates of another image.
     """
 
     where: str | None = None
@@ -37,7 +37,7 @@ class Filter:
     min_log_prob: float | None = None
     source: str | None = None
     date: str | None = None
-    kept_only: bool = False
+    exclude_duplicates: bool = False
 
     def to_sql(self) -> tuple[str, list[Any]]:
         """Returns one SQL condition and its parameters. `source` is omitted, because it is not a column."""
@@ -49,8 +49,8 @@ class Filter:
         }
         set_parameters = {sql: value for sql, value in parameters.items() if value is not None}
         where = [f"(\n{self.where}\n)"] if self.where is not None else []
-        kept_only = ["duplicate_of IS NULL"] if self.kept_only else []
-        return " AND ".join([*where, *kept_only, *set_parameters]) or "true", list(set_parameters.values())
+        not_duplicate = ["duplicate_of IS NULL"] if self.exclude_duplicates else []
+        return " AND ".join([*where, *not_duplicate, *set_parameters]) or "true", list(set_parameters.values())
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FacetCounts:
         sources: number of images by the name of the captions dataset.
         months: number of images by month, such as `2026-03`, or by year if the index has very many groups of facet
             values. Images without a known date are not counted.
-        kept: number of images that are not marked as duplicates of another image.
+        non_duplicates: number of images that are not marked as duplicates of another image.
         duplicates: number of images that are marked as duplicates.
     """
 
@@ -74,7 +74,7 @@ class FacetCounts:
     splits: dict[str, int]
     sources: dict[str, int]
     months: dict[str, int]
-    kept: int
+    non_duplicates: int
     duplicates: int
 
 
@@ -109,7 +109,7 @@ class Facets:
     def count(self, where: Filter, rows: npt.NDArray[np.int64] | None = None) -> FacetCounts:
         """Counts images by facet. `rows` is the number of images in each group, `[groups]`; None for all images."""
         tests = self._make_tests(where)
-        total, kept, duplicates = 0, 0, 0
+        total, non_duplicates, duplicates = 0, 0, 0
         splits, sources, months = Counter[str](), Counter[str](), Counter[str]()
         for group, count in zip(self._groups, (self._rows if rows is None else rows).tolist(), strict=True):
             failed = [facet for facet, test in tests.items() if not test(group)]
@@ -118,11 +118,11 @@ class Facets:
             sources[self.sources[group.dataset]] += count if failed in ([], ["source"]) else 0
             months[group.month] += count if failed in ([], ["date"]) else 0
             meets_other_conditions = failed in ([], ["duplicates"])
-            kept += count if meets_other_conditions and not group.is_duplicate else 0
+            non_duplicates += count if meets_other_conditions and not group.is_duplicate else 0
             duplicates += count if meets_other_conditions and group.is_duplicate else 0
         months.pop("", None)
         by_split, by_source, by_month = (dict(sorted(counter.items())) for counter in (splits, sources, months))
-        return FacetCounts(total, by_split, by_source, by_month, kept, duplicates)
+        return FacetCounts(total, by_split, by_source, by_month, non_duplicates, duplicates)
 
     def _make_tests(self, where: Filter) -> dict[str, Callable[[FacetGroup], bool]]:
         """Returns the conditions of a filter by the name of the facet."""
@@ -140,7 +140,7 @@ class Facets:
                     f"images of each month; use {date[:4]}"
                 )
             tests["date"] = lambda group: group.month.startswith(date)
-        if where.kept_only:
+        if where.exclude_duplicates:
             tests["duplicates"] = lambda group: not group.is_duplicate
         return tests
 

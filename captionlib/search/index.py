@@ -80,15 +80,15 @@ class _Version:
         if rows is None:
             condition, parameters = where.to_sql()
             if where.source is not None:
-                first, last = self._find_rows(where.source)
-                condition, parameters = f"{condition} AND row >= ? AND row < ?", [*parameters, first, last]
+                first, end = self._find_rows(where.source)
+                condition, parameters = f"{condition} AND row >= ? AND row < ?", [*parameters, first, end]
             rows = self.rows.find_matching(condition, parameters)
             with self._lock:
                 self._matching[where] = rows
         return rows
 
     def _find_rows(self, source: str) -> tuple[int, int]:
-        """Returns the number of the first row of a source, and of the first row after it."""
+        """Returns the range of the row numbers of a source: the first number and the end (exclusive)."""
         shards = zip(self.description.shards, self.description.first_rows, strict=False)
         found = [(first, first + shard.rows) for shard, first in shards if self.facets.sources[shard.dataset] == source]
         return (found[0][0], found[-1][1]) if found else (0, 0)  # the shards of a dataset are adjacent

@@ -110,12 +110,12 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
             yield pq.ParquetFile(file)
 
 
-def find_kept_rows(parquet: pq.ParquetFile, left_out: Collection[str]) -> npt.NDArray[np.bool_]:
-    """Returns one value per row of a captions shard: whether its image id is not in `left_out`."""
-    if not left_out:
+def find_kept_rows(parquet: pq.ParquetFile, excluded_ids: Collection[str]) -> npt.NDArray[np.bool_]:
+    """Returns a mask of the rows of a captions shard that selects the images that are not in `excluded_ids`."""
+    if not excluded_ids:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
-    return np.fromiter((image_id not in left_out for image_id in ids), np.bool_, len(ids))
+    return np.fromiter((image_id not in excluded_ids for image_id in ids), np.bool_, len(ids))
 
 
 def read_caption_rows(
@@ -141,10 +141,10 @@ def read_caption_rows(
 def read_details(
     parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], references: pa.Table | None
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the columns of `DETAILS_SCHEMA`, which only the page of an image shows, for the rows that `kept` selects.
+    """Yields the rows of a captions shard for which `kept` is true, with the columns of `DETAILS_SCHEMA`.
 
-    `kept` has one value per row. `references` has the columns image_id and captions of the manifest (table of images
-    with reference captions). It is None if the manifest is not available.
+    Only the page of an image shows these columns. `kept` has one value per row. `references` has the columns image_id
+    and captions of the manifest (table of images with reference captions). It is None if the manifest is not available.
     """
     ids = None if references is None else references["image_id"].combine_chunks()
     for batch in _read_kept(parquet, ["image_id", *DETAILS_SCHEMA.names], kept, DETAILS_BATCH_ROWS):
@@ -289,7 +289,7 @@ def _read_vector_batches(parquet: pq.ParquetFile) -> Iterator[npt.NDArray[np.flo
 
 
 def to_unit_vectors(column: pa.FixedSizeListArray | pa.ChunkedArray) -> npt.NDArray[np.float32]:
-    """Converts vectors to `[rows, dimension]` and rescales them to unit length, because float16 is imprecise."""
+    """Converts vectors to `[rows, dimension]` and scales them to unit length. Stored float16 vectors are rounded."""
     vectors = vectors_to_numpy(column).astype(np.float32)
     unit: npt.NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit

@@ -20,7 +20,7 @@ from captionlib.models.families.model import Arrays, ImageModel
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.captioning import GenerationConfig
 from captionlib.models.inference.extraction import PixelPassthrough
-from captionlib.models.inference.image_text_scores import check_works_without_ranker, score_captions
+from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
 
 __all__ = ["ImageQueryModels", "read_sentences"]
 
@@ -79,12 +79,12 @@ class ImageQueryModels:
         self._generation = generation
         if captioner is not None:
             if ranker is None:
-                check_works_without_ranker(generation.decoding)
+                check_needs_no_ranker(generation.decoding)
             model = open_captioner(captioner, device)
             self._generate = model.prepare(generation)
-            self._caption_encoder = self._load(model, weights)
-        # If both models have the same encoder, `_load` loads it only once.
-        self._embedding_encoder = self._load(ranker, weights) if ranker else None
+            self._caption_encoder = self._load_encoder(model, weights)
+        # If both models have the same encoder, `_load_encoder` loads it only once.
+        self._embedding_encoder = self._load_encoder(ranker, weights) if ranker else None
 
     def __enter__(self) -> "ImageQueryModels":
         return self
@@ -171,7 +171,7 @@ class ImageQueryModels:
             wait_for_features = encoder.encode_async([pixels])
             return wait_for_features()
 
-    def _load(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
+    def _load_encoder(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
         encoder_description = model.encoder
         for description, image_encoder in self._loaded:
             if description == encoder_description:

@@ -201,7 +201,7 @@ class TextIndex:
         return " ".join(phrase or word for sign, phrase, word in _find_clauses(query) if sign != "-")
 
     def suggest_query(self, query: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
-        """Corrects words that no caption contains to similar words; returns None if no word was corrected.
+        """Corrects the spelling of words that occur in no caption. Returns None if no word was corrected.
 
         `find_captions` returns the captions of rows.
         """

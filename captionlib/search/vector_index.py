@@ -38,7 +38,7 @@ _MAX_TIES = 4096  # if more vectors have the same score, their order is not defi
 
 
 class RowMove(NamedTuple):
-    """Rows `start` to `end` (exclusive) of an index are renumbered from `new_start` in its new version."""
+    """Rows `start` to `end` (exclusive) of an index. In its new version, their numbers begin at `new_start`."""
 
     start: int
     end: int
@@ -73,7 +73,7 @@ def write_trained_index(layout: VectorLayout, sample: Vectors, path: Path) -> No
     index = faiss.index_factory(layout.dimension, f"IVF{layout.nlist},{layout.encoding}", faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
     index.cp.niter = _KMEANS_ITERATIONS
-    index.cp.min_points_per_centroid = 1  # no warning about few vectors per list, which the user may intend
+    index.cp.min_points_per_centroid = 1  # no warning if the user chooses short lists
     index.cp.spherical = True
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
@@ -111,7 +111,9 @@ def merge_indexes(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], p
 
 
 def _write_index(index: Any, path: Path) -> None:
-    """Writes an index to a file that Python opens. If Faiss opens the file, it may only print an error on a full disk.
+    """Writes an index through a Python file.
+
+    If the disk is full, Faiss's own writer may print an error instead of raising an exception.
 
     Raises:
         OSError: the file cannot be written.
@@ -155,7 +157,9 @@ def _iter_lists(index: Any) -> Iterator[tuple[RowNumbers, npt.NDArray[np.uint8]]
 
 
 class VectorIndex:
-    """An open vector index. This class is thread-safe. A query runs on one thread and loads only the pages it needs.
+    """An open vector index. This class is thread-safe.
+
+    The file is memory-mapped. A query runs on one thread and loads only the parts of the file that it needs.
 
     `rows` is the number of rows of the whole index, including rows without a vector.
 
@@ -187,25 +191,25 @@ class VectorIndex:
         If `matching` is not None, only these rows are searched. The fewer rows match, the more inverted lists are
         searched. If there are fewer than `limit` hits, the search continues in more lists, up to all of them.
         """
-        searchable = len(self) if matching is None else len(matching)
-        if not min(limit, searchable):
+        searchable_count = len(self) if matching is None else len(matching)
+        if not min(limit, searchable_count):
             return Hits.empty()
-        depth = min(limit + 1, searchable)
+        depth = min(limit + 1, searchable_count)
         selector, _bitmap = self._make_selector(matching)
-        hits = self._search_lists(vector, depth, searchable, selector)
+        hits = self._search_lists(vector, depth, searchable_count, selector)
         # Ties are ordered by row number, so search deeper while rows that tie with the last hit may be missing.
-        while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable:
+        while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable_count:
             if depth > _MAX_TIES + limit:
                 break
-            depth = min(4 * depth, searchable)
-            hits = self._search_lists(vector, depth, searchable, selector)
+            depth = min(4 * depth, searchable_count)
+            hits = self._search_lists(vector, depth, searchable_count, selector)
         return hits[np.lexsort((hits.rows, -hits.scores))[:limit]]
 
-    def _search_lists(self, vector: Vectors, limit: int, searchable: int, selector: Any) -> Hits:
+    def _search_lists(self, vector: Vectors, limit: int, searchable_count: int, selector: Any) -> Hits:
         layout = self.layout
         nprobe = layout.nprobe
         if selector is not None:
-            nprobe = min(layout.nlist, round(nprobe * self._rows / searchable))
+            nprobe = min(layout.nlist, round(nprobe * self._rows / searchable_count))
         query = np.ascontiguousarray(vector, np.float32).reshape(1, -1)
         while True:
             parameters = faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)

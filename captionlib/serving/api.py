@@ -143,9 +143,12 @@ def search_images(
         ),
     ] = None,
     duplicates: Annotated[
-        Literal["all", "kept"],
-        Query(description="Use kept to leave out images that are marked as duplicates of another.", examples=["all"]),
-    ] = "all",
+        Literal["include", "exclude"],
+        Query(
+            description="Use exclude to leave out images that are marked as duplicates of another image.",
+            examples=["include"],
+        ),
+    ] = "include",
     min_log_prob: Annotated[
         float | None,
         Query(
@@ -158,16 +161,16 @@ def search_images(
     sort: Annotated[
         Sort,
         Query(
-            description="Order of the results with mode=text: by match with the query, by probability of the caption, "
-            "or by similarity of caption and image; best first.",
+            description="Order of the results with mode=text: match with the query (relevance), probability of the "
+            "caption (log_prob), or similarity of caption and image (image_text_score). The best result is first.",
             examples=["relevance"],
         ),
     ] = "relevance",
 ) -> SearchResponse:
     if mode not in service.modes:
         raise HTTPException(400, f"mode {mode} is not available; expected {' or '.join(service.modes)}")
-    kept_only = duplicates == "kept"
-    search = Search(q, mode, split or None, min_log_prob, sort, source or None, date or None, kept_only)
+    exclude_duplicates = duplicates == "exclude"
+    search = Search(q, mode, split or None, min_log_prob, sort, source or None, date or None, exclude_duplicates)
     return service.search(search, cursor, limit)
 
 
@@ -181,7 +184,7 @@ def list_failures(
     service: Service,
     reason: Annotated[
         str | None,
-        Query(max_length=100, description="Return only images with this failure.", examples=["Truncated"]),
+        Query(max_length=100, description="Return only images that failed for this reason.", examples=["Truncated"]),
     ] = None,
     source: SourceName = None,
     cursor: Annotated[
@@ -277,7 +280,7 @@ async def get_thumbnail(
     try:
         uri = await run_in_threadpool(service.get_image_uri, image_id)
         content = await thumbnails.get(uri, size)
-    except ImageError as error:  # the message is not shown, because it may contain the private URI of the image
+    except ImageError as error:  # its message is not shown, because it may contain the private URI of the image
         if request.headers.get("accept", "").startswith("image/"):  # an <img> element
             return Response(_PLACEHOLDER_SVG, 404, media_type="image/svg+xml")
         return render_problem(make_problem(404, f"image {image_id} cannot be read", reason=error.reason))

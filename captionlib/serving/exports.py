@@ -28,7 +28,7 @@ class Exports:
     def start(
         self, rows: Sequence[Mapping[str, Any]], fetch: Callable[[str], Awaitable[bytes]]
     ) -> AsyncIterator[bytes]:
-        """Returns the parts of a tar. Images that cannot be fetched are listed in its last member, `__failures__`.
+        """Returns the parts of a tar. Images that cannot be exported are listed in its last member, `__failures__`.
 
         Args:
             rows: rows of the index. The addresses of the images are not exported.

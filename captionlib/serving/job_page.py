@@ -1,4 +1,4 @@
-"""A web page of the progress of a job, computed from the dataset (folder of Parquet files) that the job writes."""
+"""A web page that shows the progress of a job, based on the dataset (Parquet files) that the job writes."""
 
 import os
 import threading

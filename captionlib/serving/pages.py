@@ -38,7 +38,7 @@ __all__ = ["Pages", "router"]
 _PAGE_RESULTS = 48
 _EXAMPLES = 12  # example images on a page without results
 _TALLEST, _WIDEST = 0.5, 2.5  # limits of the aspect ratio of a search result; see page.css
-_DEFAULTS = {"mode": "text", "sort": "relevance", "duplicates": "all"}
+_DEFAULTS = {"mode": "text", "sort": "relevance", "duplicates": "include"}
 _MAX_MONTHS = 24  # with more months, the date filter lists years
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "June", "July", "Aug", "Sept", "Oct", "Nov", "Dec")
 _EXPORT_TYPES = {"csv": "text/csv; charset=utf-8", "parquet": "application/vnd.apache.parquet"}
@@ -60,8 +60,8 @@ _REASONS = {
     "DecoderDied": "decoding failed",
     "Empty": "the file is empty",
     "Forbidden": "access is denied",
-    "ForbiddenHost": "the server does not fetch images from private hosts",
-    "MissingPackage": "a package that reads the address is not installed",
+    "ForbiddenHost": "fetching images from private hosts is not allowed",
+    "MissingPackage": "a package needed to read the address is not installed",
     "NotAnImage": "the file is not an image",
     "NotAFile": "the address is not a file",
     "NotFound": "the image was not found",
@@ -123,12 +123,12 @@ def _read_search(
     sort: str = "relevance",
     source: Annotated[str, Query(max_length=300)] = "",
     date: str = "",
-    duplicates: str = "all",
-    like: str = "",
+    duplicates: str = "include",
+    similar_to: str = "",
 ) -> Search:
     """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default.
 
-    `source` is the name of a captions dataset. `like` is the id of an image; the search returns similar images.
+    `source` is the name of a captions dataset. `similar_to` is the id of an image; the search returns similar images.
     """
     return Search(
         query=q,
@@ -137,8 +137,8 @@ def _read_search(
         sort=next((known for known in get_args(Sort) if known == sort), "relevance"),
         source=source or None,
         date=date if date and re.fullmatch(DATE_PATTERN, date) else None,
-        kept_only=duplicates == "kept",
-        like=None if q.strip() else like or None,
+        exclude_duplicates=duplicates == "exclude",
+        similar_to=None if q.strip() else similar_to or None,
     )
 
 
@@ -186,7 +186,7 @@ def show_image(
     image_id: ImageId,
     position: Annotated[int, Query(alias="at", ge=-1)] = -1,
 ) -> HTMLResponse:
-    is_result = 0 <= position <= MAX_OFFSET and (search.query.strip() or search.like)
+    is_result = 0 <= position <= MAX_OFFSET and (search.query.strip() or search.similar_to)
     previous, following = service.find_adjacent(search, position, image_id) if is_result else (None, None)
     image = service.get_image(image_id)
     return pages.render(
@@ -281,15 +281,15 @@ class _Facet:
 
     Attributes:
         name: name of the parameter in the URL.
-        label: name of the facet.
-        unset: label of the choice that does not restrict the search.
+        label: displayed name of the facet.
+        unset_label: label of the choice that does not restrict the search.
         selected: the chosen value; empty if there is none.
         options: the values, their labels and the number of images with each.
     """
 
     name: str
     label: str
-    unset: str
+    unset_label: str
     selected: str
     options: list[tuple[str, str, int]]
 
@@ -305,8 +305,9 @@ def _list_facets(service: SearchService, search: Search, counts: FacetsResponse 
     ]
     shown = [facet for facet in facets if facet.selected or len(facet.options) > 1]
     if service.count_duplicates():
-        kept = [("kept", "Without duplicates", counts.kept)]
-        shown.append(_Facet("duplicates", "Duplicates", "With duplicates", "kept" if search.kept_only else "", kept))
+        options = [("exclude", "Without duplicates", counts.non_duplicates)]
+        selected = "exclude" if search.exclude_duplicates else ""
+        shown.append(_Facet("duplicates", "Duplicates", "With duplicates", selected, options))
     return shown
 
 
@@ -356,9 +357,9 @@ def _format_search(search: Search, path: str = "/", **changes: Any) -> str:
         "split": search.split,
         "source": search.source,
         "date": search.date,
-        "duplicates": "kept" if search.kept_only else "all",
+        "duplicates": "exclude" if search.exclude_duplicates else "include",
         "sort": search.sort,
-        "like": search.like,
+        "similar_to": search.similar_to,
     }
     parameters = {
         name: value for name, value in (values | changes).items() if value not in (_DEFAULTS.get(name), None, "")

@@ -67,7 +67,7 @@ class FacetsResponse(BaseModel):
     dates: dict[str, int] = Field(
         description="Number of images by the month of the last modification. Images without a date are not counted."
     )
-    kept: int = Field(description="Number of images that are not marked as duplicates.")
+    non_duplicates: int = Field(description="Number of images that are not marked as duplicates.")
     duplicates: int = Field(description="Number of images that are marked as duplicates of another image.")
 
 

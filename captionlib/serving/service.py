@@ -74,8 +74,8 @@ class Search:
         sort: order of the results in mode `text`.
         source: name of the captions dataset of the images; None for all.
         date: year or month in which the files of the images were last modified; None for all.
-        kept_only: whether to leave out images that are marked as duplicates.
-        like: id of an image in the index, to find similar images. It is used only if there is no query.
+        exclude_duplicates: whether to leave out images that are marked as duplicates.
+        similar_to: id of an image in the index, to find similar images. It is used only if there is no query.
     """
 
     query: str = ""
@@ -85,17 +85,17 @@ class Search:
     sort: Sort = "relevance"
     source: str | None = None
     date: str | None = None
-    kept_only: bool = False
-    like: str | None = None
+    exclude_duplicates: bool = False
+    similar_to: str | None = None
 
     @property
     def filter(self) -> Filter:
-        return Filter(None, self.split, self.min_log_prob, self.source, self.date, self.kept_only)
+        return Filter(None, self.split, self.min_log_prob, self.source, self.date, self.exclude_duplicates)
 
     @property
     def is_empty(self) -> bool:
         """Whether the search has no query and no image. It may have a filter."""
-        return not self.query.strip() and self.like is None
+        return not self.query.strip() and self.similar_to is None
 
 
 class SearchService:
@@ -178,8 +178,8 @@ class SearchService:
         try:
             if search.is_empty:
                 table = self.index.sample(0)
-            elif not query.strip() and search.like is not None:
-                table = self.index.search_similar(search.like, *page)
+            elif not query.strip() and search.similar_to is not None:
+                table = self.index.search_similar(search.similar_to, *page)
             elif search.mode == "text":
                 table, counts = self.index.search_text_and_count(query, *page, search.sort)
                 response.total = counts.total
@@ -196,7 +196,7 @@ class SearchService:
             splits=counts.splits,
             sources=counts.sources,
             dates=counts.months,
-            kept=counts.kept,
+            non_duplicates=counts.non_duplicates,
             duplicates=counts.duplicates,
         )
         if response.total == 0:
@@ -339,9 +339,10 @@ class SearchService:
 
 
 def make_cursor(offset: int, search: object) -> str:
-    """Returns the cursor that continues a search, or another list, at an offset.
+    """Returns the cursor of the page that starts at an offset.
 
-    The cursor contains a checksum of `search`, so it is rejected for a different search.
+    The cursor contains a checksum of `search`, the parameters of a search or of another list, so it is rejected for
+    different parameters.
     """
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
@@ -379,9 +380,9 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
     """Converts the candidate captions of a row.
 
-    `word_probability` requires the number of tokens, which the index stores only for the best candidate. If that is the
-    number of its words plus one (for the END token), tokens are words, and the tokens of the other candidates can be
-    counted too. Otherwise, `word_probability` is None.
+    `word_probability` requires the number of tokens, which the index stores only for the best candidate. If the best
+    candidate has one more token than words (the END token), tokens are words, so the tokens of all candidates can be
+    counted. Otherwise, `word_probability` is None.
     """
     tokens_are_words = row["tokens"] == len(row["caption"].split()) + 1
     return [

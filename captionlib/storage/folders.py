@@ -48,7 +48,7 @@ _ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memor
 
 _FULL_DISK_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}  # full, quota, read-only, file too large
 
-_FILES_PER_REQUEST = 1000  # for `read_many`, which holds the files of one request in memory
+_FILES_PER_BATCH = 1000  # for `read_many`, which holds the files of one batch in memory
 
 
 @dataclass(init=False, unsafe_hash=True)
@@ -155,7 +155,7 @@ class Folder:
     def read_many(self, names: Iterable[str]) -> Iterator[bytes]:
         """Yields the contents of small files in any order. Skips missing files. Reads remote files concurrently."""
         paths = map(self.path, names)
-        while remaining := list(islice(paths, _FILES_PER_REQUEST)):
+        while remaining := list(islice(paths, _FILES_PER_BATCH)):
             while remaining:
                 contents, remaining = call_with_retries(remaining[0], partial(_read_batch, self.fs, remaining))
                 yield from contents

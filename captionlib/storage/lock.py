@@ -33,7 +33,7 @@ def lock_folder(folder: Folder, command: str) -> Iterator[None]:
 
     Args:
         folder: folder to lock.
-        command: name of this command, shown in the error messages of other processes that need the folder.
+        command: name of the running command, shown in the error messages of other processes that need the folder.
 
     Raises:
         LockError: another process holds the lock.

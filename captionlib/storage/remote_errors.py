@@ -67,7 +67,7 @@ def get_http_status(error: BaseException) -> int | None:
 
 
 def get_retry_after(error: BaseException) -> float | None:
-    """Returns the seconds to wait according to the header `Retry-After`, or None if the response lacks it."""
+    """Returns the seconds to wait according to the header `Retry-After`, or None if it is missing or invalid."""
     for exception in (error, error.__cause__):
         response: Any = getattr(exception, "response", None)
         if isinstance(response, Mapping):  # botocore

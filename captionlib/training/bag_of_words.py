@@ -40,7 +40,7 @@ class BagOfWordsObjective(CaptioningObjective[CaptionerNetwork]):
     def _score_words(self, batch: CaptionBatch) -> Tensor:
         """Returns the log-probability of each caption word that is in the vocabulary, `[words] float32`."""
         words = np.fromiter(chain.from_iterable(batch.sentences), np.int64)
-        image_of_word = np.repeat(batch.image_of_sentence, [len(sentence) for sentence in batch.sentences])
+        image_of_word = np.repeat(batch.image_of_caption, [len(sentence) for sentence in batch.sentences])
         is_known = words != UNKNOWN
         log_probs = self.model.predict_bag_of_words(torch.from_numpy(batch.features).to(self._device))
         rows, columns = (torch.from_numpy(ids[is_known]).to(self._device) for ids in (image_of_word, words))

@@ -78,7 +78,7 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         scores: TokenLogProbs = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
-            torch.from_numpy(batch.image_of_sentence).to(self._device),
+            torch.from_numpy(batch.image_of_caption).to(self._device),
             mean_log_probs,
         )
         return scores

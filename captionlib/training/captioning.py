@@ -17,7 +17,7 @@ from captionlib.data.batches.captions import (
     read_references,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.text.vocabulary import END, Level, Vocabulary
+from captionlib.data.text.vocabulary import END, Tokenization, Vocabulary
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import save_captioner
@@ -58,12 +58,12 @@ class CaptionerTrainingConfig:
         self_critical: settings of the self-critical objective.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
+        tokenization: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
             captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
         max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if `level` is `characters`.
+            or 200 characters if `tokenization` is `characters`.
         batch_images: images per batch in each process. The batch contains all captions of these images.
         random_crop: crop feature maps to at least this fraction of their height and width; 0 disables cropping.
         horizontal_flip: flip feature maps with probability 0.5. This has an effect only with attention or `encoder_top`
@@ -72,7 +72,7 @@ class CaptionerTrainingConfig:
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
         word_vectors: a word2vec, GloVe or fastText file with vectors that initialize the word embeddings.
         init_from: the checkpoint of a captioner to start from. Its weights, architecture, vocabulary and feature
-            statistics are kept, and `level`, `min_count` and `vocabulary_size` have no effect.
+            statistics are kept, and `tokenization`, `min_count` and `vocabulary_size` have no effect.
         label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.
         best_by: the score that selects the best epoch, `perplexity` or the `cider` of generated captions (needs Java).
         decoding: how to generate captions for CIDEr. Its `max_tokens` also limits self-critical samples.
@@ -84,7 +84,7 @@ class CaptionerTrainingConfig:
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    level: Level = "words"
+    tokenization: Tokenization = "words"
     min_count: PositiveInt = 5
     vocabulary_size: PositiveInt = 8000
     max_words: PositiveInt | None = None
@@ -104,9 +104,10 @@ class CaptionerTrainingConfig:
             raise ConfigError(
                 "word_vectors: expected none with init_from, whose checkpoint already has word vectors; leave it out"
             )
-        if self.word_vectors is not None and self.level != "words":
+        if self.word_vectors is not None and self.tokenization != "words":
             raise ConfigError(
-                f"word_vectors: expected level words, got {self.level}; change level or leave word_vectors out"
+                f"word_vectors: expected tokenization words, got {self.tokenization}; change it or leave "
+                "word_vectors out"
             )
         if self.objective == "self_critical" and self.init_from is None:
             raise ConfigError(
@@ -201,7 +202,7 @@ def _initialize(
         provenance["init_from"] = {"checkpoint": config.init_from, "fingerprint": initial.fingerprint}
         return initial.model, initial.vocabulary, replace(config, captioner=initial.config), provenance
     captions = read_captions(dataset, config.train_splits)
-    vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
+    vocabulary = Vocabulary.from_captions(captions, config.min_count, config.tokenization, config.vocabulary_size)
     weights_file = weights or dataset.encoder_weights or None
     model = build_captioner(config.captioner, dataset, config.train_splits, vocabulary, weights_file)
     if config.word_vectors is not None:
@@ -258,8 +259,8 @@ def _make_batches(
     if augmentation and len(get_feature_shape(dataset)) == 1:
         raise DatasetError(
             f"{dataset.folder.uri}: random_crop and horizontal_flip need feature maps [positions, channels], got "
-            "one vector per image; extract with pooling none at a node with spatial output, such as features.29 of "
-            "vgg16, or leave both out"
+            "one vector per image; extract features with pooling none at a node with spatial output, such as "
+            "features.29 of vgg16, or leave both out"
         )
     encode, buffer_bytes = make_caption_tokenizer(vocabulary, config.max_words), config.shuffle_buffer_megabytes << 20
     pooled = model.attention_module is None and model.encoder_top is None

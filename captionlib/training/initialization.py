@@ -60,7 +60,7 @@ def build_captioner(
     if config.attention_size and len(shape) == 1:
         raise DatasetError(
             f"{dataset.folder.uri}: attention needs feature maps [positions, channels], got one vector per image; "
-            "extract with pooling none at a node with spatial output, such as features.29 of vgg16, or set "
+            "extract features with pooling none at a node with spatial output, such as features.29 of vgg16, or set "
             "captioner.attention_size to 0"
         )
     encoder_top = None

@@ -15,7 +15,7 @@ from torch import Tensor
 from captionlib.config import configclass, to_dict
 from captionlib.data.batches.text import SentenceBatches, SequenceBatches, TextBatches
 from captionlib.data.text.corpora import TextLayout, open_corpus
-from captionlib.data.text.vocabulary import END, PAD, Level, Vocabulary
+from captionlib.data.text.vocabulary import END, PAD, Tokenization, Vocabulary
 from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.checkpoints.checkpoint import save_language_model
@@ -35,8 +35,8 @@ class LanguageModelTrainingConfig:
     Attributes:
         model: the architecture.
         training: settings of the training loop.
-        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the text
-            and require `pip install captionlib[subwords]`.
+        tokenization: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
+            text and require `pip install captionlib[subwords]`.
         layout: the layout of a text file, `sentences` (one per line) or `continuous` (one long text).
         train_splits: the training splits, if the text is the captions of a dataset.
         validation_splits: the splits that select the best epoch, if the text is the captions of a dataset.
@@ -51,7 +51,7 @@ class LanguageModelTrainingConfig:
 
     model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    level: Level = "words"
+    tokenization: Tokenization = "words"
     layout: TextLayout = "sentences"
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
@@ -96,8 +96,8 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork])
         no_image = torch.zeros(1, 0, device=self._device)  # all sentences share one image without features
         scores = self.model(no_image, sentences, sentences.new_zeros(len(sentences)))
         log_probs: Tensor = scores.log_probs
-        # The model appends END to each row. log_probs is ordered by time step, and all sequences have the same length,
-        # so the last len(sentences) entries are those of END. They are dropped for continuous text.
+        # The model appends END to each row, but continuous text has no END, so these entries are dropped. They are the
+        # last ones, because log_probs is ordered by time step and all sequences of a continuous text are equally long.
         return log_probs if rows_are_sentences else log_probs[: -len(sentences)]
 
 
@@ -125,7 +125,7 @@ def train_language_model(
     prepare_run_folder(folder, overwrite)
     model_device = resolve_device(device)
     vocabulary = Vocabulary.from_captions(
-        corpus.read_training(), config.min_count, config.level, config.vocabulary_size
+        corpus.read_training(), config.min_count, config.tokenization, config.vocabulary_size
     )
     training = _make_batches(corpus.read_training(), vocabulary, config, config.max_tokens)
     validation = _make_batches(corpus.read_validation(), vocabulary, config)

@@ -23,7 +23,7 @@ from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup
 from captionlib.training.interrupts import catch_stop_signals
-from captionlib.training.metrics_log import draw_curves, log_epoch
+from captionlib.training.metrics_log import log_epoch, plot_curves
 from captionlib.training.objective import Batch, Model, Objective
 from captionlib.training.optimization import (
     TrainingConfig,
@@ -69,8 +69,8 @@ def train(
 
     Returns:
         The metrics of each epoch: `epoch`, `loss`, the mean `reward` of sampled captions if the objective has rewards,
-        the validation scores, `learning_rate`, `total_seconds` of training since the first epoch, and `data_wait`, the
-        fraction of this time that was spent waiting for data.
+        the validation scores, `learning_rate`, `total_seconds` of training since the first epoch, and
+        `data_wait_fraction`, the fraction of this time that was spent waiting for data.
 
     Raises:
         DatasetError: the folder holds a run with a different configuration, or its checkpoint has been removed.
@@ -86,7 +86,7 @@ def train(
             run.require_better_than_unigram()
             run.train_epoch(is_stop_requested, progress)
             run.complete_epoch(progress)
-        run.draw_new_curves()
+        run.plot_new_curves()
         run.require_better_than_unigram()
         run.require_checkpoint()
     return run.state.history
@@ -112,8 +112,8 @@ class _Run(Generic[Batch, Model]):
         self._optimizer = make_optimizer(model, config, objective.module_learning_rates)
         self._scheduler = make_scheduler(self._optimizer, config, self._steps_per_epoch)
         self._average = None if config.ema_decay is None else average_weights(model, config.ema_decay)
-        self._curves_drawn_time = time.monotonic()
-        self._curves_drawn_epochs = 0
+        self._curves_plotted_time = time.monotonic()
+        self._curves_plotted_epochs = 0
         seed_everything(config.seed + self.group.rank)
 
     def resume(self) -> None:
@@ -259,15 +259,15 @@ class _Run(Generic[Batch, Model]):
             self._require_finite(scores)
             self._record_epoch(scores, progress)
         self.save()
-        if time.monotonic() > self._curves_drawn_time + _CURVES_INTERVAL_SECONDS:
-            self.draw_new_curves()
+        if time.monotonic() > self._curves_plotted_time + _CURVES_INTERVAL_SECONDS:
+            self.plot_new_curves()
 
-    def draw_new_curves(self) -> None:
+    def plot_new_curves(self) -> None:
         """Plots the metrics of all epochs, unless the plot is up to date."""
         history = self.state.history
-        if self.group.is_first and len(history) > self._curves_drawn_epochs:
-            draw_curves(self._output, history)
-            self._curves_drawn_time, self._curves_drawn_epochs = time.monotonic(), len(history)
+        if self.group.is_first and len(history) > self._curves_plotted_epochs:
+            plot_curves(self._output, history)
+            self._curves_plotted_time, self._curves_plotted_epochs = time.monotonic(), len(history)
 
     def _record_epoch(self, scores: dict[str, float], progress: bool) -> None:
         """Logs the metrics of an epoch, writes the checkpoint if the epoch is the best so far, and ends the epoch."""
@@ -279,7 +279,7 @@ class _Run(Generic[Batch, Model]):
             **scores,
             "learning_rate": self._config.learning_rate * factor,
             "total_seconds": round(state.training_seconds, 1),
-            "data_wait": round(state.data_wait_seconds / max(state.training_seconds, 1e-9), 4),
+            "data_wait_fraction": round(state.data_wait_seconds / max(state.training_seconds, 1e-9), 4),
         }
         state.history.append(row)
         if progress:

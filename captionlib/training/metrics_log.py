@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 from captionlib.storage.folders import Folder, scratch_folder
 
-__all__ = ["CURVES", "METRICS", "TENSORBOARD", "draw_curves", "log_epoch"]
+__all__ = ["CURVES", "METRICS", "TENSORBOARD", "log_epoch", "plot_curves"]
 
 CURVES = "curves.png"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
+_NOT_PLOTTED = frozenset({"epoch", "total_seconds", "learning_rate", "data_wait_fraction"})
+
 Row = dict[str, float]
-"""Metrics of an epoch. `data_wait` is the fraction of the training time spent waiting for data."""
+"""Metrics of an epoch. `data_wait_fraction` is the fraction of the training time spent waiting for data."""
 
 
 def log_epoch(output: Folder, history: Sequence[Row]) -> None:
@@ -39,12 +41,12 @@ def _serialize_events(row: Row) -> bytes:
         return path.read_bytes()
 
 
-def draw_curves(output: Folder, history: Sequence[Row]) -> None:
+def plot_curves(output: Folder, history: Sequence[Row]) -> None:
     """Plots the loss and the validation scores of all epochs in `curves.png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in history[0] if name not in {"epoch", "total_seconds", "learning_rate", "data_wait"}]
+    names = [name for name in history[0] if name not in _NOT_PLOTTED]
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(4.5 * len(names), 3.4), layout="constrained")
     FigureCanvasAgg(figure)

@@ -23,7 +23,7 @@ from captionlib.data.batches.captions import (
     read_captions,
 )
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.text.vocabulary import Level, Vocabulary
+from captionlib.data.text.vocabulary import Tokenization, Vocabulary
 from captionlib.evaluation.retrieval import score_retrieval
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import save_ranker
@@ -55,12 +55,12 @@ class RankerTrainingConfig:
         warmup_epochs: the number of initial epochs in which `hard_negative` uses all negatives.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch. All their images are ranked together.
-        level: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
+        tokenization: what a token is: `words`, `characters`, or subwords (`bpe` or `unigram`), which are trained on the
             captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
         max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if `level` is `characters`.
+            or 200 characters if `tokenization` is `characters`.
         batch_images: images per batch in each process. All negatives come from the batch of the same process.
         captions_per_image: the number of captions to sample per image and epoch; 0 uses all captions.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
@@ -83,7 +83,7 @@ class RankerTrainingConfig:
     warmup_epochs: NonNegativeInt = 5
     train_splits: tuple[str, ...] = ("train", "restval")
     validation_splits: tuple[str, ...] = ("val", "dev")
-    level: Level = "words"
+    tokenization: Tokenization = "words"
     min_count: PositiveInt = 4
     vocabulary_size: PositiveInt = 8000
     max_words: PositiveInt | None = None
@@ -135,15 +135,15 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
     def loss(self, batch: RankingBatch) -> BatchLoss:
         """Computes the mean loss over all pairs of an image and one of its captions."""
         images, captions = self._embed(batch.captions)
-        image_of_sentence = torch.from_numpy(batch.captions.image_of_sentence).to(self._device)
+        image_of_caption = torch.from_numpy(batch.captions.image_of_caption).to(self._device)
         with torch.autocast(self._device.type, enabled=False):  # a temperature of 0.04 amplifies rounding errors
             scores = images.float() @ captions.float().t()
         if self._config.loss == "contrastive":
-            loss = contrastive_loss(scores, image_of_sentence, self.model.log_temperature)
+            loss = contrastive_loss(scores, image_of_caption, self.model.log_temperature)
         else:
             hard_negatives = self._config.loss == "hard_negative" and batch.epoch >= self._config.warmup_epochs
-            loss = max_margin_loss(scores, image_of_sentence, self._config.margin, hard_negatives)
-        return BatchLoss(loss, loss.item() * len(image_of_sentence), len(image_of_sentence))
+            loss = max_margin_loss(scores, image_of_caption, self._config.margin, hard_negatives)
+        return BatchLoss(loss, loss.item() * len(image_of_caption), len(image_of_caption))
 
     def validate(self) -> dict[str, float]:
         """Computes the mean recall and the median ranks of retrieval in both directions."""
@@ -152,7 +152,7 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
             image_embeddings, caption_embeddings = self._embed(batch)
             images.append(image_embeddings.float().cpu().numpy())
             captions.append(caption_embeddings.float().cpu().numpy())
-            image_of_caption.append(batch.image_of_sentence + image_count)
+            image_of_caption.append(batch.image_of_caption + image_count)
             image_count += len(image_embeddings)
         scores = score_retrieval(np.concatenate(images), np.concatenate(captions), np.concatenate(image_of_caption))
         return {
@@ -173,12 +173,12 @@ def sample_captions(batch: CaptionBatch, count: int, generator: np.random.Genera
     if not count:
         return batch
     shuffled = generator.permutation(len(batch.sentences))
-    shuffled = shuffled[np.argsort(batch.image_of_sentence[shuffled], kind="stable")]
-    images = batch.image_of_sentence[shuffled]
+    shuffled = shuffled[np.argsort(batch.image_of_caption[shuffled], kind="stable")]
+    images = batch.image_of_caption[shuffled]
     position = np.arange(len(images)) - np.searchsorted(images, images)  # index of each caption within its image
     selected = shuffled[position < count]
     sentences = [batch.sentences[index] for index in selected]
-    return CaptionBatch(batch.features, sentences, batch.image_of_sentence[selected])
+    return CaptionBatch(batch.features, sentences, batch.image_of_caption[selected])
 
 
 def train_ranker(
@@ -231,7 +231,7 @@ def train_ranker(
 
 def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, device: torch.device) -> RankingObjective:
     captions = read_captions(dataset, config.train_splits)
-    vocabulary = Vocabulary.from_captions(captions, config.min_count, config.level, config.vocabulary_size)
+    vocabulary = Vocabulary.from_captions(captions, config.min_count, config.tokenization, config.vocabulary_size)
     encode, buffer_bytes = make_caption_tokenizer(vocabulary, config.max_words), config.shuffle_buffer_megabytes << 20
     training = CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled=True)
     validation = CaptionBatches(

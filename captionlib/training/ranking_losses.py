@@ -1,6 +1,6 @@
 """Losses that raise the similarity of captions to their own images and lower their similarity to other images.
 
-`scores` is `[images, captions]`, and `image_of_sentence` is `[captions] int64`, the row in `scores` of the image that
+`scores` is `[images, captions]`, and `image_of_caption` is `[captions] int64`, the row in `scores` of the image that
 each caption describes. Other captions of the same image are not negatives.
 """
 
@@ -11,31 +11,31 @@ from torch import Tensor
 __all__ = ["contrastive_loss", "max_margin_loss"]
 
 
-def max_margin_loss(scores: Tensor, image_of_sentence: Tensor, margin: float, hard_negatives: bool = False) -> Tensor:
+def max_margin_loss(scores: Tensor, image_of_caption: Tensor, margin: float, hard_negatives: bool = False) -> Tensor:
     """Computes the max-margin ranking loss, averaged over all pairs of an image and one of its captions.
 
     For a pair with score p, a negative with score n costs max(0, margin - p + n). The image's negatives are the
     captions of other images, and the caption's negatives are the other images. The loss of a pair is the sum of the
     costs of all its negatives (Karpathy & Fei-Fei 2015). With `hard_negatives`, it is the sum of only two costs: the
-    image's highest and the caption's highest (Faghri et al. 2018, VSE++).
+    highest among the image's negatives and the highest among the caption's negatives (Faghri et al. 2018, VSE++).
 
     Args:
         scores: `[images, captions]`, cosine similarities.
-        image_of_sentence: `[captions] int64`.
+        image_of_caption: `[captions] int64`.
         margin: the margin by which the score of a pair must exceed the scores of its negatives.
         hard_negatives: use only the hardest negative of the image and the hardest negative of the caption.
     """
-    is_negative = _find_negatives(scores, image_of_sentence)
-    pairs = _select_pair_scores(scores, image_of_sentence)
+    is_negative = _find_negatives(scores, image_of_caption)
+    pairs = _select_pair_scores(scores, image_of_caption)
     image_costs = F.relu(margin - pairs + scores) * is_negative  # [images, captions]
-    caption_scores = scores[image_of_sentence]  # [captions, captions], all captions for the image of each caption
-    caption_costs = F.relu(margin - pairs[:, None] + caption_scores) * is_negative[image_of_sentence]
+    caption_scores = scores[image_of_caption]  # [captions, captions], all captions for the image of each caption
+    caption_costs = F.relu(margin - pairs[:, None] + caption_scores) * is_negative[image_of_caption]
     if hard_negatives:
         return (image_costs.amax(0) + caption_costs.amax(1)).mean()
     return (image_costs.sum(0) + caption_costs.sum(1)).mean()
 
 
-def contrastive_loss(scores: Tensor, image_of_sentence: Tensor, log_temperature: Tensor) -> Tensor:
+def contrastive_loss(scores: Tensor, image_of_caption: Tensor, log_temperature: Tensor) -> Tensor:
     """Computes the contrastive loss (InfoNCE, van den Oord et al. 2018, arXiv 1807.03748) in both directions.
 
     A pair costs -ln softmax(score / temperature). From caption to image, the softmax is over all images. From image to
@@ -44,23 +44,23 @@ def contrastive_loss(scores: Tensor, image_of_sentence: Tensor, log_temperature:
 
     Args:
         scores: `[images, captions]`, cosine similarities.
-        image_of_sentence: `[captions] int64`.
+        image_of_caption: `[captions] int64`.
         log_temperature: `[]`, the natural logarithm of the temperature.
     """
     logits = scores * torch.exp(-log_temperature)
-    image_loss = F.cross_entropy(logits.t(), image_of_sentence)
-    is_negative = _find_negatives(scores, image_of_sentence)
-    negatives = logits.masked_fill(~is_negative, float("-inf"))[image_of_sentence]  # [captions, captions]
-    pairs = _select_pair_scores(logits, image_of_sentence)
+    image_loss = F.cross_entropy(logits.t(), image_of_caption)
+    is_negative = _find_negatives(scores, image_of_caption)
+    negatives = logits.masked_fill(~is_negative, float("-inf"))[image_of_caption]  # [captions, captions]
+    pairs = _select_pair_scores(logits, image_of_caption)
     caption_loss = (torch.logsumexp(torch.cat([pairs[:, None], negatives], 1), 1) - pairs).mean()
     return (image_loss + caption_loss) / 2
 
 
-def _find_negatives(scores: Tensor, image_of_sentence: Tensor) -> Tensor:
+def _find_negatives(scores: Tensor, image_of_caption: Tensor) -> Tensor:
     """Returns `[images, captions] bool`, which is True where the caption describes a different image."""
-    return torch.arange(len(scores), device=scores.device)[:, None] != image_of_sentence
+    return torch.arange(len(scores), device=scores.device)[:, None] != image_of_caption
 
 
-def _select_pair_scores(scores: Tensor, image_of_sentence: Tensor) -> Tensor:
+def _select_pair_scores(scores: Tensor, image_of_caption: Tensor) -> Tensor:
     """Returns the score of each caption with its own image, `[captions]`."""
-    return scores.gather(0, image_of_sentence[None])[0]
+    return scores.gather(0, image_of_caption[None])[0]

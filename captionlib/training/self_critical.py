@@ -163,13 +163,14 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         with torch.autocast(kind, enabled=False):
             start: Hypotheses = captioner.begin(captioner.encode_images(torch.from_numpy(batch.features)))
             candidates = search_beam(captioner, self._greedy, self._constraints, start)
+        # The token count includes END, unless the caption was truncated.
         return [[*best.token_ids, END][: best.token_count] for (best,) in candidates]
 
     def _compute_rewards(self, batch: CaptionBatch, sampled: list[list[int]]) -> tuple[Rewards, Rewards]:
         """Returns the rewards of the samples and their advantages (reward - baseline), `[images, samples]` each."""
         samples = self._config.samples
         references: list[list[list[int]]] = [[] for _ in batch.features]
-        for sentence, image in zip(batch.sentences, batch.image_of_sentence, strict=True):
+        for sentence, image in zip(batch.sentences, batch.image_of_caption, strict=True):
             references[image].append([*sentence, END])
         per_image = [sampled[begin : begin + samples] for begin in range(0, len(sampled), samples)]
         rewards = np.array(list(map(self._cider_d.score, per_image, references)))

@@ -90,7 +90,7 @@ def test_missing_marker_is_an_error_rather_than_a_missing_shard(manifest: Path, 
 
 
 @pytest.mark.parametrize(
-    ("to", "name", "content"),
+    ("export_format", "name", "content"),
     [
         ("webdataset", "part-00000.tar", None),
         ("metadata", "part-00000/metadata.jsonl", None),
@@ -99,12 +99,12 @@ def test_missing_marker_is_an_error_rather_than_a_missing_shard(manifest: Path, 
     ],
 )
 def test_shard_whose_files_are_missing_or_damaged_is_exported_again(
-    manifest: Path, tmp_path: Path, to: ExportFormat, name: str, content: bytes | None
+    manifest: Path, tmp_path: Path, export_format: ExportFormat, name: str, content: bytes | None
 ) -> None:
-    expected = export_images(manifest, tmp_path / "out", to)
+    expected = export_images(manifest, tmp_path / "out", export_format)
     files = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     (tmp_path / "out" / name).unlink() if content is None else (tmp_path / "out" / name).write_bytes(content)
-    assert export_images(manifest, tmp_path / "out", to) == expected
+    assert export_images(manifest, tmp_path / "out", export_format) == expected
     assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == files.keys()
 
 

@@ -22,7 +22,7 @@ def test_prepare_prints_a_summary(tmp_path: Path) -> None:
     counts = ["images 2", "captions 0", "shards 1", "split test 2", "skipped: not an image: extension .txt 1"]
     assert lines[1:] == counts
     again = prepare(tmp_path / "images", "-o", tmp_path / "manifest", "--default-split", "test")
-    assert again.stdout.splitlines()[0] == "0 new, 0 changed, 0 gone, 2 unchanged images"
+    assert again.stdout.splitlines()[0] == "0 new, 0 changed, 0 missing, 2 unchanged images"
     assert again.stdout.splitlines()[1].endswith("already prepared, nothing to do")
 
 

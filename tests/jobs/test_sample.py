@@ -38,16 +38,16 @@ def test_sample_prints_sentences(tmp_path: Path) -> None:
 
 
 def test_sample_prints_continuous_text_of_length(tmp_path: Path) -> None:
-    checkpoint = train(tmp_path, "layout=continuous", "level=characters", "sequence_length=20")
+    checkpoint = train(tmp_path, "layout=continuous", "tokenization=characters", "sequence_length=20")
     output = run("sample", checkpoint, "--count", "2", "--length", "50", "--top-k", "3", "--top-p", "0.9")
     first, second = output.split("----\n")
     assert len(first) == len(second) == 51
     assert "characters" in run("inspect", checkpoint)
 
 
-@pytest.mark.parametrize("level", ["bpe", "unigram"])
-def test_sample_continues_a_prefix_of_subwords(tmp_path: Path, level: str) -> None:
-    checkpoint = train(tmp_path, f"level={level}", "vocabulary_size=24")
+@pytest.mark.parametrize("tokenization", ["bpe", "unigram"])
+def test_sample_continues_a_prefix_of_subwords(tmp_path: Path, tokenization: str) -> None:
+    checkpoint = train(tmp_path, f"tokenization={tokenization}", "vocabulary_size=24")
     assert run("sample", checkpoint, "--prefix", "The dogs", "--length", "4").startswith("the dogs")
     with pytest.raises(ConfigError, match="prefix: expected subwords of the model's vocabulary, got 'zoo'; use a diff"):
         run("sample", checkpoint, "--prefix", "the zoo")

@@ -24,8 +24,8 @@ from tests.serving.example_site import make_site
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server_socket:
+        port: int = server_socket.getsockname()[1]
         return port
 
 
@@ -92,8 +92,8 @@ def test_nagle_algorithm_is_disabled() -> None:
             accepted.set_result(writer.get_extra_info("socket"))
 
         port = free_port()
-        with listen("127.0.0.1", port) as listening:
-            async with await asyncio.start_server(accept, sock=listening):
+        with listen("127.0.0.1", port) as server_socket:
+            async with await asyncio.start_server(accept, sock=server_socket):
                 _, client = await asyncio.open_connection("127.0.0.1", port)
                 nodelay = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
                 client.close()

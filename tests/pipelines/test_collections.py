@@ -53,7 +53,7 @@ def read_captions(collection: Path) -> dict[str, str]:
 def test_first_update_goes_from_images_to_an_index(collection: Path) -> None:
     result = update(collection)
     assert result.exit_code == 0, result.output
-    assert "9 new, 0 changed, 0 gone, 0 unchanged" in result.output
+    assert "9 new, 0 changed, 0 missing, 0 unchanged" in result.output
     assert len(read_captions(collection)) == 8
     index = open_index(collection / "index")
     assert index.get_image("red.png")["caption"] == read_captions(collection)["red.png"]
@@ -69,7 +69,7 @@ def test_next_update_follows_the_source(collection: Path, tmp_path: Path) -> Non
     Image.new("RGB", (80, 60), "teal").save(tmp_path / "images" / "teal.png")
     (tmp_path / "images" / "white.png").unlink()
     dry = update(collection, "--dry-run")
-    assert "1 new, 0 changed, 1 gone, 8 unchanged" in dry.output
+    assert "1 new, 0 changed, 1 missing, 8 unchanged" in dry.output
     assert "white.png" in read_captions(collection), "a dry run changes nothing"
     result = update(collection, "--allow-removal")
     assert result.exit_code == 0, result.output
@@ -172,7 +172,7 @@ def test_unreadable_source_stays_as_it_is_while_the_others_are_updated(two_sourc
     (tmp_path / "unmounted").rename(tmp_path / "one")
     result = update(two_sources)
     assert result.exit_code == 0
-    assert "one/manifest: 0 new, 0 changed, 0 gone, 4 unchanged" in result.output
+    assert "one/manifest: 0 new, 0 changed, 0 missing, 4 unchanged" in result.output
 
 
 def test_source_whose_images_all_fail_does_not_stop_the_others(two_sources: Path, tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_removed_images_leave_no_trace_and_do_not_come_back(collection: Path, tm
     after = read_captions(collection)
     assert after == {image_id: text for image_id, text in before.items() if image_id != "white.png"}
     again = update(collection)
-    assert "0 new, 0 changed, 0 gone, 7 unchanged" in again.output
+    assert "0 new, 0 changed, 0 missing, 7 unchanged" in again.output
     assert read_captions(collection) == after
     assert open_index(collection / "index").get_image("red.png")["caption"] == after["red.png"]
 

@@ -27,7 +27,7 @@ def test_shard_without_images_passes_all_stages(tmp_path: Path, trained: Path, e
     settings = [
         f"--set=encoder.{key}={value}" for key, value in zip(["model", "node", "pooling"], encoder, strict=True)
     ]
-    left = [*COLORS[:2], *COLORS[4:]]  # all images of the second of four shards are gone
+    left = [*COLORS[:2], *COLORS[4:]]  # all images of the second of four shards are missing
     for colors in (COLORS, left):
         rows = [
             f"{name},images/{name}.png,{'val' if name in COLORS[4:] else 'train'},a {name} field" for name in colors

@@ -76,7 +76,7 @@ def matches(index: Index, where: Filter) -> set[str]:
                 where.split is None or split == where.split or {split, where.split} == {"val", "dev"},
                 where.source is None or name == where.source,
                 where.date is None or (month is not None and month.startswith(where.date)),
-                not (where.kept_only and name == "camera" and number % 4 == 0),
+                not (where.exclude_duplicates and name == "camera" and number % 4 == 0),
                 where.min_log_prob is None or -1.0 - number >= where.min_log_prob,
             ]
             if all(tests):
@@ -106,11 +106,11 @@ def test_filters_select_the_same_rows_in_every_search(index: Index) -> None:
 def test_each_facet_counts_the_matches_of_the_other_conditions(index: Index) -> None:
     for where in FILTERS:
         counts = index.search_text_and_count("dog", 1, where=where)[1]
-        rest = (where.split, where.min_log_prob, where.source, where.date, where.kept_only)
+        rest = (where.split, where.min_log_prob, where.source, where.date, where.exclude_duplicates)
         assert counts.months.get("2026-04", 0) == len(matches(index, Filter(None, *rest[:3], "2026-04", rest[4])))
         assert counts.sources["camera"] == len(matches(index, Filter(None, *rest[:2], "camera", *rest[3:])))
-        assert counts.kept == len(matches(index, Filter(None, *rest[:4], True)))
-        assert counts.kept + counts.duplicates == len(matches(index, Filter(None, *rest[:4], False)))
+        assert counts.non_duplicates == len(matches(index, Filter(None, *rest[:4], True)))
+        assert counts.non_duplicates + counts.duplicates == len(matches(index, Filter(None, *rest[:4], False)))
 
 
 def test_duplicates_are_marked_with_the_kept_image(index: Index) -> None:

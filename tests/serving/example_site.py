@@ -105,18 +105,18 @@ def _add_captioner(models: ImageQueryModels) -> None:
 @contextmanager
 def serve_site(app: FastAPI) -> Iterator[str]:
     """Runs an application in a thread, and yields its URL."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    server_socket = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=server.run, args=([listening],))
+    thread = threading.Thread(target=server.run, args=([server_socket],))
     thread.start()
     while not server.started:
         time.sleep(0.05)
     try:
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{server_socket.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
-        listening.close()
+        server_socket.close()
 
 
 def _write_captions(folder: Path, rows: list[Row]) -> None:

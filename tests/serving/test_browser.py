@@ -246,7 +246,7 @@ def test_card_under_the_mouse_can_be_selected_and_offers_similar_images(site: st
     assert [each.value_of_css_property("opacity") for each in (link, select)] == ["0", "0"]
     ActionChains(browser).move_to_element(browser.find_element(By.CSS_SELECTOR, ".cards img")).perform()
     assert [each.value_of_css_property("opacity") for each in (link, select)] == ["1", "1"]
-    image_id = parse_qs(urlsplit(link.get_attribute("href") or "").query)["like"][0]
+    image_id = parse_qs(urlsplit(link.get_attribute("href") or "").query)["similar_to"][0]
     link.click()
     wait_for(browser, f"document.querySelector('.summary').textContent.includes('Images like {image_id}')")
     assert len(captions(browser)) > 10
@@ -313,7 +313,7 @@ def test_busy_thumbnails_are_loaded_later(site: Site, browser: WebDriver, monkey
 
 
 PAGES = (
-    *("/", "/?q=dog", "/?q=%2Bdog+%2Bgiraffe", "/?q=dog&date=2026-03&split=val", "/?like=im3"),
+    *("/", "/?q=dog", "/?q=%2Bdog+%2Bgiraffe", "/?q=dog&date=2026-03&split=val", "/?similar_to=im3"),
     *("/image?id=im3&q=dog&at=3", "/failures", "/docs", "/nothing"),
 )
 

@@ -34,12 +34,12 @@ def page(tmp_path: Path, browser: WebDriver, monkeypatch: pytest.MonkeyPatch) ->
     dataset = write(tmp_path / "data", done=2)
     for marker in dataset.read_markers().values():
         write_marker(dataset.folder, replace(marker, seconds=5.0))
-    with listen("127.0.0.1", 0) as listening:
+    with listen("127.0.0.1", 0) as server_socket:
         server = uvicorn.Server(configure_server(create_job_app(tmp_path / "data", ["127.0.0.1"])))
-        thread = threading.Thread(target=server.run, args=[[listening]])
+        thread = threading.Thread(target=server.run, args=[[server_socket]])
         thread.start()
         try:
-            browser.get(f"http://127.0.0.1:{listening.getsockname()[1]}/")
+            browser.get(f"http://127.0.0.1:{server_socket.getsockname()[1]}/")
             yield
         finally:
             server.should_exit = True

@@ -441,9 +441,9 @@ def test_facets_have_counts_of_the_search(client: TestClient) -> None:
 
 def test_images_like_an_image_have_an_address(client: TestClient) -> None:
     similar = [row["image_id"] for row in client.get("/api/v1/image?id=im3").json()["similar"]]
-    shown = [unescape(each) for each in re.findall('name="id" value="([^"]*)"', client.get("/?like=im3").text)]
+    shown = [unescape(each) for each in re.findall('name="id" value="([^"]*)"', client.get("/?similar_to=im3").text)]
     assert shown[: len(similar)] == similar
-    assert "No image nothing in the index" in client.get("/?like=nothing").text
+    assert "No image nothing in the index" in client.get("/?similar_to=nothing").text
 
 
 def test_search_without_results_suggests_others(client: TestClient) -> None:
@@ -513,6 +513,6 @@ def test_index_without_images_has_pages(tmp_path: Path) -> None:
     with TestClient(create_app(service, tmp_path / "thumbnails")) as client:
         assert "The index has no images yet" in client.get("/").text
         assert "No results for “dog”" in client.get("/?q=dog&split=val").text
-        assert "No image x in the index" in client.get("/?like=x").text
+        assert "No image x in the index" in client.get("/?similar_to=x").text
         assert "<td>broken</td>" in client.get("/failures").text
         assert client.get("/image?id=x").status_code == 404

@@ -189,7 +189,7 @@ def test_smoothed_loss_is_cross_entropy_with_smoothed_targets(features: ShardedD
     uniform = -model(
         torch.from_numpy(batch.features),
         pad_sentences(batch.sentences),
-        torch.from_numpy(batch.image_of_sentence),
+        torch.from_numpy(batch.image_of_caption),
         True,
     ).mean_log_probs.mean()
     assert smooth[0].item() == pytest.approx((0.9 * plain[0] + 0.1 * uniform).item(), rel=1e-6)
@@ -226,7 +226,7 @@ def train_rows(features: ShardedDataset) -> list[np.ndarray]:
 
 def test_attention_needs_maps(features: ShardedDataset, tmp_path: Path) -> None:
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=8))
-    with pytest.raises(DatasetError, match="got one vector per image; extract with pooling none"):
+    with pytest.raises(DatasetError, match="got one vector per image; extract features with pooling none"):
         train(features, tmp_path / "captioner", config)
 
 

@@ -98,7 +98,7 @@ def test_learns_continuous_text_by_characters(tmp_path: Path) -> None:
     config = replace(
         CONFIG,
         model=LanguageModelConfig(layers=2, hidden_size=24, embedding_size=12, dropout=0.0),
-        level="characters",
+        tokenization="characters",
         layout="continuous",
         sequence_length=42,
         training=replace(CONFIG.training, epochs=20),
@@ -115,7 +115,7 @@ def test_learns_continuous_text_by_characters(tmp_path: Path) -> None:
 def test_end_of_a_sequence_is_not_an_end_token(tmp_path: Path) -> None:
     (tmp_path / "author.txt").write_text("ab" * 500)
     config = replace(
-        CONFIG, level="characters", layout="continuous", sequence_length=10, training=TrainingConfig(epochs=1)
+        CONFIG, tokenization="characters", layout="continuous", sequence_length=10, training=TrainingConfig(epochs=1)
     )
     train(tmp_path / "author.txt", tmp_path / "model", config)
     loaded = load_language_model(tmp_path / "model")
@@ -150,7 +150,7 @@ def test_crashed_run_resumes_bit_for_bit(
         model=replace(CONFIG.model, dropout=0.5),
         training=TrainingConfig(epochs=2, checkpoint_interval_seconds=0),
         layout=layout,
-        level="characters",
+        tokenization="characters",
         sequence_length=20,
     )
     train(sentences, tmp_path / "uninterrupted", config)
@@ -188,7 +188,9 @@ def test_rejects_resuming_with_another_text(sentences: Path, tmp_path: Path) -> 
 def test_rejects_too_short_text_before_training(tmp_path: Path) -> None:
     (tmp_path / "author.txt").write_text("too short\n" * 30)
     with pytest.raises(DatasetError, match="at least two sequences of 128 tokens"):
-        train(tmp_path / "author.txt", tmp_path / "model", replace(CONFIG, layout="continuous", level="characters"))
+        train(
+            tmp_path / "author.txt", tmp_path / "model", replace(CONFIG, layout="continuous", tokenization="characters")
+        )
     assert not (tmp_path / "model" / "config.json").exists()
 
 

@@ -26,7 +26,7 @@ STEPS = 4
 @pytest.fixture(autouse=True)
 def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Saves the time of drawing curves, which other tests cover."""
-    monkeypatch.setattr("captionlib.training.loop.draw_curves", lambda *_: None)
+    monkeypatch.setattr("captionlib.training.loop.plot_curves", lambda *_: None)
 
 
 class Line:
@@ -138,7 +138,7 @@ def test_run_without_its_checkpoint_is_not_resumed(tmp_path: Path, epochs: int) 
 
 
 def test_run_whose_folder_is_removed_at_the_end_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("captionlib.training.loop.draw_curves", lambda *_: shutil.rmtree(tmp_path / "run"))
+    monkeypatch.setattr("captionlib.training.loop.plot_curves", lambda *_: shutil.rmtree(tmp_path / "run"))
     with pytest.raises(DatasetError, match="does not hold the checkpoint"):
         run(Line(), tmp_path / "run")
 
@@ -286,7 +286,7 @@ def test_run_logs_metrics_and_events(tmp_path: Path) -> None:
     history = run(Line(), tmp_path)
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == history
     assert json.loads((tmp_path / "resolved.json").read_bytes())["training"]["epochs"] == CONFIG.epochs
-    assert all(0 <= row["data_wait"] <= 1 for row in history)
+    assert all(0 <= row["data_wait_fraction"] <= 1 for row in history)
     events = [event for path in sorted((tmp_path / "tensorboard").iterdir()) for event in read_events(path)]
     losses = [
         (event.step, value.simple_value) for event in events for value in event.summary.value if value.tag == "loss"

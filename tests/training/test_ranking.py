@@ -183,9 +183,9 @@ def test_captions_are_sampled_for_each_image() -> None:
     seen = set()
     for seed in range(30):
         sampled = sample_captions(batch, 2, np.random.default_rng(seed))
-        assert sampled.image_of_sentence.tolist() == [0, 0, 1, 2]
-        for sentence, owner in zip(sampled.sentences, sampled.image_of_sentence, strict=True):
-            assert batch.image_of_sentence[sentence[0] - 1] == owner
+        assert sampled.image_of_caption.tolist() == [0, 0, 1, 2]
+        for sentence, owner in zip(sampled.sentences, sampled.image_of_caption, strict=True):
+            assert batch.image_of_caption[sentence[0] - 1] == owner
         seen |= {sentence[0] for sentence in sampled.sentences}
     assert seen == {1, 2, 3, 4, 5}
     assert sample_captions(batch, 0, np.random.default_rng(0)) is batch

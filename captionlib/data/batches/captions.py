@@ -53,12 +53,12 @@ class CaptionBatch:
         features: `[images, size] float32` or `[images, positions, channels] float32`, or pixels if the image encoder is
             trained too: `[images, crop_size, crop_size, 3] uint8`.
         sentences: token ids of each caption, without the END tokens at its start and end.
-        image_of_sentence: `[sentences] int64`, for each caption the index of its image in `features`.
+        image_of_caption: `[captions] int64`, for each caption the index of its image in `features`.
     """
 
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8]
     sentences: list[list[int]]
-    image_of_sentence: npt.NDArray[np.int64]
+    image_of_caption: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ def make_batch(
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8], sentences: Sequence[list[list[int]]]
 ) -> CaptionBatch:
     """Returns a batch. `features` are features or pixels of images. `sentences` are the token ids of their captions."""
-    image_of_sentence = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
-    return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_sentence)
+    image_of_caption = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
+    return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_caption)
 
 
 def make_caption_tokenizer(vocabulary: Vocabulary, max_words: int | None = None) -> EncodeCaption:
@@ -219,7 +219,7 @@ def make_caption_tokenizer(vocabulary: Vocabulary, max_words: int | None = None)
 
     If `max_words` is None, the limit is 30 words, or 200 characters for a vocabulary of characters.
     """
-    limit = max_words or _DEFAULT_LIMITS.get(vocabulary.level, _DEFAULT_LIMITS["words"])
+    limit = max_words or _DEFAULT_LIMITS.get(vocabulary.tokenization, _DEFAULT_LIMITS["words"])
     return lambda caption: vocabulary.encode_tokens(vocabulary.tokenize(caption)[:limit])
 
 

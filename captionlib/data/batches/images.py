@@ -54,9 +54,9 @@ class ImageBatches:
     def shuffled(
         self, seed: int, epoch: int, rank: int = 0, world_size: int = 1, first_batch: int = 0
     ) -> Iterator[CaptionBatch | None]:
-        """Yields the batches of an epoch in random order; see `CaptionBatches.shuffled`.
+        """Yields the batches of an epoch in random order; see `CaptionBatches.shuffled` for the arguments.
 
-        A batch is also None if none of its images can be read.
+        Yields None for a batch if the process has no images of it, or if none of them can be read.
         """
         generator = np.random.default_rng([seed, epoch])
         order = generator.permutation(len(self.rows))

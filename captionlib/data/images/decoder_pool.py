@@ -53,7 +53,8 @@ class DecoderConfig:
             `timeout_seconds` for `max_image_pixels`.
         max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
         max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
-        max_memory_bytes: limit on the address space of a process. If None, it suffices for `max_image_pixels`.
+        max_memory_bytes: limit on the address space of a process. If None, the limit is large enough to decode an image
+            of `max_image_pixels`.
     """
 
     processes: PositiveInt | None = None

@@ -69,8 +69,8 @@ class FetchConfig:
         backoff_seconds: wait before the second attempt. It doubles for each further attempt, up to 30 s, plus jitter.
         max_retry_after_seconds: longest wait that a server can request with the header `Retry-After`. If it requests a
             longer wait, the image fails without another attempt.
-        max_row_group_bytes: maximum size of a column chunk (a column of a row group) of a Parquet file. It is also the
-            size of the cache for column chunks.
+        max_column_chunk_bytes: maximum size of a column chunk (a column of a row group) of a Parquet file. It is also
+            the size of the cache for column chunks.
         protocols: allowed protocols of image addresses. `file` also allows local paths. Unsafe protocols of fsspec
             are never allowed: those that interpret content (`reference`), wrap another file system (`simplecache`) or
             run a program (`git`).
@@ -83,7 +83,7 @@ class FetchConfig:
     attempts: PositiveInt = 4
     backoff_seconds: NonNegativeFloat = 0.5
     max_retry_after_seconds: NonNegativeFloat = 60.0
-    max_row_group_bytes: PositiveInt = 2**30
+    max_column_chunk_bytes: PositiveInt = 2**30
     protocols: tuple[str, ...] = IMAGE_PROTOCOLS
     allow_private_hosts: bool = True
 
@@ -118,7 +118,7 @@ class ImageFetcher:
             for protocol in ("http", "https"):
                 reject_proxies(fsspec.config.conf.get(protocol, {}))
         open_file = partial(open_image_file, allow_private_hosts=self.config.allow_private_hosts)
-        self._cells = ParquetCellReader(open_file, self.config.max_row_group_bytes)
+        self._cells = ParquetCellReader(open_file, self.config.max_column_chunk_bytes)
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._requests: set[Future[bytes]] = set()
@@ -223,7 +223,10 @@ class ImageFetcher:
                 self._requests.discard(request)
 
     async def _read_http(self, fs: Any, url: str, span: _Span) -> bytes:
-        """Reads a span and closes the connection. If the server ignores the Range header, the rest is discarded."""
+        """Reads a span and closes the connection.
+
+        If the server ignores the Range header, the bytes outside the span are discarded.
+        """
         session = await fs.set_session()
         headers = {**session.headers, **fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
         if span.end is not None:

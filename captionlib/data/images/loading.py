@@ -30,11 +30,11 @@ class LoadedImage(DecodedImage):
 
     Attributes:
         content_hash: XXH3 hash of the bytes of the file, an unsigned integer of 64 bits.
-        more_pixels: the pixels from each additional preprocessing; see `open_loader`.
+        extra_pixels: the pixels from each extra preprocessing; see `open_loader`.
     """
 
     content_hash: int
-    more_pixels: tuple[npt.NDArray[np.uint8], ...] = ()
+    extra_pixels: tuple[npt.NDArray[np.uint8], ...] = ()
 
 
 LoadImages = Callable[[Iterable[Row]], Iterator[tuple[Row, LoadedImage | ImageError]]]
@@ -60,25 +60,25 @@ class LoadingConfig:
 
 @contextmanager
 def open_loader(
-    config: LoadingConfig, preprocessing: Preprocessing | SizeLimit, *more: Preprocessing | SizeLimit
+    config: LoadingConfig, preprocessing: Preprocessing | SizeLimit, *extra_preprocessing: Preprocessing | SizeLimit
 ) -> Iterator[LoadImages]:
     """Starts threads and decoder processes, and yields a function that loads images; see `load_images`.
 
-    Every image is fetched once, and decoded with `preprocessing` and with each preprocessing in `more`. On exit, all
-    fetching and decoding in progress is canceled.
+    Every image is fetched once, and decoded with `preprocessing` and with each one in `extra_preprocessing`. On exit,
+    all fetching and decoding in progress is canceled.
     """
     with ExitStack() as stack:  # exits in reverse order, so threads are joined after their work is canceled
         threads = stack.enter_context(ThreadPoolExecutor(config.threads, thread_name_prefix="load-images"))
         fetcher = stack.enter_context(ImageFetcher(config.fetch))
-        decoders, *more_decoders = (
-            stack.enter_context(DecoderPool(each, config.decode)) for each in (preprocessing, *more)
+        decoders, *extra_decoders = (
+            stack.enter_context(DecoderPool(each, config.decode)) for each in (preprocessing, *extra_preprocessing)
         )
 
         def load(uri: str) -> LoadedImage:
             content = fetcher.fetch(uri)
             image = decoders.decode(content)
-            more_pixels = tuple(each.decode(content).pixels for each in more_decoders)
-            return LoadedImage(image.pixels, image.width, image.height, hash_content(content), more_pixels)
+            extra_pixels = tuple(each.decode(content).pixels for each in extra_decoders)
+            return LoadedImage(image.pixels, image.width, image.height, hash_content(content), extra_pixels)
 
         yield lambda rows: load_images(rows, load, executor=threads, prefetch=config.prefetch)
 

@@ -16,7 +16,7 @@ _TEXT = {b"tEXt", b"zTXt", b"iTXt", b"iCCP"}
 def remove_text(content: bytes) -> bytes | None:
     """Returns a PNG file without its text and color profile, or None if it has neither.
 
-    Pillow rejects files with more than 1 MB of text, or with a text chunk whose checksum is wrong.
+    Pillow rejects a file if its text or color profile has a wrong checksum, or is larger than 1 MB when decompressed.
     """
     chunks = list(_split_chunks(content))
     kept = [chunk for name, chunk in chunks if name not in _TEXT]

@@ -1,6 +1,6 @@
 """Compares a source (an input dataset) with its manifest (the sharded table of its images), and updates the manifest.
 
-Only the shards with new, changed or gone rows are written.
+Only the shards with new, changed or missing rows are written.
 """
 
 from collections.abc import Iterator
@@ -33,23 +33,23 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class Changes:
-    """The numbers of new, changed, gone and unchanged rows of a source, compared with a manifest.
+    """The numbers of new, changed, missing and unchanged rows of a source, compared with a manifest.
 
     Attributes:
         new: rows with an id that is not in the manifest.
         changed: rows whose version (a string that changes with the image file), URI, split or captions differ.
-        gone: rows of the manifest that are not in the source.
+        missing: rows of the manifest that are not in the source.
         unchanged: rows of the source that equal those of the manifest.
     """
 
     new: int
     changed: int
-    gone: int
+    missing: int
     unchanged: int
 
     @property
     def any(self) -> bool:
-        return bool(self.new or self.changed or self.gone)
+        return bool(self.new or self.changed or self.missing)
 
 
 class Comparison:
@@ -63,14 +63,14 @@ class Comparison:
         self._dataset = dataset
         self._execute_on_existing(_CREATE_DIFFERENCES, str(staged.path))
         database.execute(_CREATE_CHANGES)
-        database.execute(_CREATE_GONE, [not append])
+        database.execute(_CREATE_MISSING, [not append])
         database.execute("DROP TABLE differences")
 
     def count(self) -> Changes:
         """Counts the rows that differ."""
-        count = "SELECT count(*) - count(shard), count(shard), (SELECT count(*) FROM gone) FROM changes"
-        [(new, changed, gone)] = self._database.execute(count).fetchall()
-        return Changes(new, changed, gone, self._staged.rows - new - changed)
+        count = "SELECT count(*) - count(shard), count(shard), (SELECT count(*) FROM missing) FROM changes"
+        [(new, changed, missing)] = self._database.execute(count).fetchall()
+        return Changes(new, changed, missing, self._staged.rows - new - changed)
 
     def verify_content(self, hashed: ShardedDataset, fetcher: ImageFetcher) -> None:
         """Reads the images whose version is unchanged, and marks an image as changed if its content has a new hash.
@@ -101,16 +101,16 @@ class Comparison:
                     self._database.executemany("INSERT INTO changes VALUES (?, ?, ?)", found)
 
     def list_changed_shards(self) -> list[int]:
-        """Returns the sorted numbers of the shards with changed or gone rows."""
+        """Returns the sorted numbers of the shards with changed or missing rows."""
         return sorted(shard for (shard,) in self._database.execute(_LIST_CHANGED_SHARDS).fetchall())
 
-    def count_gone_by_shard(self) -> dict[int, int]:
-        """Returns the number of gone rows by shard."""
-        return dict(self._database.execute("SELECT shard, count(*) FROM gone GROUP BY shard").fetchall())
+    def count_missing_by_shard(self) -> dict[int, int]:
+        """Returns the number of missing rows by shard."""
+        return dict(self._database.execute("SELECT shard, count(*) FROM missing GROUP BY shard").fetchall())
 
-    def read_gone_ids(self, shard: int) -> pa.Array:
-        """Returns the ids of the gone rows of a shard."""
-        ids = self._database.execute("SELECT image_id FROM gone WHERE shard = ?", [shard]).fetchall()
+    def read_missing_ids(self, shard: int) -> pa.Array:
+        """Returns the ids of the missing rows of a shard."""
+        ids = self._database.execute("SELECT image_id FROM missing WHERE shard = ?", [shard]).fetchall()
         return pa.array([image_id for (image_id,) in ids], pa.string())
 
     def read_changed(self) -> Iterator[tuple[int, pa.Table]]:
@@ -197,7 +197,7 @@ def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.Reco
 
 
 def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size: int) -> int:
-    """Writes the shards with new, changed or gone rows, and replaces all of them at once.
+    """Writes the shards with new, changed or missing rows, and replaces all of them at once.
 
     Unchanged rows stay where they are. New rows first fill up the last shard, and then go into new shards.
 
@@ -206,8 +206,8 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
     """
     # A marker is the file that records that a shard is complete.
     rows = {shard: marker.rows for shard, marker in dataset.require_all_markers().items()}
-    changed_shards, gone = comparison.list_changed_shards(), comparison.count_gone_by_shard()
-    remaining = {shard: count - gone.get(shard, 0) for shard, count in rows.items()}
+    changed_shards, missing = comparison.list_changed_shards(), comparison.count_missing_by_shard()
+    remaining = {shard: count - missing.get(shard, 0) for shard, count in rows.items()}
     last = max((shard for shard, count in remaining.items() if count), default=0)  # empty shards after it are dropped
     new_count = comparison.count().new
     free_rows = max(0, shard_size - remaining[last])
@@ -225,8 +225,9 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
             if pending is not None and pending[0] == shard:
                 table = _replace_rows(table, pending[1])
                 pending = next(changed, None)
-            if shard in gone:
-                table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=comparison.read_gone_ids(shard))))
+            if shard in missing:
+                missing_ids = comparison.read_missing_ids(shard)
+                table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=missing_ids)))
             if fills_last and shard == last:
                 table = pa.concat_tables([table, new.take_table(free_rows, MANIFEST_SCHEMA)])
             _write(staged, shard, table)
@@ -254,7 +255,7 @@ def _write(staged: ShardedDataset, shard: int, table: pa.Table) -> None:
 # `verify_content` appends a hash of the content to a version. Comparisons with the source ignore it.
 _VERSION_WITHOUT_HASH = "regexp_replace({}, '~[0-9a-f]{{16}}$', '')"
 _DIGEST = f"hash(uri, {_VERSION_WITHOUT_HASH.format('version')}, split, captions)"
-# `position` is the number of the row in the staged file. It is null if the row is gone. `shard` is null for new rows.
+# `position` is the number of the row in the staged file, or null if the row is missing. `shard` is null for new rows.
 _CREATE_DIFFERENCES = f"""
     CREATE TABLE differences AS
     SELECT image_id, position, shard, staged.version, existing.version AS existing_version
@@ -272,8 +273,8 @@ _CREATE_CHANGES = f"""
         THEN existing_version ELSE version END AS version
     FROM differences WHERE position IS NOT NULL
 """
-_CREATE_GONE = "CREATE TABLE gone AS SELECT image_id, shard FROM differences WHERE position IS NULL AND ?"
-_LIST_CHANGED_SHARDS = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM gone"
+_CREATE_MISSING = "CREATE TABLE missing AS SELECT image_id, shard FROM differences WHERE position IS NULL AND ?"
+_LIST_CHANGED_SHARDS = "SELECT shard FROM changes WHERE shard IS NOT NULL UNION SELECT shard FROM missing"
 _READ_CHANGED = """
     SELECT rows.* REPLACE (changes.version AS version), changes.shard
     FROM read_parquet(?, file_row_number = true) AS rows

@@ -20,7 +20,7 @@ from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.markers import Totals, compute_checksum
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.data.sources.karpathy import read_numbered_rows
+from captionlib.data.sources.karpathy import read_rows_with_imgid
 from captionlib.data.sources.locations import locate
 from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import describe_value, is_unicode
@@ -92,11 +92,11 @@ def import_features(
     if not location.fs.exists(location.path):
         raise DatasetError(f"{json_address} does not exist; expected Karpathy's dataset.json")
     options = SourceOptions(image_root=config.image_root)
-    numbered_rows = list(read_numbered_rows(location, options, SkipCounter(strict=True)))
+    rows_with_imgid = list(read_rows_with_imgid(location, options, SkipCounter(strict=True)))
     with open_matrix(mat_address, config.variable) as matrix:
-        _check_orientation(numbered_rows, matrix, config.feature_size, mat_address)
-        columns = _find_columns(numbered_rows, matrix, mat_address)
-        rows = [row for _, row in numbered_rows]
+        _check_orientation(rows_with_imgid, matrix, config.feature_size, mat_address)
+        columns = _find_columns(rows_with_imgid, matrix, mat_address)
+        rows = [row for _, row in rows_with_imgid]
         for row in rows:
             row.version = version_from_uri(row.uri)  # changes when the image file changes
         dataset = create_dataset(
@@ -130,7 +130,7 @@ def _compute_checksum(address: str) -> str:
 
 
 def _check_orientation(
-    numbered_rows: Sequence[tuple[object, ImageRecord]], matrix: npt.NDArray[Any], size: int | None, address: str
+    rows_with_imgid: Sequence[tuple[object, ImageRecord]], matrix: npt.NDArray[Any], size: int | None, address: str
 ) -> None:
     """Checks that the matrix has a column, not a row, for each image.
 
@@ -138,7 +138,7 @@ def _check_orientation(
     matrix is rejected if its number of columns, but not its number of rows, is a common size of a network layer.
     """
     rows, columns = matrix.shape
-    images = max((imgid for imgid, _ in numbered_rows if isinstance(imgid, int)), default=-1) + 1
+    images = max((imgid for imgid, _ in rows_with_imgid if isinstance(imgid, int)), default=-1) + 1
     if size is not None:
         transposed = rows != size == columns
     elif images in (rows, columns):
@@ -156,12 +156,12 @@ def _check_orientation(
 
 
 def _find_columns(
-    numbered_rows: Sequence[tuple[object, ImageRecord]], matrix: npt.NDArray[Any], address: str
+    rows_with_imgid: Sequence[tuple[object, ImageRecord]], matrix: npt.NDArray[Any], address: str
 ) -> npt.NDArray[np.int64]:
     """Returns the matrix column of each image, after checking that the two files match."""
     size, count = matrix.shape
     seen: set[str] = set()
-    for imgid, row in numbered_rows:  # row.origin is the file and entry that the row came from
+    for imgid, row in rows_with_imgid:  # row.origin is the file and entry that the row came from
         if isinstance(imgid, bool) or not isinstance(imgid, int) or imgid < 0:
             raise DatasetError(f"{row.origin}: expected a column number as imgid, got {describe_value(imgid)}")
         if imgid >= count:
@@ -174,9 +174,9 @@ def _find_columns(
         seen.add(row.image_id)
         if not is_unicode(row.image_id + row.uri + row.split + "".join(row.captions)):
             raise DatasetError(f"{row.origin}: expected valid Unicode, got lone surrogates; correct the entry")
-    if not numbered_rows:
+    if not rows_with_imgid:
         raise DatasetError("dataset.json has no images")
-    return np.array([imgid for imgid, _ in numbered_rows], np.int64)
+    return np.array([imgid for imgid, _ in rows_with_imgid], np.int64)
 
 
 def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[str, Any]:

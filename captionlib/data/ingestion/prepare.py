@@ -32,7 +32,7 @@ __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
 _COMMAND = "captionlib prepare"
 _IMAGES_TO_CHECK = 20
-_MAX_GONE_RATIO = 0.1
+_MAX_MISSING_RATIO = 0.1
 
 
 @configclass
@@ -87,8 +87,8 @@ class PrepareSummary:
         splits: number of images by split.
         skipped: number of skipped items by reason.
         examples: file and line of the first invalid image or caption by reason.
-        changes: numbers of new, changed, gone (no longer in the sources) and unchanged images.
-        updated: whether the sources were compared with an existing manifest. If False, all images are new.
+        changes: numbers of new, changed, missing (no longer in the sources) and unchanged images.
+        is_update: whether the sources were compared with an existing manifest. If False, all images are new.
     """
 
     source_format: str
@@ -99,12 +99,12 @@ class PrepareSummary:
     skipped: Mapping[str, int]
     examples: Mapping[str, str]
     changes: Changes
-    updated: bool
+    is_update: bool
 
     @property
     def already_prepared(self) -> bool:
         """Whether the output already contained these images, so nothing was written."""
-        return self.updated and not self.changes.any
+        return self.is_update and not self.changes.any
 
 
 def prepare(
@@ -120,7 +120,7 @@ def prepare(
     """Writes the manifest of one or more sources in the same format, or updates an existing manifest.
 
     All rows are first written to a local temporary file and checked, so an invalid source changes nothing. An update is
-    atomic and writes only the shards with new, changed or gone images. Memory does not grow with the number of rows.
+    atomic and writes only the shards with new, changed or missing images. Memory does not grow with the number of rows.
 
     Example:
         >>> summary = captionlib.prepare("scenes/dataset.json", "manifest")
@@ -201,7 +201,7 @@ def _prepare(
         skipped=dict(skips.counts.most_common()),
         examples=skips.examples,
         changes=changes,
-        updated=to_update is not None,
+        is_update=to_update is not None,
     )
 
 
@@ -300,12 +300,12 @@ def _update(
                 comparison.verify_content(_open_hashed_dataset(config.verify_content), fetcher)
         changes = comparison.count()
         report_changes(changes)
-        existing = changes.changed + changes.gone + changes.unchanged
-        if changes.gone > _MAX_GONE_RATIO * existing and not (config.allow_removal or dry_run):
+        existing = changes.changed + changes.missing + changes.unchanged
+        if changes.missing > _MAX_MISSING_RATIO * existing and not (config.allow_removal or dry_run):
             raise DatasetError(
-                f"{dataset.folder.uri}: {changes.gone} of {existing} images are not in the source; expected at most a "
-                "tenth; check that the path is correct and the disk is mounted, or use --append if the source contains "
-                "only new images, or --allow-removal to remove the missing ones"
+                f"{dataset.folder.uri}: {changes.missing} of {existing} images are not in the source; expected at most "
+                "a tenth; check that the path is correct and the disk is mounted, or use --append if the source "
+                "contains only new images, or --allow-removal to remove the missing ones"
             )
         if not dry_run and not changes.any:
             drop_uncommitted_updates(dataset.folder)

@@ -1,6 +1,6 @@
-"""Writes the future rows of a manifest (one row per image) to a local Parquet file.
+"""Stages the rows of a manifest (one row per image) in a local Parquet file.
 
-The rows are counted, hashed and checked in this file before the manifest is written.
+The rows are counted, hashed and checked before the manifest is written.
 """
 
 import hashlib
@@ -123,7 +123,7 @@ def _write(writer: pq.ParquetWriter, rows: pa.RecordBatch, origins: list[str]) -
 
 
 def _copy_rows(manifest: ShardedDataset, count: int, writer: pq.ParquetWriter) -> None:
-    """Writes the first `count` rows of a manifest, which are equal to the first rows of the source."""
+    """Writes the first `count` rows of the existing manifest, which equal the first new rows. Their origin is empty."""
     for rows in RowBuffer(batch for _, batch in read_manifest(manifest)).take(count):
         _write(writer, rows, [""] * rows.num_rows)
 
@@ -165,7 +165,7 @@ def check_unique_ids(staged: StagedRows) -> None:
                 first, second = (f"{uri} at {origin}" if origin else uri for uri, origin in rows)
                 raise DuplicateIdError(
                     f"expected one row per image id, got {count} with {image_id!r}: {first}, and {second}; remove one, "
-                    "or choose a different id column; rows with one caption each are merged if they are adjacent"
+                    "or choose a different id column; adjacent rows of one image, with one caption each, are merged"
                 )
 
 

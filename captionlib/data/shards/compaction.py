@@ -150,7 +150,7 @@ class _ImageLocations:
     Attributes:
         hashes: `[images] uint64`, hashes of the image ids, ascending.
         shards: `[images] int32`, the shard of each image, in the same order.
-        seconds_per_image: time taken to write all shards, including their earlier versions, per image.
+        seconds_per_image: mean time per image to write the shards, including their earlier versions.
     """
 
     hashes: npt.NDArray[np.uint64]
@@ -216,7 +216,8 @@ def _write_moved_rows(
     """Writes a shard of `staged` with the rows and failures that `dataset` has for the images of the input shard.
 
     The marker of the new shard usually contains the checksum of the input shard. If an image is missing or out of
-    order, the marker contains `STALE` instead. The command that made the dataset then writes the shard again.
+    order, the marker contains `STALE` instead. The next run of the command that made the dataset writes the shard
+    again.
 
     Returns:
         The number of moved rows and failures.

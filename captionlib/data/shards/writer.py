@@ -43,7 +43,8 @@ PROGRESS_SECONDS = 5.0  # interval between updates of the progress of an unfinis
 class ShardWriter:
     """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`.
 
-    If writing takes long, the progress so far is written to a file, so that it can be shown with any Beam runner.
+    If writing takes a long time, the progress so far is written to a file, so that it can be shown with any Beam
+    runner.
     """
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, folder: Folder, shard: int) -> None:
@@ -107,14 +108,15 @@ def write_shard(
     """Yields a writer for a shard. The shard is published when the `with` block ends, unless the block raises.
 
     If the shard exists, a marker that describes the old and the new version is written before the files are replaced.
-    Until the end, readers accept files of either version.
+    Until the replacement is complete, readers accept files of either version.
 
     Args:
         dataset: the dataset, which must be marked as incomplete.
         shard: number of the shard.
         expected: number of rows and failures together.
         input_checksum: checksum of the data file of the input shard, if there is one.
-        earlier_seconds: time taken to write earlier versions of these rows in other folders.
+        earlier_seconds: time taken to write earlier versions of the shard in other folders. It is included in the
+            `total_seconds` of the marker.
 
     Raises:
         DatasetError: rows and failures do not add up to `expected`.
@@ -132,7 +134,7 @@ def write_shard(
                 f"got {writer.rows} rows and {len(writer.failures)} failures; the shard was not published"
             )
         with path.open("rb") as file:
-            checksum, block_checksums = compute_checksums(file)  # of the whole file, and of each `BLOCK_BYTES` of it
+            checksum, block_checksums = compute_checksums(file)  # of the whole file, and of each of its blocks
         failures = _encode_failures(writer.failures)
         previous = dataset.read_marker_even_if_unfinished(shard)
         seconds = time.monotonic() - started

@@ -15,7 +15,7 @@ from captionlib.data.sources.values import (
 )
 from captionlib.errors import EntryError
 
-__all__ = ["read_karpathy", "read_numbered_rows"]
+__all__ = ["read_karpathy", "read_rows_with_imgid"]
 
 
 def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
@@ -28,11 +28,11 @@ def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipC
         DatasetError: a file is not in Karpathy's format.
     """
     for location in find_files(addresses, frozenset({".json"})):
-        for _, row in read_numbered_rows(location, options, skips):
+        for _, row in read_rows_with_imgid(location, options, skips):
             yield row
 
 
-def read_numbered_rows(
+def read_rows_with_imgid(
     location: Location, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[object, ImageRecord]]:
     """Yields the images of one `dataset.json`, each with its `imgid`.

@@ -219,7 +219,9 @@ def _read_next_member(tar: tarfile.TarFile, location: Location) -> tarfile.TarIn
     except Exception as error:  # tarfile raises various exceptions on damaged headers
         raise DatasetError(f"{location.address} is not a tar, or is damaged: {error or repr(error)}") from error
     if member is not None and member.size < 0:
-        raise DatasetError(f"{location.address} is damaged: expected a size of {member.name!r}, got {member.size}")
+        raise DatasetError(
+            f"{location.address} is damaged: expected a size of 0 or more for {member.name!r}, got {member.size}"
+        )
     return member
 
 

@@ -79,7 +79,8 @@ def _open_dataset(
     dataset = open_dataset(source).require_complete()
     if dataset.kind not in ("features", "manifest"):
         raise DatasetError(f"{dataset.folder.uri}: expected a dataset of kind features or manifest, got {dataset.kind}")
-    next(read_captions(dataset, validation_splits))  # raises an error now instead of after the first epoch
+    # If there are no validation captions, this raises an error now instead of after the first epoch.
+    next(read_captions(dataset, validation_splits))
     read = partial(read_captions, dataset)
     return Corpus(dataset.compute_content_checksum(), partial(read, train_splits), partial(read, validation_splits))
 

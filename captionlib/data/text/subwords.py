@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["SubwordAlgorithm", "Subwords", "join_subwords", "make_tokenizer", "mark_word_starts", "train_subwords"]
 
 SubwordAlgorithm = Literal["bpe", "unigram"]
-"""Algorithm that trains subwords. It is also a value of a vocabulary's `level`, like `words` and `characters`."""
+"""Algorithm that trains subwords, and a value of a vocabulary's `tokenization`, like `words` and `characters`."""
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
@@ -37,7 +37,7 @@ class Subwords(NamedTuple):
     Attributes:
         subwords: all subwords, in any order.
         merges: for `bpe`, the pairs to merge, in this order.
-        scores: for `unigram`, ln p of each subword.
+        scores: for `unigram`, the log-probability of each subword.
     """
 
     subwords: tuple[str, ...]

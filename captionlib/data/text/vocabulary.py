@@ -29,9 +29,9 @@ from captionlib.errors import ConfigError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["END", "PAD", "UNKNOWN", "Level", "Vocabulary", "tokenize"]
+__all__ = ["END", "PAD", "UNKNOWN", "Tokenization", "Vocabulary", "tokenize"]
 
-Level = Literal["words", "characters", "bpe", "unigram"]
+Tokenization = Literal["words", "characters", "bpe", "unigram"]
 """Whether tokens are words, characters, or subwords found by BPE or a unigram language model."""
 
 PAD = -1
@@ -55,14 +55,14 @@ _TOKEN = re.compile(
 )
 
 
-def tokenize(sentence: str, level: Level = "words") -> list[str]:
-    """Splits a sentence into words in the style of the Penn Treebank, or into characters at the level `characters`.
+def tokenize(sentence: str, tokenization: Tokenization = "words") -> list[str]:
+    """Splits a sentence into words in the style of the Penn Treebank, or into characters with `characters`.
 
-    Words are lowercased, and punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`.
-    Hyphenated words and numbers are kept (`t-shirt`, `1,000`). If the words are joined by spaces and tokenized again,
-    the result is the same.
+    With `bpe` and `unigram`, the result is words too; `Vocabulary` splits them into subwords. Words are lowercased, and
+    punctuation is removed. Clitics become separate words: `isn't` becomes `is`, `n't`. Hyphenated words and numbers are
+    kept (`t-shirt`, `1,000`). If the words are joined by spaces and tokenized again, the result is the same.
     """
-    if level == "characters":
+    if tokenization == "characters":
         return list(sentence)
     sentence = sentence.lower()
     if not sentence.isascii():
@@ -91,16 +91,16 @@ class Vocabulary:
         counts: number of occurrences of each token in the training sentences.
         unknown_count: number of occurrences of tokens that are not in `words`.
         sentence_count: number of training sentences, which is also the number of occurrences of END.
-        level: kind of the tokens.
-        merges: at the level `bpe`, the pairs of subwords to merge, in this order.
-        scores: at the level `unigram`, ln p of each subword.
+        tokenization: kind of the tokens.
+        merges: for `bpe`, the pairs of subwords to merge, in this order.
+        scores: for `unigram`, ln p of each subword.
     """
 
     words: tuple[str, ...]
     counts: tuple[int, ...]
     unknown_count: int
     sentence_count: int
-    level: Level = "words"
+    tokenization: Tokenization = "words"
     merges: tuple[tuple[str, str], ...] = ()
     scores: tuple[float, ...] = ()
 
@@ -110,26 +110,27 @@ class Vocabulary:
             raise ConfigError(
                 f"vocabulary: expected distinct words with one count each, got {size} words and {counts} counts"
             )
-        if len(self.scores) != (size if self.level == "unigram" else 0) or not np.isfinite(self.scores).all():
+        if len(self.scores) != (size if self.tokenization == "unigram" else 0) or not np.isfinite(self.scores).all():
             raise ConfigError(
-                f"vocabulary: expected a finite score for each of {size} words at level unigram, and no scores at "
-                f"other levels, got {len(self.scores)} scores at level {self.level}"
+                f"vocabulary: expected a finite score for each of {size} words with tokenization unigram, and no "
+                f"scores with others, got {len(self.scores)} scores with tokenization {self.tokenization}"
             )
         known = set(self.words)
-        if self.merges and (self.level != "bpe" or not all({*pair, "".join(pair)} <= known for pair in self.merges)):
+        are_known = all({*pair, "".join(pair)} <= known for pair in self.merges)
+        if self.merges and (self.tokenization != "bpe" or not are_known):
             raise ConfigError(
-                "vocabulary: expected merges only at level bpe, and only between tokens of the vocabulary, got "
-                f"{len(self.merges)} merges at level {self.level}"
+                "vocabulary: expected merges only with tokenization bpe, and only between tokens of the vocabulary, "
+                f"got {len(self.merges)} merges with tokenization {self.tokenization}"
             )
 
     @classmethod
     def from_captions(
-        cls, captions: Iterable[str], min_count: int = 5, level: Level = "words", size: int = 8000
+        cls, captions: Iterable[str], min_count: int = 5, tokenization: Tokenization = "words", size: int = 8000
     ) -> "Vocabulary":
         """Builds a vocabulary from training captions.
 
-        At the levels `words` and `characters`, tokens that occur fewer than `min_count` times are excluded. At the
-        levels `bpe` and `unigram`, the vocabulary has at most `size` subwords. They are learned from the words of the
+        With tokenization `words` and `characters`, tokens that occur fewer than `min_count` times are excluded. With
+        `bpe` and `unigram`, the vocabulary has at most `size` subwords. They are learned from the words of the
         captions, without the words that contain a character with fewer than `min_count` occurrences.
 
         Raises:
@@ -138,31 +139,31 @@ class Vocabulary:
         """
         counter, sentences = Counter[str](), 0
         for caption in captions:
-            counter.update(tokenize(caption, level))
+            counter.update(tokenize(caption, tokenization))
             sentences += 1
-        if level in ("bpe", "unigram"):
-            return cls._train_subwords(counter, sentences, min_count, level, size)
+        if tokenization in ("bpe", "unigram"):
+            return cls._train_subwords(counter, sentences, min_count, tokenization, size)
         by_frequency = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
         frequent = [(word, count) for word, count in by_frequency if count >= min_count]
         if not frequent:
             raise ConfigError(
-                f"vocabulary: expected {level} that occur at least {min_count} times, got none in {sentences} "
-                f"sentences with {len(counter)} different {level}; use more sentences or a lower min_count"
+                f"vocabulary: expected {tokenization} that occur at least {min_count} times, got none in {sentences} "
+                f"sentences with {len(counter)} different {tokenization}; use more sentences or a lower min_count"
             )
         words, counts = zip(*frequent, strict=True)
-        return cls(words, counts, counter.total() - sum(counts), sentences, level)
+        return cls(words, counts, counter.total() - sum(counts), sentences, tokenization)
 
     @classmethod
     def _train_subwords(
-        cls, word_counts: Mapping[str, int], sentences: int, min_count: int, level: SubwordAlgorithm, size: int
+        cls, word_counts: Mapping[str, int], sentences: int, min_count: int, algorithm: SubwordAlgorithm, size: int
     ) -> "Vocabulary":
-        trained = train_subwords(word_counts, level, size, min_count)
+        trained = train_subwords(word_counts, algorithm, size, min_count)
         if not trained.subwords:
             raise ConfigError(
                 f"vocabulary: expected characters that occur at least {min_count} times, got none in {sentences} "
                 "sentences; use more sentences or a lower min_count"
             )
-        tokenizer = make_tokenizer(level, trained)
+        tokenizer = make_tokenizer(algorithm, trained)
         counter = Counter[int]()
         for word, count in word_counts.items():
             for subword_id in tokenizer.encode(mark_word_starts([word])).ids:  # 0: unknown; i + 1: trained.subwords[i]
@@ -173,7 +174,7 @@ class Vocabulary:
             tuple(counter[i + 1] for i in order),
             counter[0],
             sentences,
-            level,
+            algorithm,
             trained.merges,
             tuple(trained.scores[i] for i in order if trained.scores),
         )
@@ -201,23 +202,23 @@ class Vocabulary:
 
     @cached_property
     def _tokenizer(self) -> "Tokenizer | None":
-        """Splits words into subwords; None unless the level is `bpe` or `unigram`."""
-        if self.level in ("bpe", "unigram"):
-            return make_tokenizer(self.level, Subwords(self.words, self.merges, self.scores))
+        """Splits words into subwords; None unless the tokenization is `bpe` or `unigram`."""
+        if self.tokenization in ("bpe", "unigram"):
+            return make_tokenizer(self.tokenization, Subwords(self.words, self.merges, self.scores))
         return None
 
     @property
     def unit(self) -> str:
         """What the tokens are: words, characters or subwords."""
-        return self.level if self.level in ("words", "characters") else "subwords"
+        return self.tokenization if self.tokenization in ("words", "characters") else "subwords"
 
     def encode(self, sentence: str) -> list[int]:
         """Returns the token ids of a sentence. END is not added."""
         return self.encode_tokens(self.tokenize(sentence))
 
     def tokenize(self, sentence: str) -> list[str]:
-        """Splits a sentence into the input of `encode_tokens`: characters at the level `characters`, else words."""
-        return tokenize(sentence, self.level)
+        """Splits a sentence into characters or words, the input of `encode_tokens`."""
+        return tokenize(sentence, self.tokenization)
 
     def encode_tokens(self, tokens: Iterable[str]) -> list[int]:
         """Returns the token ids of the output of `tokenize`.
@@ -238,7 +239,7 @@ class Vocabulary:
             words.append("<unk>" if index == UNKNOWN else self.words[index - _FIRST_ID])
         if self.unit == "subwords":
             return join_subwords(words)
-        return (" " if self.level == "words" else "").join(words)
+        return (" " if self.tokenization == "words" else "").join(words)
 
     def log_frequencies(self) -> npt.NDArray[np.float32]:
         """Returns ln(fraction of the training tokens) per class, `[len(self)] float32`. Zero counts are set to 1."""

@@ -141,7 +141,7 @@ def _read_text(
 def _read_binary(
     file: BinaryIO, start: bytes, uri: str, requested: frozenset[str], size: int, count: int
 ) -> Iterator[_Entry]:
-    """Yields the requested entries. `start` contains the bytes after the first line that were already read."""
+    """Yields the requested entries. `start` contains the bytes that were already read after the first line."""
     buffer, position = start, 0
     for number in range(count):
         space = buffer.find(b" ", position)

@@ -23,16 +23,16 @@ class ImageGroups(NamedTuple):
     """Assigns rows (sentences) to the slots of an `[images, width]` grid. Rows of the same image share a line of slots.
 
     Attributes:
-        slot: `[rows] int64`, the slot of each row: image * width + the index of the row within its image.
+        slots: `[rows] int64`, the slot of each row: image * width + the index of the row within its image.
         width: the largest number of rows per image.
     """
 
-    slot: Tensor
+    slots: Tensor
     width: int
 
     def head(self, rows: int) -> "ImageGroups":
         """Returns the assignment of the first `rows` rows."""
-        return ImageGroups(self.slot[:rows], self.width)
+        return ImageGroups(self.slots[:rows], self.width)
 
 
 def group_by_image(image_of_row: Tensor, images: int) -> ImageGroups:
@@ -85,8 +85,8 @@ class Attention(nn.Module):
         """
         images, positions, size = annotations.shape
         queries = self.query(hidden) * size**-0.5
-        grouped = queries.new_zeros(images * groups.width, size).index_copy(0, groups.slot, queries)
+        grouped = queries.new_zeros(images * groups.width, size).index_copy(0, groups.slots, queries)
         scores = torch.bmm(grouped.view(images, groups.width, size), annotations.transpose(1, 2))
         weights = torch.softmax(scores, 2, dtype=torch.float32)  # [images, width, positions]
         contexts = torch.bmm(weights.to(annotations.dtype), annotations).view(-1, size)
-        return contexts.index_select(0, groups.slot), weights.view(-1, positions).index_select(0, groups.slot)
+        return contexts.index_select(0, groups.slots), weights.view(-1, positions).index_select(0, groups.slots)

@@ -55,8 +55,8 @@ class CaptionerConfig:
             (NeuralTalk's LSTM). `first_step`: added to the pre-activations of the first layer at START (the RNN of
             Karpathy & Fei-Fei; NeuralTalk's `rnn_feed_once`). `every_step`: the same at every time step (NeuralTalk's
             RNN). `initial_state`: the state before START. `none`: a language model. A Transformer supports `none`,
-            `initial_input` and `every_step`. With `initial_input`, the image enters only through attention. With
-            `every_step`, the projected image is also added to the embedding of each word.
+            `initial_input` (the image enters only through attention) and `every_step` (the projected image is also
+            added to the embedding of each word).
         tie_embeddings: use the word embeddings as the softmax weights; requires `embedding_size` = `hidden_size`.
         feature_power: exponent of the magnitudes of features; signs are kept. An exponent below 1 damps large
             activations (Perronnin et al. 2010).
@@ -238,7 +238,7 @@ class CaptionerNetwork(nn.Module):
         return self.attention if self.transformer is None or is_language_model else self.transformer
 
     def forward(
-        self, features: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
+        self, features: Tensor, captions: Tensor, image_of_caption: Tensor, mean_log_probs: bool = False
     ) -> TokenLogProbs:
         """Computes the log-probability of each token of captions, given the image and the previous tokens.
 
@@ -246,12 +246,12 @@ class CaptionerNetwork(nn.Module):
 
         Args:
             features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder.
-            captions: `[sentences, longest] int64`, token ids without START and END, padded with `PAD`.
-            image_of_sentence: `[sentences] int64`, the row of `features` that each caption describes.
+            captions: `[captions, longest] int64`, token ids without START and END, padded with `PAD`.
+            image_of_caption: `[captions] int64`, the row of `features` that each caption describes.
             mean_log_probs: also return the mean log-probability over the vocabulary.
         """
         packed = pack_sequences(captions)
-        hidden = self._run_packed(features, packed, image_of_sentence).hidden
+        hidden = self._run_packed(features, packed, image_of_caption).hidden
         logits = self.output(self.dropout(hidden)).float()  # [tokens, vocabulary_size]
         log_probs = -F.cross_entropy(logits, packed.targets, reduction="none")
         if not mean_log_probs:
@@ -259,7 +259,7 @@ class CaptionerNetwork(nn.Module):
         target_logits = logits.gather(1, packed.targets[:, None]).squeeze(1)  # ln p = logit - ln Z
         return TokenLogProbs(log_probs, packed.sentences, logits.mean(1) - target_logits + log_probs)
 
-    def attention_weights(self, features: Tensor, captions: Tensor, image_of_sentence: Tensor) -> list[Tensor]:
+    def attention_weights(self, features: Tensor, captions: Tensor, image_of_caption: Tensor) -> list[Tensor]:
         """Computes the attention weights of each token of captions; the arguments are those of `forward`.
 
         Returns:
@@ -269,13 +269,13 @@ class CaptionerNetwork(nn.Module):
             CheckpointError: the captioner has no attention.
         """
         packed = pack_sequences(captions)
-        weights = self._run_packed(features, packed, image_of_sentence).attention_weights
+        weights = self._run_packed(features, packed, image_of_caption).attention_weights
         if weights is None:
             raise CheckpointError("captioner: attention weights need a captioner with attention, got one without")
         return [weights[packed.sentences == sentence] for sentence in range(len(captions))]
 
     def step(
-        self, words: Tensor, state: Tensor, image_state: ImageState, image_of_sentence: Tensor
+        self, words: Tensor, state: Tensor, image_state: ImageState, image_of_caption: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Computes one differentiable time step. For inference, `IncrementalCaptioner` is faster.
 
@@ -283,13 +283,13 @@ class CaptionerNetwork(nn.Module):
             words: `[sentences] int64`, the previous token of each sentence; END at the first time step.
             state: the state of each sentence; at the first time step, the `image_state.state` of its image.
             image_state: the encoded images.
-            image_of_sentence: `[sentences] int64`, the image of each sentence.
+            image_of_caption: `[sentences] int64`, the image of each sentence.
 
         Returns:
             The log-probabilities of the next word, `[sentences, vocabulary_size] float32`, and the new state.
         """
         is_first = bool((words == END).all())
-        output = self._run(words, [len(words)], state, image_state, image_of_sentence, is_first)
+        output = self._run(words, [len(words)], state, image_state, image_of_caption, is_first)
         return F.log_softmax(self.output(self.dropout(output.hidden)).float(), 1), output.state
 
     def predict_bag_of_words(self, features: Tensor) -> Tensor:
@@ -362,9 +362,9 @@ class CaptionerNetwork(nn.Module):
         """Initializes the softmax bias with `Vocabulary.log_frequencies`, `[vocabulary_size]`."""
         self.output.bias.copy_(log_frequencies)
 
-    def _run_packed(self, features: Tensor, packed: PackedSequences, image_of_sentence: Tensor) -> RecurrenceOutput:
+    def _run_packed(self, features: Tensor, packed: PackedSequences, image_of_caption: Tensor) -> RecurrenceOutput:
         image_state = self.encode_images(features)
-        images = image_of_sentence[packed.order]  # the longest sentence first
+        images = image_of_caption[packed.order]  # the longest sentence first
         state = image_state.state.index_select(1, images)
         return self._run(packed.words, packed.batch_sizes, state, image_state, images)
 
@@ -374,7 +374,7 @@ class CaptionerNetwork(nn.Module):
         batch_sizes: list[int],
         state: Tensor,
         image_state: ImageState,
-        image_of_sentence: Tensor,
+        image_of_caption: Tensor,
         is_first: bool = True,
     ) -> RecurrenceOutput:
         """Runs the layers over words, `[tokens] int64`. See `run_recurrence` for the arguments.
@@ -384,17 +384,17 @@ class CaptionerNetwork(nn.Module):
         image_gates = None
         image_input = self.config.image_input
         if image_input == "every_step" or (image_input == "first_step" and is_first):
-            image_gates = self.dropout(image_state.projection.index_select(0, image_of_sentence))
+            image_gates = self.dropout(image_state.projection.index_select(0, image_of_caption))
             if image_input == "every_step":  # the longest sentences come first and reach the most time steps
                 image_gates = torch.cat([image_gates[:rows] for rows in batch_sizes])
         inputs = self.dropout(self.word_vectors(words))  # [tokens, embedding_size]
         if self.transformer is not None:
             output = self.transformer(
-                inputs, batch_sizes, state, image_state.annotations, image_of_sentence, image=image_gates
+                inputs, batch_sizes, state, image_state.annotations, image_of_caption, image=image_gates
             )
             final_state = torch.stack([values[: batch_sizes[-1]] for values in output.state])
             return RecurrenceOutput(output.hidden, final_state, output.attention_weights)
-        attention = (self.attention, image_state.annotations, image_of_sentence)
+        attention = (self.attention, image_state.annotations, image_of_caption)
         return run_recurrence(self.recurrence, self.dropout, inputs, batch_sizes, state, image_gates, *attention)
 
     def _encode_features(self, features: Tensor) -> ImageState:

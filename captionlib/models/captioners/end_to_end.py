@@ -22,15 +22,15 @@ class ImageCaptioner(nn.Module):
         self.captioner = captioner
 
     def forward(
-        self, pixels: Tensor, captions: Tensor, image_of_sentence: Tensor, mean_log_probs: bool = False
+        self, pixels: Tensor, captions: Tensor, image_of_caption: Tensor, mean_log_probs: bool = False
     ) -> TokenLogProbs:
         """Computes the log-probability of each token; see `CaptionerNetwork.forward`.
 
-        `pixels` is `[images, crop_size, crop_size, 3] uint8`. `image_of_sentence` is the index of the image of each
+        `pixels` is `[images, crop_size, crop_size, 3] uint8`. `image_of_caption` is the index of the image of each
         caption. With `mean_log_probs`, the mean log-probability over the vocabulary is also computed, for label
         smoothing. In training mode, gradients flow into the encoder. In evaluation mode, features are rounded to the
         dtype in which a features dataset stores them.
         """
         features = self.encoder(pixels) if self.training else self.encoder.encode(pixels).float()
-        log_probs: TokenLogProbs = self.captioner(features, captions, image_of_sentence, mean_log_probs)
+        log_probs: TokenLogProbs = self.captioner(features, captions, image_of_caption, mean_log_probs)
         return log_probs

@@ -15,7 +15,7 @@ class LanguageModelConfig:
     """The architecture of a language model: the fields of `CaptionerConfig` that do not concern images.
 
     Attributes:
-        cell: `lstm`, `rnn` or `transformer`.
+        cell: type of the layers: `lstm`, `rnn` with ReLU units, or `transformer`.
         layers: number of layers.
         hidden_size: dimensions of a layer's hidden state.
         embedding_size: dimensions of a token embedding; a Transformer requires `embedding_size` = `hidden_size`.

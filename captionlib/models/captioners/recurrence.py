@@ -41,7 +41,7 @@ def run_recurrence(
     image_gates: Tensor | None = None,
     attention: Attention | None = None,
     annotations: Tensor | None = None,
-    image_of_sentence: Tensor | None = None,
+    image_of_caption: Tensor | None = None,
 ) -> RecurrenceOutput:
     """Runs the recurrence over packed sentences.
 
@@ -55,19 +55,20 @@ def run_recurrence(
         batch_sizes: the number of sentences that reach each time step, in non-increasing order.
         state: `[states, sentences, hidden_size]` before the first time step: the h of each layer, then the c of each
             layer of an LSTM.
-        image_gates: `[rows, gates]`, the projected image, added to the first layer's gates for the first `rows` tokens.
+        image_gates: `[rows, gates]`, for each of the first `rows` tokens, the projection of its sentence's image. It is
+            added to the gates of the first layer.
         attention: attention module, which requires the next two arguments; None for no attention.
         annotations: `[images, positions, attention_size]`, annotation vectors from `Attention.annotate`.
-        image_of_sentence: `[sentences] int64`, the row of `annotations` that each sentence attends to.
+        image_of_caption: `[sentences] int64`, the row of `annotations` that each sentence attends to.
     """
-    if attention is None or annotations is None or image_of_sentence is None:
+    if attention is None or annotations is None or image_of_caption is None:
         attention = None
         if inputs.is_cuda and image_gates is None:
             return run_fused(rnn, inputs, batch_sizes, state)
     else:
-        groups = group_by_image(image_of_sentence, len(annotations))
+        groups = group_by_image(image_of_caption, len(annotations))
     (w_ih, first_w_hh, b_ih, b_hh), *upper = layers = rnn.all_weights
-    # The first weight is detached, because `_RecurrentWeights` computes its gradient.
+    # The recurrent weight of the first layer is detached, because `_RecurrentWeights` computes its gradient.
     recurrent = [first_w_hh.detach().t(), *(w_hh.t() for _, w_hh, _, _ in upper)]
     feed_forward = [_create_feed_forward(dropout, w_ih, b_ih + b_hh) for w_ih, _, b_ih, b_hh in upper]
     h, c = list(state[: len(layers)]), list(state[len(layers) :])

@@ -71,7 +71,7 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        if channels:  # initialized as one matrix with many outputs, the keys and values would be too small
+        if channels:  # initialized separately, because Xavier's bound for the whole matrix is too small
             for projection in self.image_keys_values.weight.chunk(2 * layers):
                 nn.init.xavier_uniform_(projection)
 
@@ -95,7 +95,7 @@ class Transformer(nn.Module):
         batch_sizes: list[int],
         state: Sequence[Tensor] | Tensor,
         annotations: Tensor | None,
-        image_of_sentence: Tensor | None,
+        image_of_caption: Tensor | None,
         parent: Tensor | None = None,
         image: Tensor | None = None,
     ) -> TransformerOutput:
@@ -107,19 +107,19 @@ class Transformer(nn.Module):
             state: the keys of each layer, then the values of each layer, `[parents, steps, size]` each. With several
                 time steps in `batch_sizes`, the state must be empty (no steps).
             annotations: the output of `annotate`; None for a language model.
-            image_of_sentence: `[sentences] int64`, the image that each sentence attends to; None for a language model.
+            image_of_caption: `[sentences] int64`, the image that each sentence attends to; None for a language model.
             parent: `[sentences] int64`, the row of the state that each sentence continues; None if sentence i continues
                 row i.
             image: `[tokens, size]`, the projected image of each token; None unless `image_input` is `every_step`.
         """
         layout = _PaddedLayout.create(batch_sizes, state[0].shape[1], embeddings.device)
         size, layers = embeddings.shape[1], len(self.layers)
-        hidden = embeddings * size**0.5 + _encode_positions(layout.position, size).to(embeddings.dtype)
+        hidden = embeddings * size**0.5 + _encode_positions(layout.positions, size).to(embeddings.dtype)
         if image is not None:
             hidden = hidden + image
         groups = None
-        if annotations is not None and image_of_sentence is not None:
-            groups = group_by_image(image_of_sentence[layout.sentence], annotations.shape[1])
+        if annotations is not None and image_of_caption is not None:
+            groups = group_by_image(image_of_caption[layout.sentences], annotations.shape[1])
         keys, values, weights = [], [], []
         for index, layer in enumerate(self.layers):
             assert isinstance(layer, _Layer)
@@ -139,18 +139,18 @@ class Transformer(nn.Module):
 
 
 class _PaddedLayout(NamedTuple):
-    """Assigns packed tokens, which are ordered by time step, to the cells of a padded `[sentences, steps]` matrix.
+    """Assigns packed tokens, which are ordered by time step, to the slots of a padded `[sentences, steps]` matrix.
 
     Attributes:
-        sentence: `[tokens] int64`, the sentence of each token.
-        position: `[tokens] int64`, the position of each token in its sentence.
-        slot: `[tokens] int64`, the cell of each token: sentence * steps + time step.
+        sentences: `[tokens] int64`, the sentence of each token.
+        positions: `[tokens] int64`, the position of each token in its sentence.
+        slots: `[tokens] int64`, the slot of each token: sentence * steps + time step.
         shape: number of sentences and time steps.
     """
 
-    sentence: Tensor
-    position: Tensor
-    slot: Tensor
+    sentences: Tensor
+    positions: Tensor
+    slots: Tensor
     shape: tuple[int, int]
 
     @staticmethod
@@ -163,12 +163,12 @@ class _PaddedLayout(NamedTuple):
     def pad(self, tokens: Tensor) -> Tensor:
         """Converts `[tokens, size]` to `[sentences, steps, size]`, with zeros after the end of a sentence."""
         sentences, steps = self.shape
-        padded = tokens.new_zeros(sentences * steps, tokens.shape[1]).index_copy(0, self.slot, tokens)
+        padded = tokens.new_zeros(sentences * steps, tokens.shape[1]).index_copy(0, self.slots, tokens)
         return padded.view(sentences, steps, -1)
 
     def pack(self, padded: Tensor) -> Tensor:
         """Converts `[sentences, steps, size]` to `[tokens, size]`."""
-        return padded.flatten(0, 1).index_select(0, self.slot)
+        return padded.flatten(0, 1).index_select(0, self.slots)
 
 
 class _Layer(nn.Module):
@@ -216,12 +216,12 @@ class _Layer(nn.Module):
         """
         images, heads, positions, head_size = keys.shape
         queries = self.image_query(self.image_norm(hidden)) * head_size**-0.5
-        grouped = queries.new_zeros(images * groups.width, heads * head_size).index_copy(0, groups.slot, queries)
+        grouped = queries.new_zeros(images * groups.width, heads * head_size).index_copy(0, groups.slots, queries)
         grouped = grouped.view(images, groups.width, heads, head_size).transpose(1, 2)
         weights = torch.softmax(grouped @ keys.transpose(2, 3), 3, dtype=torch.float32)  # [images, heads, width, pos.]
         contexts = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(2).flatten(0, 1)
-        attended = self.image_output(contexts.index_select(0, groups.slot))
-        mean_weights = weights.mean(1).view(-1, positions).index_select(0, groups.slot)
+        attended = self.image_output(contexts.index_select(0, groups.slots))
+        mean_weights = weights.mean(1).view(-1, positions).index_select(0, groups.slots)
         return hidden + self.dropout(attended), mean_weights
 
     def _split_heads(self, tokens: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from captionlib.config import describe_differences
-from captionlib.data.shards.markers import from_checked_json, to_checked_json, to_json
+from captionlib.data.shards.markers import from_json_with_checksum, to_json, to_json_with_checksum
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.checkpoints.encoder_file import (
     CONFIG,
@@ -48,7 +48,7 @@ def export_checkpoint(
         checkpoint: the folder of the checkpoint.
         output: the folder to write.
         weights: path of the encoder's weights file; required only if the file has moved.
-        with_encoder: include the weights of the encoder if they were loaded from a file. Otherwise, the model card
+        with_encoder: include the weights of the encoder if they were loaded from a file. If False, the model card
             contains the name of the file or model folder and the hash of the weights.
         with_datastore: include the datastore for reranking: features and captions of the training images.
         notes: what the model card says about license, data and scores.
@@ -75,7 +75,7 @@ def export_checkpoint(
         TRAINING: to_json(training),
         CARD: render_card(config, training, ENCODER in contents, notes),
         WEIGHTS: source.read(WEIGHTS),
-        CONFIG: to_checked_json(config),  # written last
+        CONFIG: to_json_with_checksum(config),  # written last
     }
     if not _contains(target, contents):
         _clear(target)
@@ -88,7 +88,7 @@ def export_checkpoint(
 def _read_config(source: Folder) -> tuple[dict[str, Any], Checkpoint]:
     """Returns the content of `config.json` as it is stored, and the verified checkpoint."""
     try:
-        config = from_checked_json(source.read(CONFIG))
+        config = from_json_with_checksum(source.read(CONFIG))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         config = {}
     return config, read_checkpoint(source, str(config.get("kind")))

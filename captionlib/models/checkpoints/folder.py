@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from captionlib import __version__
-from captionlib.data.shards.markers import compute_fingerprint, from_checked_json, to_checked_json, to_json
+from captionlib.data.shards.markers import compute_fingerprint, from_json_with_checksum, to_json, to_json_with_checksum
 from captionlib.errors import CheckpointError
 from captionlib.models.checkpoints.encoder_file import (
     CONFIG,
@@ -64,7 +64,7 @@ class Checkpoint:
 
     Attributes:
         kind: kind of model, such as `captioner`.
-        identity: everything except the weights that determines the model's output, such as architecture and vocabulary.
+        identity: what determines the model's output apart from the weights, such as architecture and vocabulary.
         tensors: the weights, on the CPU.
         provenance: the data and versions that the model was trained with.
         training: the training configuration and history.
@@ -106,14 +106,14 @@ def write_checkpoint(
         **identity,
     }
     files = {
-        CONFIG: to_checked_json(config),
+        CONFIG: to_json_with_checksum(config),
         TRAINING: to_json(training),
         CARD: render_card(config, training, has_encoder=encoder_weights is not None),
         ENCODER: encoder_weights,
         WEIGHTS: weights,
     }
     target = open_folder(folder)
-    with ExitStack() as stack:  # exits in reverse order, so CONFIG is renamed last
+    with ExitStack() as stack:  # the files are renamed in reverse order, CONFIG last
         for name, content in files.items():
             if content is not None:
                 stack.enter_context(target.stage(name)).write_bytes(content)
@@ -202,7 +202,7 @@ def damaged_error(folder: Folder, reason: str) -> CheckpointError:
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     try:
-        content = from_checked_json(folder.read(name))
+        content = from_json_with_checksum(folder.read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:

@@ -48,8 +48,8 @@ _LIMITS = {
         "Sentences can repeat parts of the training text and its prejudices.",
     ),
 }
-# Values in the training history that are not scores. `data_wait` is the fraction of the time spent waiting for data.
-_NON_SCORES = {"epoch", "loss", "reward", "learning_rate", "total_seconds", "data_wait"}
+# Values in the training history that are not scores.
+_NON_SCORES = {"epoch", "loss", "reward", "learning_rate", "total_seconds", "data_wait_fraction"}
 # Keys whose values may be paths.
 _PATH_KEYS = {"init_from", "word_vectors", "checkpoint", "file", ENCODER_ADDRESS}
 
@@ -107,8 +107,8 @@ def render_card(
 
 def describe_vocabulary(vocabulary: Mapping[str, Any]) -> str:
     """Returns the size of the vocabulary of a checkpoint and the kind of its tokens."""
-    level = vocabulary.get("level", "words")
-    unit = level if level in ("words", "characters") else f"subwords ({level})"
+    tokenization = vocabulary.get("tokenization", "words")
+    unit = tokenization if tokenization in ("words", "characters") else f"subwords ({tokenization})"
     return f"{len(vocabulary.get('words', ())):,} {unit}"
 
 
@@ -144,7 +144,7 @@ def _render_use(kind: str, config: Mapping[str, Any], has_encoder: bool) -> Iter
     encoder = config.get("encoder", {})
     if not encoder:
         return
-    network, digest = f"{encoder.get('model')} at {encoder.get('node')}", encoder.get("weights_sha256")
+    network, digest = f"{encoder.get('model')} (output node {encoder.get('node')})", encoder.get("weights_sha256")
     weights, file = encoder.get("weights"), config.get("provenance", {}).get(ENCODER_ADDRESS, "")
     if has_encoder:
         text = f"The weights of the encoder, {network}, are in `{ENCODER}`."

@@ -145,7 +145,7 @@ class _NgramCounts:
         self._normalized = np.divide(weights[self._column], norms, out=np.zeros_like(norms), where=norms > 0)
 
     def at_least(self, minimum: int, factors: Indices | int, columns: Indices) -> Floats:
-        """Returns normalized weight * factor of each n-gram that occurs at least `minimum` times, and 0 for others.
+        """Returns the normalized weight of each n-gram times its factor, or 0 if it occurs fewer than `minimum` times.
 
         `factors` is `self.counts` or 1. `columns` selects distinct n-grams. The result is `[sentences, columns]`.
         """

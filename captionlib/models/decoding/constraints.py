@@ -59,8 +59,8 @@ def find_forbidden_ids(words: Iterable[str], vocabulary: Vocabulary | None) -> l
             raise ConfigError("decoding: forbidden_words need the model's vocabulary; pass it to the Decoder")
         if vocabulary.unit == "subwords":
             raise ConfigError(
-                f"decoding: forbidden_words need a model of whole words, got one of subwords ({vocabulary.level}), "
-                "which can spell a word in several ways; leave forbidden_words out"
+                "decoding: forbidden_words need a model of whole words, got one of subwords "
+                f"({vocabulary.tokenization}), which can spell a word in several ways; leave forbidden_words out"
             )
         ids = vocabulary.encode(word)
         if len(ids) != 1:

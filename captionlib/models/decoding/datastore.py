@@ -1,7 +1,7 @@
 """The datastore of a captioner: features and reference captions of its training images, for reranking.
 
-`captionlib build-datastore` writes it as `datastore.parquet` into the checkpoint. The references of the training images
-most similar to a new image help to rank the candidate captions of this image (rerank.py).
+`captionlib build-datastore` writes it as `datastore.parquet` into the checkpoint. To rerank the candidate captions of a
+new image, rerank.py compares them with the references of the most similar training images.
 """
 
 import json

@@ -2,6 +2,8 @@
 
     score(a) = sum_b p(b) ** (1 / temperature) CIDEr-D(a, b)
 
+Here, a and b are candidates, and p is the captioner's probability.
+
 The most probable candidate often differs from all others. The candidate most similar to the others, weighted by their
 probability, usually scores better against references.
 

@@ -1,4 +1,4 @@
-"""Computes the activations of a network's convolutional layers for one image, and its class probabilities."""
+"""Computes the activations of a network's convolutional layers and the class probabilities for one image."""
 
 import os
 import re
@@ -38,7 +38,7 @@ class ActivationConfig:
         nodes: nodes of the model's graph whose outputs are feature maps. If empty, all convolutional layers are used,
             with the batch normalization and the activation function that follow them.
         max_layers: maximum number of convolutional layers; if there are more, evenly spaced ones are selected.
-        resize_size: shorter side of the image before the crop, in pixels. If None, the encoder's own size.
+        resize_size: shorter side of the image before the crop, in pixels. If None, the size depends on the weights.
     """
 
     model: str = "vgg16"
@@ -80,7 +80,7 @@ class Activations:
 
 
 def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, device: str = "auto") -> Activations:
-    """Runs a network on an image and returns the outputs of its layers.
+    """Runs a network on an image and returns the activations of its layers and the class probabilities.
 
     Args:
         uri: path or URL of the image.

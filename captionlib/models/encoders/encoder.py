@@ -67,8 +67,8 @@ class EncoderConfig:
         missing_weights: what to do if `weights` lack layers: `error`, or `random:SEED` to sample them.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
         dtype: dtype of the computation.
-        resize_size: shorter side of the image before the crop, in pixels. If None, the size that the network was
-            trained with.
+        resize_size: shorter side of the image before the crop, in pixels. If None, the size depends on the
+            weights.
         stored_dtype: dtype that features are rounded to, even if they are not stored, so that an image and its
             stored features give the same caption.
         decode_scale: `fast` decodes large JPEG files at a reduced scale, which changes the features slightly; `exact`

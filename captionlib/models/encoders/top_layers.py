@@ -38,8 +38,8 @@ class EncoderTop(EvalModeNetwork):
         if encoder["weights"] == "imported" or len(encoder["shape"]) == 1:  # imported features or vectors
             raise ConfigError(
                 "captioner.encoder_top: expected feature maps of a torchvision network, got features of shape "
-                f"{encoder['shape']} from {encoder['model']} at {encoder['node']}; extract with pooling none at a node "
-                "such as features.23 of vgg16, or leave captioner.encoder_top out"
+                f"{encoder['shape']} from {encoder['model']} at {encoder['node']}; extract features with pooling none "
+                "at a node such as features.23 of vgg16, or leave captioner.encoder_top out"
             )
         with torch.device("meta"):  # skips the initialization of weights that are loaded later
             network = slice_network(encoder["model"], encoder["node"], node)

@@ -1,6 +1,6 @@
 """The VGG networks (Simonyan & Zisserman 2015, arXiv 1409.1556), with the layers, names and weights of torchvision.
 
-They are the default encoders. This module does not import torchvision, because that is slower than importing PyTorch.
+The default encoder is vgg16. This module does not import torchvision, which takes longer to import than PyTorch.
 """
 
 from collections import OrderedDict

@@ -213,7 +213,8 @@ def _open_local(address: str) -> Iterator[str]:
     except CaptionlibError:
         raise
     except Exception as error:  # PyTorch raises various exceptions on damaged files
-        # The message omits `error`, which may quote the file: the address may come from an untrusted checkpoint.
+        # The message omits `error`, because it may contain parts of the file, and the address may come from an
+        # untrusted checkpoint.
         reason = getattr(error, "strerror", None) or f"damaged or in an unknown format ({type(error).__name__})"
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error
 

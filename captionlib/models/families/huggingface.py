@@ -29,14 +29,14 @@ __all__ = [
 ]
 
 WHOLE_IMAGE = SizeLimit(2**31 - 1)
-"""Leaves images as they are. The model's own processor then resizes them."""
+"""Preprocessing that does not resize images. The model's own processor resizes them later."""
 
 Part = TypeVar("Part")
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
-transformers.logging.set_verbosity_error()  # its warnings are for developers
+transformers.logging.set_verbosity_error()  # the warnings are for developers
 transformers.logging.disable_progress_bar()
 
 
@@ -126,8 +126,8 @@ def require_pixels(address: str, expected: Mapping[str, Any], description: Mappi
     Args:
         address: address of the model, for the error message.
         expected: result of `describe_pixel_input` for the model's preprocessing.
-        description: description of the actual input. It equals `expected` for pixels, and describes the encoder for
-            features.
+        description: description of the actual input: `expected` if the input is pixels, or the description of the
+            encoder if the input is features.
 
     Raises:
         CheckpointError: the input is features.

@@ -154,7 +154,7 @@ class HuggingFaceCaptioner:
             raise ConfigError(f"prompt: hf:{self._location} does not accept prompts; leave prompt out")
 
     def _prepare_inputs(self, images: Arrays, prompt: str | None) -> dict[str, Tensor]:
-        """Returns the arguments of `generate` for a batch of pixels."""
+        """Returns the arguments of `generate` for a batch of images."""
         if self._type in _PROMPT_OPTIONAL:
             inputs = {"pixel_values": prepare_pixels(images, self._preprocessing, self._processor)}
             if prompt is not None:

@@ -19,7 +19,7 @@ from captionlib.models.families.huggingface import (
     open_model_folder,
     require_weights,
 )
-from captionlib.models.families.tokens import Node, find_node, select_class_token, to_feature_map
+from captionlib.models.families.nodes import Node, check_node, select_class_token, to_feature_map
 
 __all__ = ["load"]
 
@@ -54,7 +54,7 @@ class _VisionTower(nn.Module):
 def load(location: str, config: EncoderConfig, device: torch.device) -> Encoder:
     """Loads the image part of a model from a folder or from `ORGANIZATION/NAME@REVISION`; see `open_encoder`."""
     address = f"hf:{location}"
-    node = find_node(address, config.node)
+    node = check_node(address, config.node)
     if config.weights != EncoderConfig.weights or config.missing_weights != "error":
         raise ConfigError(
             f"encoder.weights: the folder of {address} contains the weights; omit encoder.weights and "

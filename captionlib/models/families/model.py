@@ -13,7 +13,7 @@ import torch
 from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig, describe_preprocessing
-from captionlib.models.families.registry import Group, find_family, split_address
+from captionlib.models.families.registry import ModelKind, find_family, split_address
 
 __all__ = ["Arrays", "ImageModel", "InputTransform", "describe_pixel_input", "open_model"]
 
@@ -62,15 +62,15 @@ Model = TypeVar("Model", bound=ImageModel)
 
 
 def open_model(
-    group: Group, address: str | os.PathLike[str], device: str, load_checkpoint: Callable[[str], Model]
+    kind: ModelKind, address: str | os.PathLike[str], device: str, load_checkpoint: Callable[[str], Model]
 ) -> Model:
-    """Loads a model of a group (kind of model), such as `captioners`; see `open_captioner`.
+    """Loads a model of a kind, such as `captioners`; see `open_captioner`.
 
     If the address has the prefix of a family, the family loads the model; otherwise, `load_checkpoint` does.
     """
     prefix, location = split_address(address)
     torch_device = resolve_device(device)
-    load: Callable[[str], Model] = find_family(group, prefix) if prefix else load_checkpoint
+    load: Callable[[str], Model] = find_family(kind, prefix) if prefix else load_checkpoint
     model = load(location)
     model.to(torch_device)
     return model

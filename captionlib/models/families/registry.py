@@ -18,9 +18,9 @@ from captionlib.errors import CaptionlibError, CheckpointError, ConfigError, sug
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.folders import resolve_address
 
-__all__ = ["Group", "find_family", "resolve_model_address", "split_address"]
+__all__ = ["ModelKind", "find_family", "resolve_model_address", "split_address"]
 
-Group = Literal["captioners", "encoders", "rankers"]
+ModelKind = Literal["captioners", "encoders", "rankers"]
 """Kind of model, and the last part of the name of an entry point group."""
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9_-]*):(?!//|:)(.+)", re.DOTALL)  # excludes URLs
@@ -42,17 +42,17 @@ def resolve_model_address(address: str | os.PathLike[str]) -> str:
     return f"{prefix}:{resolve_address(folder) if fs.exists(path) else folder}{question_mark}{options}"
 
 
-def find_family(group: Group, prefix: str) -> Callable[..., Any]:
+def find_family(kind: ModelKind, prefix: str) -> Callable[..., Any]:
     """Returns the function that loads models of a family. That function raises CheckpointError if loading fails.
 
     Raises:
         ConfigError: no installed package provides the family, or a package that the family needs is missing.
         CheckpointError: importing the family's code fails.
     """
-    families: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"captionlib.{group}")}
+    families: dict[str, EntryPoint] = {entry.name: entry for entry in entry_points(group=f"captionlib.{kind}")}
     if prefix not in families:
         raise ConfigError(
-            f"{prefix}: expected the prefix of an installed family of {group} "
+            f"{prefix}: expected the prefix of an installed family of {kind} "
             f"({', '.join(sorted(families)) or 'none is installed'}){suggest(prefix, families)}; install the package "
             "that provides it"
         )

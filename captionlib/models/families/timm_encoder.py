@@ -13,7 +13,7 @@ from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, build_encoder, load_network_weights
 from captionlib.models.encoders.weights import hash_weights
-from captionlib.models.families.tokens import Node, find_node, select_class_token, to_feature_map
+from captionlib.models.families.nodes import Node, check_node, select_class_token, to_feature_map
 
 __all__ = ["load"]
 
@@ -46,7 +46,7 @@ class _TimmNetwork(nn.Module):
 def load(name: str, config: EncoderConfig, device: torch.device) -> Encoder:
     """Builds a timm model and loads its weights from a file; see `open_encoder`."""
     address = f"timm:{name}"
-    node = find_node(address, config.node)
+    node = check_node(address, config.node)
     if not config.weights.endswith(".safetensors") and not config.weights.startswith("random:"):
         raise ConfigError(
             f"encoder.weights: {address} needs the path of a .safetensors file, or random:SEED, got {config.weights}"

@@ -32,9 +32,9 @@ def compute_attention_maps(
         `[token_count, positions]` for each caption.
     """
     device = model.output.weight.device
-    words = pad_sentences([caption.token_ids for caption in captions]).to(device)
-    images = torch.arange(len(captions), device=device)
-    per_caption = model.attention_weights(torch.from_numpy(features).to(device), words, images)
+    token_ids = pad_sentences([caption.token_ids for caption in captions]).to(device)
+    image_indices = torch.arange(len(captions), device=device)  # caption i describes image i
+    per_caption = model.attention_weights(torch.from_numpy(features).to(device), token_ids, image_indices)
     return [
         weights[: caption.token_count].to(torch.float16).cpu().numpy()
         for weights, caption in zip(per_caption, captions, strict=True)

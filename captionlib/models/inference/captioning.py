@@ -24,7 +24,7 @@ from captionlib.models.families.model import InputTransform
 from captionlib.models.families.ranker import RankingModel
 from captionlib.models.inference.embedding import SHARED_RANKERS, build_embedding_rows
 from captionlib.models.inference.extraction import EncodedRows
-from captionlib.models.inference.image_text_scores import check_works_without_ranker, score_captions
+from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
 from captionlib.models.inference.model_inputs import open_input_loader
 from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
 
@@ -94,8 +94,8 @@ class CaptionGeneration:
     Attributes:
         config: configuration of the generation.
         captioner: the version of the captioner to use.
-        description: result of `CaptionModel.describe_generation`. A worker fails if its captioner returns a
-            different result.
+        description: what the captions depend on, from `CaptionModel.describe_generation`. A worker fails if its
+            captioner returns a different description.
         input_transform: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
@@ -162,7 +162,8 @@ def _prepare_once(
 ) -> GenerateCaptions:
     """Prepares a captioner once per process, and again if its datastore changes.
 
-    `_datastore` is the fingerprint (hash) of the captioner's datastore, which contains training images for reranking.
+    `_datastore` is the fingerprint (hash) of the captioner's datastore (features and captions of training images, which
+    are searched to rerank captions).
     It is not used here, but is part of the cache key.
     """
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
@@ -232,7 +233,7 @@ def caption_images(
             `config` requires.
         ConfigError: `weights` are required, or the captioner does not support a setting.
     """
-    check_works_without_ranker(config.decoding)
+    check_needs_no_ranker(config.decoding)
     captioner = captioner or open_captioner(checkpoint, str(resolve_device(device)))
     if config.attention_maps:
         require_attention(captioner, checkpoint)

@@ -53,7 +53,7 @@ def build_datastore(
     """Builds the datastore of a captioner and replaces the one in its checkpoint, if there is one.
 
     Args:
-        source: a complete features dataset, or a complete manifest, whose images are encoded in the same pass.
+        source: a complete features dataset or manifest. The images of a manifest are encoded on the fly.
         checkpoint: the captioner's folder.
         config: the splits, and how to load images.
         weights: path of the encoder's weights file, if it is not in the checkpoint.

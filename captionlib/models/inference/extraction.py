@@ -146,7 +146,7 @@ def _batch_images(
             continue
         properties = {"width": image.width, "height": image.height, "content_hash": f"{image.content_hash:016x}"}
         rows.append({**row, **properties})
-        batch.append((image.pixels, *image.more_pixels))
+        batch.append((image.pixels, *image.extra_pixels))
         if len(rows) == batch_size:
             yield rows, batch
             rows, batch = [], []

@@ -14,10 +14,10 @@ from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.families.captioner import Caption
 from captionlib.models.families.ranker import RankingModel
 
-__all__ = ["check_works_without_ranker", "score_captions"]
+__all__ = ["check_needs_no_ranker", "score_captions"]
 
 
-def check_works_without_ranker(decoding: DecodingConfig) -> None:
+def check_needs_no_ranker(decoding: DecodingConfig) -> None:
     """Checks that captions can be decoded without a ranker.
 
     Raises:

@@ -175,7 +175,7 @@ def open_sql(
 def _open_datasets(folders: Addresses, kind: str | None) -> list[ShardedDataset]:
     datasets: list[ShardedDataset] = []
     for folder in list_addresses(folders):
-        # The kind of the first dataset is required of all others.
+        # All datasets must be of the same kind as the first one.
         datasets.append(open_dataset(folder, datasets[0].kind if datasets else kind))
     return datasets
 

@@ -19,7 +19,7 @@ _REFUSED_FUNCTIONS = frozenset(
     {"current_setting", "currval", "getenv", "getvariable", "nextval", "pg_sleep", "setval", "sleep_ms", "write_log"}
 )
 
-# A stack trace in the text of an error. The group is the message of the exception.
+# Matches a Python stack trace in the text of an error. Group 1 is the message of the exception.
 _STACK_TRACE = re.compile(r"Traceback \(most recent call last\):\n(?:  .*\n)*[\w.]+: (.*)")
 
 

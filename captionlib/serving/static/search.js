@@ -11,7 +11,7 @@ let submitted = false; // whether the current results keep their entry in the br
 function readAddress() {
   const parameters = new URLSearchParams(new FormData(form));
   const defaults = { mode: "text", sort: "relevance" };
-  if (parameters.get("q")) parameters.delete("like");
+  if (parameters.get("q")) parameters.delete("similar_to");
   for (const [name, value] of [...parameters]) if (!value || value === defaults[name]) parameters.delete(name);
   return parameters.size ? `/?${parameters}` : "/";
 }

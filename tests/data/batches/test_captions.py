@@ -47,7 +47,7 @@ def test_epoch_has_each_captioned_image_once(dataset: ShardedDataset, buffer_byt
             assert len(batch.features) <= 4
             assert batch.features.dtype == np.float32
             np.testing.assert_array_equal(batch.features[:, 0], -batch.features[:, 1])
-            of_sentence = batch.features[batch.image_of_sentence, 0]
+            of_sentence = batch.features[batch.image_of_caption, 0]
             assert [ids for (ids,) in batch.sentences] == of_sentence.tolist()
             seen += batch.features[:, 0].astype(int).tolist()
         assert sorted(seen) == sorted(IN_TRAIN)

@@ -85,7 +85,7 @@ def test_epochs_have_each_image_once_in_different_orders(tmp_path: Path) -> None
 def test_captions_belong_to_their_images(tmp_path: Path) -> None:
     for batch in batches(tmp_path, Loader()).in_order():
         for place, number in enumerate(numbers(batch)):
-            own = [ids for ids, owner in zip(batch.sentences, batch.image_of_sentence, strict=True) if owner == place]
+            own = [ids for ids, owner in zip(batch.sentences, batch.image_of_caption, strict=True) if owner == place]
             assert own == [[97, 98], [99]][: 1 + number % 2]
 
 

@@ -379,13 +379,13 @@ def test_failures_quote_no_file_content(fetcher: ImageFetcher, tmp_path: Path) -
 )
 @pytest.mark.parametrize("part", ["", "#bytes=0-4", "#row=0&column=image"])
 def test_failures_quote_no_server_response(fetcher: ImageFetcher, answer: bytes, part: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server_socket:
+        port = server_socket.getsockname()[1]
 
         def serve() -> None:
             while True:
                 try:
-                    connection, _ = listening.accept()
+                    connection, _ = server_socket.accept()
                 except OSError:
                     return
                 with connection:
@@ -394,7 +394,7 @@ def test_failures_quote_no_server_response(fetcher: ImageFetcher, answer: bytes,
 
         threading.Thread(target=serve, daemon=True).start()
         error = failure(fetcher, f"http://127.0.0.1:{port}/a.jpg{part}")
-        listening.shutdown(socket.SHUT_RDWR)
+        server_socket.shutdown(socket.SHUT_RDWR)
     assert "hunter2" not in str(error)
     assert "hunter2" not in error.reason
 

@@ -454,11 +454,11 @@ def test_invalid_parquet_cells_fail(fetcher: ImageFetcher, parquet: Path, tmp_pa
     assert reason(fetcher, f"{tmp_path}/damaged.parquet#row=0&column=plain") == "DamagedFile"
 
 
-def test_large_cells_and_row_groups_fail(parquet: Path) -> None:
+def test_large_cells_and_column_chunks_fail(parquet: Path) -> None:
     with ImageFetcher(FetchConfig(max_image_bytes=12)) as fetcher:
         assert fetcher.fetch(f"{parquet}#row=2&column=plain") == bytes([2]) * 12
         assert reason(fetcher, f"{parquet}#row=3&column=plain") == "TooLarge"
-    with ImageFetcher(FetchConfig(max_row_group_bytes=60)) as fetcher:
+    with ImageFetcher(FetchConfig(max_column_chunk_bytes=60)) as fetcher:
         assert reason(fetcher, f"{parquet}#row=0&column=plain") == "TooLarge"
 
 
@@ -556,7 +556,7 @@ def test_errors_are_classified(error: Exception, temporary: bool, expected: str)
 
 
 @pytest.mark.parametrize(
-    "wrong", ["max_image_bytes", "attempts", "max_row_group_bytes", "timeout_seconds", "backoff_seconds"]
+    "wrong", ["max_image_bytes", "attempts", "max_column_chunk_bytes", "timeout_seconds", "backoff_seconds"]
 )
 def test_invalid_limits_are_rejected(wrong: str) -> None:
     with pytest.raises(ConfigError, match=wrong):

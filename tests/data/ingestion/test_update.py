@@ -67,10 +67,10 @@ def test_update_writes_only_shards_that_changed(tmp_path: Path) -> None:
     update(tmp_path, make_rows("abcdefgh"))
     manifest_id = open_dataset(tmp_path / "manifest").manifest_id
     files = {path.name: path.stat().st_ino for path in (tmp_path / "manifest").glob("*.parquet")}
-    rows = make_rows("xyabcdgh")  # new rows may come first, and e and f are gone
+    rows = make_rows("xyabcdgh")  # new rows may come first, and e and f are missing
     rows["d"] = ("2", "a dog")
     summary = update(tmp_path, rows)
-    assert summary.changes == Changes(new=2, changed=1, gone=2, unchanged=5)
+    assert summary.changes == Changes(new=2, changed=1, missing=2, unchanged=5)
     assert list_ids(tmp_path) == [["a", "b", "c"], ["d"], ["g", "h", "x"], ["y"]]
     assert read_rows(tmp_path) == rows
     written = {
@@ -106,8 +106,8 @@ def test_differences_are_found_in_any_batch(
     old, new = make_rows("abcdefgh"), make_rows(names)
     update(tmp_path, old)
     summary = update(tmp_path, new, replace(UPDATE, append=append))
-    gone = set() if append else old.keys() - new.keys()
-    expected = Changes(len(new.keys() - old.keys()), 0, len(gone), len(old.keys() & new.keys()))
+    missing = set() if append else old.keys() - new.keys()
+    expected = Changes(len(new.keys() - old.keys()), 0, len(missing), len(old.keys() & new.keys()))
     assert (summary.changes, summary.images) == (expected, len(new))
     assert read_rows(tmp_path) == {**new, **(old if append else {})}
 
@@ -195,7 +195,7 @@ def test_changes_are_reported_before_anything_is_written(tmp_path: Path) -> None
 def test_append_keeps_what_the_source_lacks(tmp_path: Path) -> None:
     update(tmp_path, make_rows("abc"))
     summary = update(tmp_path, {"c": ("2", "a cat"), "d": ("1", "a dog")}, replace(UPDATE, append=True))
-    assert summary.changes == Changes(new=1, changed=1, gone=0, unchanged=0)
+    assert summary.changes == Changes(new=1, changed=1, missing=0, unchanged=0)
     assert read_rows(tmp_path) == {**make_rows("ab"), "c": ("2", "a cat"), "d": ("1", "a dog")}
 
 

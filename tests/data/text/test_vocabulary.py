@@ -88,7 +88,7 @@ def test_from_dict_rejects_duplicate_words() -> None:
 
 
 def test_character_level_keeps_every_character() -> None:
-    vocabulary = Vocabulary.from_captions(["Aha, a dog.\n"], min_count=1, level="characters")
+    vocabulary = Vocabulary.from_captions(["Aha, a dog.\n"], min_count=1, tokenization="characters")
     assert set(vocabulary.words) == set("Aha, dog.\n")
     assert vocabulary.decode(vocabulary.encode("a dog, Aha.\n")) == "a dog, Aha.\n"
     assert vocabulary.encode("z") == [UNKNOWN]
@@ -97,8 +97,9 @@ def test_character_level_keeps_every_character() -> None:
 
 def test_from_dict_rejects_an_unknown_level() -> None:
     values = Vocabulary.from_captions(["a dog"], min_count=1).to_dict()
-    assert Vocabulary.from_dict({name: value for name, value in values.items() if name != "level"}).level == "words"
+    without_tokenization = {name: value for name, value in values.items() if name != "tokenization"}
+    assert Vocabulary.from_dict(without_tokenization).tokenization == "words"
     with pytest.raises(
-        ConfigError, match="level: Input should be 'words', 'characters', 'bpe' or 'unigram', got 'syllables'"
+        ConfigError, match="tokenization: Input should be 'words', 'characters', 'bpe' or 'unigram', got 'syllables'"
     ):
-        Vocabulary.from_dict({**values, "level": "syllables"})
+        Vocabulary.from_dict({**values, "tokenization": "syllables"})

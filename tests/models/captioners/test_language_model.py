@@ -22,7 +22,7 @@ from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.text_sampling import sample_texts
 
 WORDS = Vocabulary.from_captions(["a dog runs far", "a cat runs away"], min_count=1)
-CHARACTERS = Vocabulary.from_captions(["a dog runs far, far away\n"], min_count=1, level="characters")
+CHARACTERS = Vocabulary.from_captions(["a dog runs far, far away\n"], min_count=1, tokenization="characters")
 CONFIG = LanguageModelConfig(layers=2, hidden_size=6, embedding_size=5)
 SENTENCES = [[2, 3, 4], [5], [], [6, 2]]
 SAMPLE = DecodingConfig(strategy="sample", max_tokens=8)

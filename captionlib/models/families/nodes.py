@@ -9,7 +9,7 @@ from torch import Tensor
 
 from captionlib.errors import ConfigError
 
-__all__ = ["Node", "find_node", "select_class_token", "to_feature_map"]
+__all__ = ["Node", "check_node", "select_class_token", "to_feature_map"]
 
 Node = Literal["pooled", "class_token", "feature_map"]
 """The kind of features.
@@ -19,7 +19,7 @@ the output of all positions of the image, without the class token and register t
 """
 
 
-def find_node(model: str, node: str) -> Node:
+def check_node(model: str, node: str) -> Node:
     """Checks that `node` is the name of a node, and returns it. `model` identifies the model in error messages.
 
     Raises:

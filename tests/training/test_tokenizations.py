@@ -25,7 +25,7 @@ from captionlib.training.loop import TrainingConfig
 from captionlib.training.ranking import RankerTrainingConfig, train_ranker
 from tests.training.conftest import WORDS, write_features
 
-Level = Literal["words", "characters", "bpe", "unigram"]
+Tokenization = Literal["words", "characters", "bpe", "unigram"]
 CONFIG = CaptionerTrainingConfig(
     captioner=CaptionerConfig(hidden_size=32, embedding_size=32, dropout=0.0, image_input="every_step"),
     training=TrainingConfig(epochs=8, optimizer="adam", learning_rate=0.03, schedule="cosine"),
@@ -47,13 +47,15 @@ def train(features: ShardedDataset, output: Path, config: CaptionerTrainingConfi
 
 
 @pytest.mark.parametrize(
-    ("level", "description"),
+    ("tokenization", "description"),
     [("characters", "characters"), ("bpe", "subwords (bpe)"), ("unigram", "subwords (unigram)")],
 )
-def test_captioner_spells_the_words(features: ShardedDataset, tmp_path: Path, level: Level, description: str) -> None:
-    train(features, tmp_path / "captioner", replace(CONFIG, level=level))
+def test_captioner_spells_the_words(
+    features: ShardedDataset, tmp_path: Path, tokenization: Tokenization, description: str
+) -> None:
+    train(features, tmp_path / "captioner", replace(CONFIG, tokenization=tokenization))
     captioner = load_captioner(tmp_path / "captioner")
-    assert captioner.vocabulary.level == level
+    assert captioner.vocabulary.tokenization == tokenization
     assert str(describe_checkpoint(tmp_path / "captioner")["vocabulary"]).endswith(f" {description}")
     decoder = Decoder(captioner.model, DecodingConfig(n_best=5), vocabulary=captioner.vocabulary)
     for word, candidates in zip(WORDS, decoder.decode(KINDS), strict=True):
@@ -64,7 +66,7 @@ def test_captioner_spells_the_words(features: ShardedDataset, tmp_path: Path, le
 
 def test_chinese_captioner_trains_and_is_scored_by_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_features(tmp_path / "features", 5 * np.eye(4), CHINESE.__getitem__)
-    train(dataset, tmp_path / "captioner", replace(CONFIG, level="characters"))
+    train(dataset, tmp_path / "captioner", replace(CONFIG, tokenization="characters"))
     captioner = load_captioner(tmp_path / "captioner")
     assert {"狗", "。"} < set(captioner.vocabulary.words)
     decoder = Decoder(captioner.model, vocabulary=captioner.vocabulary)
@@ -79,12 +81,12 @@ def test_chinese_captioner_trains_and_is_scored_by_characters(tmp_path: Path, mo
     assert scores["CIDEr"] > 1
 
 
-@pytest.mark.parametrize("level", ["bpe", "unigram"])
-def test_ranker_finds_images_by_subwords(features: ShardedDataset, tmp_path: Path, level: Level) -> None:
+@pytest.mark.parametrize("tokenization", ["bpe", "unigram"])
+def test_ranker_finds_images_by_subwords(features: ShardedDataset, tmp_path: Path, tokenization: Tokenization) -> None:
     config = RankerTrainingConfig(
         ranker=RankerConfig(hidden_size=16, embedding_size=16, joint_embedding_size=16, feature_dropout=0, dropout=0),
         training=TrainingConfig(epochs=12, optimizer="adam", learning_rate=0.02),
-        level=level,
+        tokenization=tokenization,
         min_count=1,
         vocabulary_size=30,
         batch_images=8,
@@ -97,9 +99,9 @@ def test_ranker_finds_images_by_subwords(features: ShardedDataset, tmp_path: Pat
 
 
 def test_subwords_spell_a_caption_once_and_refuse_word_options(features: ShardedDataset, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="word_vectors: expected level words, got bpe"):
-        replace(CONFIG, level="bpe", word_vectors="glove.txt")
-    train(features, tmp_path / "captioner", replace(CONFIG, level="bpe", training=TrainingConfig(epochs=1)))
+    with pytest.raises(ConfigError, match="word_vectors: expected tokenization words, got bpe"):
+        replace(CONFIG, tokenization="bpe", word_vectors="glove.txt")
+    train(features, tmp_path / "captioner", replace(CONFIG, tokenization="bpe", training=TrainingConfig(epochs=1)))
     captioner = load_captioner(tmp_path / "captioner")
     decoder = Decoder(captioner.model, DecodingConfig(n_best=2), vocabulary=captioner.vocabulary)
     one = captioner.vocabulary.encode("one")
@@ -111,15 +113,15 @@ def test_subwords_spell_a_caption_once_and_refuse_word_options(features: Sharded
         Decoder(captioner.model, DecodingConfig(forbidden_words=("one",)), vocabulary=captioner.vocabulary)
 
 
-@pytest.mark.parametrize(("level", "max_tokens"), [("words", 20), ("characters", 100), ("bpe", 40)])
-def test_lengths_depend_on_the_level(level: Level, max_tokens: int) -> None:
-    vocabulary = Vocabulary.from_captions(["a dog runs"] * 2, 1, level, 30)
+@pytest.mark.parametrize(("tokenization", "max_tokens"), [("words", 20), ("characters", 100), ("bpe", 40)])
+def test_lengths_depend_on_the_tokenization(tokenization: Tokenization, max_tokens: int) -> None:
+    vocabulary = Vocabulary.from_captions(["a dog runs"] * 2, 1, tokenization, 30)
     assert DecodingConfig().find_max_tokens(vocabulary.unit) == max_tokens
     assert DecodingConfig(min_words=101).find_max_tokens(vocabulary.unit) == 101
     assert DecodingConfig(max_tokens=3).find_max_tokens(vocabulary.unit) == 3
     text = " ".join(["dog"] * 99)
     kept = vocabulary.decode(make_caption_tokenizer(vocabulary)(text))
-    assert kept == (text[:200] if level == "characters" else " ".join(["dog"] * 30))
+    assert kept == (text[:200] if tokenization == "characters" else " ".join(["dog"] * 30))
     assert vocabulary.decode(make_caption_tokenizer(vocabulary, 2)(text)) == (
-        "do" if level == "characters" else "dog dog"
+        "do" if tokenization == "characters" else "dog dog"
     )
