@@ -15,7 +15,7 @@ from benchmarks.bars import report
 from benchmarks.s3_server import run_s3_server
 from benchmarks.synthetic_shards import create_job, make_rows, write_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import MARKERS_FOLDER, Marker, part_name, to_checked_json
+from captionlib.data.shards.markers import MARKERS_FOLDER, Marker, part_name, to_json_with_checksum
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.stages import ShardJob
 from captionlib.data.shards.writer import write_shard
@@ -42,7 +42,7 @@ def prepare(folder: str) -> None:
 def _copy_shards(dataset: ShardedDataset, marker: Marker, content: bytes, shards: Iterable[int]) -> None:
     files = {}
     for shard in shards:
-        files[f"{MARKERS_FOLDER}/{part_name(shard)}.json"] = to_checked_json(asdict(replace(marker, shard=shard)))
+        files[f"{MARKERS_FOLDER}/{part_name(shard)}.json"] = to_json_with_checksum(asdict(replace(marker, shard=shard)))
         files[f"{part_name(shard)}.parquet"] = content
     dataset.folder.fs.makedirs(dataset.folder.path(MARKERS_FOLDER), exist_ok=True)
     dataset.folder.fs.pipe({dataset.folder.path(name): value for name, value in files.items()})

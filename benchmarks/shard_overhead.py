@@ -23,7 +23,7 @@ def run_bare(source: ShardedDataset, folder: Path) -> float:
     began = time.perf_counter()
     for shard in range(source.shards):
         with (
-            pq.ParquetFile(source.part_path(shard)) as manifest,  # does not verify checksums
+            pq.ParquetFile(source.get_part_path(shard)) as manifest,  # does not verify checksums
             pq.ParquetWriter(folder / f"{shard}.parquet", SCHEMA, compression="zstd") as writer,
         ):
             for rows in manifest.iter_batches():

@@ -29,7 +29,7 @@ _ORDER = ("manifest", "features", "captions", "embeddings", "duplicates")  # inp
 )
 @click.option("--dry-run", is_flag=True, help="Only show how many images would be removed.")
 @click.option(
-    "--thumbnails", metavar="FOLDER", help="The folder where `serve` stores thumbnails. [default: the user's cache]"
+    "--thumbnails", metavar="FOLDER", help="The folder where `serve` stores thumbnails.  [default: the user's cache]"
 )
 def command(
     folders: tuple[str, ...],
@@ -157,8 +157,8 @@ def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:
 def _rebuild_duplicates(description: IndexDescription) -> str | None:
     """Returns the folder of the duplicates dataset to build an index with, or None if there is none.
 
-    If images were removed from the dataset, it is computed again from the embeddings. Without embeddings, it cannot be
-    used, and None is returned.
+    Removing images from the dataset makes it incomplete. An incomplete dataset is computed again from the embeddings.
+    If the index has no embeddings, None is returned.
     """
     if description.duplicates is None:
         return None

@@ -23,13 +23,14 @@ def command(
     overrides: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Train a captioner on SOURCE, a features dataset, or fine-tune it together with its encoder on a manifest.
+    """Train a captioner on the features or images in SOURCE.
 
-    extract-features writes features datasets; prepare writes manifests (lists of images). Training uses the splits
-    train and restval (images of COCO's val set that Karpathy's splits use for training). The checkpoint of the best
-    epoch on val or dev is kept: the one with the lowest perplexity or, with objective=self_critical, the highest CIDEr.
-    Ctrl-C saves the state and stops; the same command resumes. torchrun trains on several GPUs or machines, and the
-    batch size is multiplied by the number of processes.
+    If SOURCE is a features dataset (from extract-features), only the captioner is trained. If it is a manifest (a list
+    of images, from prepare), the captioner is fine-tuned together with its encoder. Training uses the splits train and
+    restval (images of COCO's val set that Karpathy's splits use for training). The checkpoint of the best epoch on val
+    or dev is kept: the one with the lowest perplexity or, with objective=self_critical, the highest CIDEr. Ctrl-C saves
+    the state and stops; the same command resumes. torchrun trains on several GPUs or machines, and the batch size is
+    multiplied by the number of processes.
 
     \b
     Examples:

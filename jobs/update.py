@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_INDEX = "index"  # no source has this name
+_INDEX = "index"  # stands for the index where errors are listed by source; no source can have this name
 
 
 @click.command()
@@ -43,7 +43,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
       captionlib update s3://bucket/archive -- --runner=FlinkRunner --flink_master=localhost:8081 --parallelism=2
     """
     from captionlib.collection import open_collection
-    from captionlib.data.shards.removal import copy_removed_to_new_manifests
+    from captionlib.data.shards.removal import copy_removed_ids_to_new_manifests
     from captionlib.errors import DuplicateIdError
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
@@ -54,7 +54,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
         return
     generation = _check_models(opened)
     with lock_folder(opened.folder, "captionlib update"):
-        copy_removed_to_new_manifests([Folder(address) for address in opened.find_manifests()])
+        copy_removed_ids_to_new_manifests([Folder(address) for address in opened.find_manifests()])
         failed = _prepare_sources(opened, allow_removal, run.progress)
         try:
             _check_ids_differ(opened)

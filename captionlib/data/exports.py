@@ -29,7 +29,7 @@ from captionlib.data.images.fetching import FetchConfig, ImageFetcher
 from captionlib.data.images.formats import find_format
 from captionlib.data.selection import ALL_IMAGES, ImageSelection
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import Marker, from_checked_json, part_name, to_checked_json, to_json
+from captionlib.data.shards.markers import Marker, from_json_with_checksum, part_name, to_json, to_json_with_checksum
 from captionlib.errors import ConfigError, DatasetError, FetchError, FingerprintError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import TEMPORARY_FOLDER, Addresses, Folder, list_addresses
@@ -152,7 +152,7 @@ class _Export:
         if existing is None:
             for name in reversed(names):  # `__export` last, because it identifies the folder as an export
                 self.folder.remove(name)
-            self.folder.write(_DESCRIPTION, to_checked_json(description))
+            self.folder.write(_DESCRIPTION, to_json_with_checksum(description))
         elif existing != description:
             raise FingerprintError(
                 f"{self.folder.uri} contains an export of other datasets, or with a different format or selection; "
@@ -187,7 +187,7 @@ class _Export:
     def _read_record(self, name: str) -> dict[str, Any] | None:
         """Returns the content of a JSON file, or None if it is missing or damaged."""
         try:
-            return from_checked_json(self.folder.read(name))
+            return from_json_with_checksum(self.folder.read(name))
         except (FileNotFoundError, ValueError):
             return None
 
@@ -207,7 +207,9 @@ class _Export:
         write = self._write_tar if self.export_format == "webdataset" else self._write_folder
         images = write(part_name(part), samples)
         counts = ExportSummary(images, dict(failures))
-        self.folder.write(self._counts_file(part), to_checked_json({**asdict(counts), "checksum": marker.checksum}))
+        self.folder.write(
+            self._counts_file(part), to_json_with_checksum({**asdict(counts), "checksum": marker.checksum})
+        )
         return counts
 
     def _read_samples(

@@ -50,12 +50,16 @@ def _describe_state(report: DatasetReport) -> tuple[str, str]:
     if report.job.state == "running":
         return "running", "Running"
     if report.shards_done == report.shards:
+        # All shards are written, but the dataset is not marked as complete.
         return "failed", "Too many failures" if report.failed else "Not finished"
     return "stopped", "Stopped"
 
 
 def _compute_fraction(report: DatasetReport) -> float:
-    """Returns the finished fraction of the images or, if their number is unknown, of the shards."""
+    """Returns the processed fraction of the images or, if their number is unknown, the finished fraction of the shards.
+
+    Images of unfinished shards count once they are processed.
+    """
     job = report.job
     if report.complete:
         return 1.0

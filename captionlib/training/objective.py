@@ -75,7 +75,7 @@ class Objective(ABC, Generic[Batch, Model]):
 
     @abstractmethod
     def steps_per_epoch(self) -> int:
-        """Returns the number of batches per epoch, which may vary slightly with their order."""
+        """Returns the number of batches per epoch. The actual number may differ slightly between epochs."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> BatchLoss:

@@ -41,7 +41,8 @@ class TrainingConfig:
         clip_norm: clip the norm of the gradient to this value. If None, the norm is not clipped.
         ema_decay: validate and save an exponential moving average of the weights with this decay, such as 0.999. If
             None, the weights themselves are used.
-        precision: if `bfloat16`, the loss is computed under autocast. Weights and validation stay in float32.
+        precision: if `bfloat16`, the loss is computed under autocast. Weights and validation stay in float32. On a CPU
+            with avx512_bf16, `bfloat16` may be faster or slower than `float32`, so compare an epoch of each.
         unigram_patience: stop with an error after this many consecutive epochs with a validation perplexity above that
             of a unigram model (word frequencies alone). If None, such epochs are allowed.
         patience: stop after this many epochs without a better validation score. If None, all epochs are run.

@@ -163,6 +163,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         with torch.autocast(kind, enabled=False):
             start: Hypotheses = captioner.begin(captioner.encode_images(torch.from_numpy(batch.features)))
             candidates = search_beam(captioner, self._greedy, self._constraints, start)
+        # The token count includes END, unless the caption was truncated.
         return [[*best.token_ids, END][: best.token_count] for (best,) in candidates]
 
     def _compute_rewards(self, batch: CaptionBatch, sampled: list[list[int]]) -> tuple[Rewards, Rewards]:

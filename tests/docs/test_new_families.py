@@ -72,10 +72,10 @@ def test_the_example_captions_a_manifest_and_resumes(model: str, images: list[st
         log_probs = [candidate["log_prob"] for candidate in row["candidates"]]
         assert len(log_probs) == 2
         assert row["log_prob"] == log_probs[0] == max(log_probs) < 0
-    content = Path(dataset.part_path(1)).read_bytes()
+    content = Path(dataset.get_part_path(1)).read_bytes()
     dataset.folder.remove(marker_file(1))
     generate_captions(*arguments, CONFIG, device="cpu", run=RUN)
-    assert Path(dataset.part_path(1)).read_bytes() == content
+    assert Path(dataset.get_part_path(1)).read_bytes() == content
     with pytest.raises(FingerprintError, match="n_best: was 2, now 5"):
         generate_captions(*arguments, device="cpu", run=RUN)
 

@@ -138,7 +138,7 @@ def test_bundles_that_run_twice_write_the_same(features: Path, ranker: Path, tmp
     twice = dataclasses.replace(QUIET, beam_options=("--direct_runner_bundle_repeat=1",))
     again = embed(features, ranker, tmp_path / "twice", twice)
     for shard in range(once.shards):
-        assert Path(once.part_path(shard)).read_bytes() == Path(again.part_path(shard)).read_bytes()
+        assert Path(once.get_part_path(shard)).read_bytes() == Path(again.get_part_path(shard)).read_bytes()
 
 
 def test_another_ranker_into_the_same_folder_is_refused(features: Path, ranker: Path, tmp_path: Path) -> None:

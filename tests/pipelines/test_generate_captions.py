@@ -68,7 +68,7 @@ def test_repeated_bundles_write_identical_files(features: Path, captioner: Path,
     twice = dataclasses.replace(QUIET, beam_options=("--direct_runner_bundle_repeat=1",))
     again = caption(features, captioner, tmp_path / "twice", twice)
     for shard in range(once.shards):
-        assert Path(once.part_path(shard)).read_bytes() == Path(again.part_path(shard)).read_bytes()
+        assert Path(once.get_part_path(shard)).read_bytes() == Path(again.get_part_path(shard)).read_bytes()
 
 
 def test_samples_do_not_depend_on_the_batch(features: Path, captioner: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from captionlib.serving.connections import LimitedConnection
@@ -56,9 +56,21 @@ async def answer_at_length(_request: Request) -> Response:
     return PlainTextResponse("x" * BODY_BYTES)
 
 
+CHUNKS, sent_chunks = 256, [0]
+
+
+async def answer_in_chunks(_request: Request) -> Response:
+    async def send() -> AsyncIterator[bytes]:
+        for sent_chunks[0] in range(CHUNKS):
+            yield b"x" * 2**16
+
+    return StreamingResponse(send())
+
+
 @asynccontextmanager
 async def serve(connection: type[LimitedConnection]) -> AsyncIterator[Open]:
     app = Starlette(routes=[Route("/", answer), Route("/late", answer_late), Route("/long", answer_at_length)])
+    app.add_route("/chunks", answer_in_chunks)
     config = uvicorn.Config(app, port=0, http=connection, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     config.load()
@@ -243,5 +255,19 @@ def test_newcomers_are_closed_while_all_connections_have_requests() -> None:
                 await read_response(reader, b"late")
             last, _ = await open_connection(REQUEST)
             await read_response(last)
+
+    asyncio.run(test())
+
+
+def test_response_waits_for_a_client_that_does_not_read() -> None:
+    async def test() -> None:
+        async with serve(PatientConnection) as open_connection:
+            reader, writer = await open_connection(REQUEST.replace(b"/", b"/chunks", 1))
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await asyncio.sleep(1)
+            assert 0 < sent_chunks[0] < CHUNKS - 1
+            writer.transport.resume_reading()  # type: ignore[attr-defined]
+            while sent_chunks[0] < CHUNKS - 1:
+                assert await asyncio.wait_for(reader.read(2**16), 5)
 
     asyncio.run(test())

@@ -53,6 +53,12 @@ def test_metrics_count_requests_thumbnails_and_models(client: TestClient) -> Non
     assert counts[("captionlib_model_seconds_count", "caption")] == 2
 
 
+def test_requests_are_not_logged_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with TestClient(make_site(tmp_path, 10, ServingConfig(allowed_hosts=("testserver",)))) as client:
+        assert client.get("/api/v1/search?q=dog").status_code == 200
+    assert capsys.readouterr().err == ""
+
+
 def test_requests_are_logged_without_their_queries(client: TestClient, capsys: pytest.CaptureFixture[str]) -> None:
     client.get("/api/v1/search?q=secret")
     client.get("/nothing")

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from fastapi.testclient import TestClient
@@ -57,3 +58,12 @@ def test_errors_of_image_searches_are_documented(tmp_path: Path) -> None:
     config = AppConfig(index=str(tmp_path / "index"), thumbnails=str(tmp_path / "thumbnails"))
     paths = load_app(config).openapi()["paths"]
     assert {"400", "404", "408", "413", "503"} <= paths["/api/v1/image-search"]["post"]["responses"].keys()
+
+
+def test_threads_share_one_heap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = mock.Mock()
+    monkeypatch.setattr("captionlib.serving.startup.ctypes.CDLL", lambda _name: library)
+    make_site(tmp_path, 10, with_models=False)
+    load_app(AppConfig(index=str(tmp_path / "index"), thumbnails=str(tmp_path / "thumbnails")))
+    m_arena_max = -8  # in glibc's malloc.h
+    assert library.mallopt.mock_calls == [mock.call(m_arena_max, 1)]

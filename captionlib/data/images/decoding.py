@@ -81,8 +81,9 @@ _Pixels: TypeAlias = Image.Image | npt.NDArray[np.uint8]
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
 _FLOAT_WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1)  # if a value exceeds all of them, white is 1, as in ImageMagick
 
-# For each EXIF orientation: the transposition that turns the stored image upright, and three flags. They say whether it
-# swaps rows and columns, whether it reverses the columns, and whether it reverses the rows of the stored image.
+# For each EXIF orientation: the transposition that turns the stored image upright, and three flags: whether the
+# transposition swaps width and height, whether it reverses the order of the stored image's columns, and whether it
+# reverses the order of its rows.
 _ORIENTATIONS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
     3: (Image.Transpose.ROTATE_180, False, True, True),

@@ -49,13 +49,13 @@ from captionlib.data.shards.markers import (
     decode_marker,
     decode_progress,
     decode_totals,
-    from_checked_json,
+    from_json_with_checksum,
     marker_file,
     parse_time,
     part_name,
     progress_file,
     sum_markers,
-    to_checked_json,
+    to_json_with_checksum,
 )
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, SCHEMA_VERSIONS, add_missing_columns, upgrade_schema
 from captionlib.data.shards.verification import VerifiedFile
@@ -257,7 +257,7 @@ class ShardedDataset:
             f"accept the failures (1 accepts all), or with --retry-failures to read these images again"
         )
 
-    def part_path(self, shard: int) -> str:
+    def get_part_path(self, shard: int) -> str:
         """Returns the path of a shard's data file within its file system."""
         return self.folder.path(f"{part_name(shard)}.parquet")
 
@@ -384,7 +384,7 @@ class ShardedDataset:
                 "(1 accepts all failures)"
             )
         if self.read_totals() != totals:
-            self.folder.write(SUCCESS_FILE, to_checked_json({**asdict(totals), "fingerprint": self.fingerprint}))
+            self.folder.write(SUCCESS_FILE, to_json_with_checksum({**asdict(totals), "fingerprint": self.fingerprint}))
             with suppress(StorageError):  # these files are harmless if they remain
                 self.folder.remove_temporary_files()
                 self.remove_progress()
@@ -399,10 +399,10 @@ class ShardedDataset:
         return [
             problem
             for shard in sorted(self._list_parts(MARKERS_FOLDER, ".json"))
-            for problem in self.verify_shard(shard)
+            for problem in self.find_damage(shard)
         ]
 
-    def verify_shard(self, shard: int) -> list[str]:
+    def find_damage(self, shard: int) -> list[str]:
         """Compares the files of a shard with its marker. Returns a line for each file that differs."""
         marker = self.read_marker_even_if_unfinished(shard)
         if marker is None:
@@ -554,7 +554,7 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
         "config": dataset.config,
         "arrow_schema": dataset.schema.serialize().to_pybytes().hex(),
     }
-    dataset.folder.write(DESCRIPTION_FILE, to_checked_json(content))
+    dataset.folder.write(DESCRIPTION_FILE, to_json_with_checksum(content))
 
 
 def list_other_files(folder: Folder) -> list[str]:
@@ -685,7 +685,7 @@ def _read_description(folder: Folder) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        description = from_checked_json(content)
+        description = from_json_with_checksum(content)
         if description["kind"] not in SCHEMA_VERSIONS:
             raise ValueError(f"unknown kind {description['kind']!r}")
         _ = description["schema_version"]

@@ -38,15 +38,15 @@ __all__ = [
     "decode_totals",
     "encode_progress",
     "format_time",
-    "from_checked_json",
     "from_json",
+    "from_json_with_checksum",
     "marker_file",
     "parse_time",
     "part_name",
     "progress_file",
     "sum_markers",
-    "to_checked_json",
     "to_json",
+    "to_json_with_checksum",
     "write_marker",
 ]
 
@@ -210,7 +210,7 @@ def decode_marker(content: bytes) -> Marker:
     Raises:
         ValueError: the content is damaged or not a marker.
     """
-    marker = _MARKER.validate_python(from_checked_json(content))
+    marker = _MARKER.validate_python(from_json_with_checksum(content))
     if marker.finished:
         parse_time(marker.finished)
     return marker
@@ -218,12 +218,12 @@ def decode_marker(content: bytes) -> Marker:
 
 def write_marker(folder: Folder, marker: Marker) -> None:
     """Writes the marker of a shard to the folder of a dataset."""
-    folder.write(marker_file(marker.shard), to_checked_json(asdict(marker)))
+    folder.write(marker_file(marker.shard), to_json_with_checksum(asdict(marker)))
 
 
 def encode_progress(progress: ShardProgress) -> bytes:
     """Encodes the progress of a shard as the content of its progress file."""
-    return to_checked_json(asdict(progress))
+    return to_json_with_checksum(asdict(progress))
 
 
 def decode_progress(content: bytes) -> ShardProgress:
@@ -232,7 +232,7 @@ def decode_progress(content: bytes) -> ShardProgress:
     Raises:
         ValueError: the content is damaged.
     """
-    progress = _PROGRESS.validate_python(from_checked_json(content))
+    progress = _PROGRESS.validate_python(from_json_with_checksum(content))
     parse_time(progress.started)
     parse_time(progress.updated)
     return progress
@@ -244,7 +244,7 @@ def decode_totals(content: bytes) -> tuple[Totals, str]:
     Raises:
         ValueError: the content is damaged or does not contain totals.
     """
-    record = from_checked_json(content)
+    record = from_json_with_checksum(content)
     return _TOTALS.validate_python(record), str(record.get("fingerprint"))
 
 
@@ -322,13 +322,13 @@ def from_json(content: str | bytes) -> Any:
     raise ValueError("nested too deeply")
 
 
-def to_checked_json(content: Mapping[str, Any]) -> bytes:
-    """Encodes values as JSON that contains their checksum; see `from_checked_json`."""
+def to_json_with_checksum(content: Mapping[str, Any]) -> bytes:
+    """Encodes values as JSON that contains their checksum; see `from_json_with_checksum`."""
     return to_json({**content, _RECORD_CHECKSUM: _compute_record_checksum(content)})
 
 
-def from_checked_json(content: bytes) -> dict[str, Any]:
-    """Decodes the result of `to_checked_json`. A JSON object without a checksum is accepted.
+def from_json_with_checksum(content: bytes) -> dict[str, Any]:
+    """Decodes the result of `to_json_with_checksum`. A JSON object without a checksum is accepted.
 
     Raises:
         ValueError: the content is not a JSON object, or does not match its checksum.

@@ -20,15 +20,15 @@ from captionlib.data.shards.markers import (
     REMOVED_FILE,
     SAMPLE_FOLDER,
     STALE,
-    from_checked_json,
-    to_checked_json,
+    from_json_with_checksum,
+    to_json_with_checksum,
 )
 from captionlib.data.shards.update import drop_uncommitted_updates, update_shards
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DamagedShardError, DatasetError
 from captionlib.storage.folders import Folder
 
-__all__ = ["Removal", "RemovedImages", "copy_removed_to_new_manifests", "list_removed", "plan_removal"]
+__all__ = ["Removal", "RemovedImages", "copy_removed_ids_to_new_manifests", "list_removed", "plan_removal"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def list_removed(folder: Folder) -> RemovedImages:
         DatasetError: the list is damaged.
     """
     try:
-        images = from_checked_json(folder.read(REMOVED_FILE))["images"]
+        images = from_json_with_checksum(folder.read(REMOVED_FILE))["images"]
         return RemovedImages({digest: (image["reason"], image["date"]) for digest, image in images.items()})
     except (FileNotFoundError, NotADirectoryError):
         return RemovedImages({})
@@ -63,7 +63,7 @@ def list_removed(folder: Folder) -> RemovedImages:
         ) from error
 
 
-def copy_removed_to_new_manifests(manifests: Sequence[Folder]) -> None:
+def copy_removed_ids_to_new_manifests(manifests: Sequence[Folder]) -> None:
     """Copies the list of removed images to the new manifests of a collection, which has one manifest per source.
 
     A manifest is new if it has not been written yet. Only images that were removed from all existing manifests are
@@ -81,7 +81,7 @@ def copy_removed_to_new_manifests(manifests: Sequence[Folder]) -> None:
 
 def _write_list(folder: Folder, removed: Mapping[str, tuple[str, str]]) -> None:
     images = {digest: {"reason": reason, "date": date} for digest, (reason, date) in removed.items()}
-    folder.write(REMOVED_FILE, to_checked_json({"images": images}))
+    folder.write(REMOVED_FILE, to_json_with_checksum({"images": images}))
 
 
 def _hash_id(image_id: str) -> str:

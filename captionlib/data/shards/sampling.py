@@ -50,7 +50,7 @@ class StageInput:
 
     @property
     def config(self) -> dict[str, int]:
-        """Settings to add to the output's configuration, so that a run on all images does not resume a sample."""
+        """Settings for the output's configuration, so that a run on all images does not resume one on a sample."""
         return {} if self.limit is None else {"sample": self.limit}
 
 

@@ -96,8 +96,9 @@ class ShardJob:
     def _find_missing(self) -> list[int]:
         """Returns the shards that lack a marker or a data file, for the first list of `plan`.
 
-        Returns an empty list if shards that have both files may need processing too. Then `plan` yields a single list
-        of all shards to process, so that a cluster is started only once.
+        Returns an empty list if the input has changed, and with `verify` or `retry_failures`. Shards that have both
+        files may need processing too then, so `plan` yields all shards to process in a single list, for which a
+        cluster is started only once.
         """
         checksum = self.source.compute_content_checksum()
         if self.verify or self.retry_failures or any(output.source_checksum != checksum for output in self.outputs):
@@ -126,7 +127,7 @@ class ShardJob:
                     "dataset"
                 )
             markers = [output.read_marker(shard) for output in self.outputs]
-            intact = not (self.verify and any(output.verify_shard(shard) for output in self.outputs))
+            intact = not (self.verify and any(output.find_damage(shard) for output in self.outputs))
             if markers[0] is not None and self._is_finished(input_marker, markers) and intact:
                 return markers[0]
             try:

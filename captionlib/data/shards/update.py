@@ -25,9 +25,9 @@ from captionlib.data.shards.markers import (
     UPDATE_FOLDER,
     Marker,
     decode_marker,
-    from_checked_json,
+    from_json_with_checksum,
     part_name,
-    to_checked_json,
+    to_json_with_checksum,
     write_marker,
 )
 from captionlib.errors import DatasetError
@@ -86,7 +86,7 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
         "complete": was_complete,
         "description": {"shards": shards, **changes},
     }
-    folder.write(JOURNAL_FILE, to_checked_json(journal))
+    folder.write(JOURNAL_FILE, to_json_with_checksum(journal))
     complete_update(folder)
 
 
@@ -109,9 +109,9 @@ def complete_update(folder: Folder) -> None:
     _require_staged(folder, staging, journal["written"])
     for name, checksums in journal["written"].items():
         _move_shard(folder, staging, name, checksums)
-    old = from_checked_json(folder.read(DESCRIPTION_FILE))
+    old = from_json_with_checksum(folder.read(DESCRIPTION_FILE))
     if (new := {**old, **journal["description"]}) != old:
-        folder.write(DESCRIPTION_FILE, to_checked_json(new))
+        folder.write(DESCRIPTION_FILE, to_json_with_checksum(new))
     dataset = open_dataset(folder.uri, complete_update=False)
     for shard in range(dataset.shards, journal["previous_shards"]):
         dataset.remove_shard(shard)
@@ -123,7 +123,7 @@ def complete_update(folder: Folder) -> None:
 
 def _read_journal(folder: Folder) -> dict[str, Any] | None:
     try:
-        journal = from_checked_json(folder.read(JOURNAL_FILE))
+        journal = from_json_with_checksum(folder.read(JOURNAL_FILE))
         if missing := {"id", "written", "previous_shards", "complete", "description"} - journal.keys():
             raise ValueError(f"expected the keys {', '.join(sorted(missing))}, got none")
     except FileNotFoundError:

@@ -125,7 +125,8 @@ def _identify(folder: Location) -> object | None:
 def _was_deleted(root: Location, folder: str, ancestors: Sequence[object]) -> bool:
     """Returns whether a missing directory was deleted. Otherwise, its disk was unmounted.
 
-    Unmounting a disk, unlike deleting a directory, also changes the identity of the remaining parent directory.
+    After a disk was unmounted, the nearest parent that exists is its mount point, whose device and inode then differ
+    from those of the disk's root directory. After a deletion, those of the nearest parent that exists are unchanged.
     `ancestors` holds the identities of the parents of `folder` when they were listed, starting with `root`.
     """
     if not root.is_local:

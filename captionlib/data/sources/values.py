@@ -228,7 +228,7 @@ def _parse_printed_list(text: str, origin: str, field: str) -> object:
         return parse_json(text, origin)
     except DatasetError as error:
         with contextlib.suppress(SyntaxError, ValueError):
-            # NumPy prints arrays without commas. They do not match, because Python would join their adjacent strings.
+            # NumPy prints arrays without commas. The pattern excludes them: Python would join their adjacent strings.
             if _PYTHON_LIST.fullmatch(text):
                 return ast.literal_eval(text)
         raise EntryError(

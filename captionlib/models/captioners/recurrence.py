@@ -55,8 +55,8 @@ def run_recurrence(
         batch_sizes: the number of sentences that reach each time step, in non-increasing order.
         state: `[states, sentences, hidden_size]` before the first time step: the h of each layer, then the c of each
             layer of an LSTM.
-        image_gates: `[rows, gates]`, the projected image of each of the first `rows` tokens. It is added to the gates
-            of the first layer.
+        image_gates: `[rows, gates]`, for each of the first `rows` tokens, the projection of its sentence's image. It is
+            added to the gates of the first layer.
         attention: attention module, which requires the next two arguments; None for no attention.
         annotations: `[images, positions, attention_size]`, annotation vectors from `Attention.annotate`.
         image_of_caption: `[sentences] int64`, the row of `annotations` that each sentence attends to.

@@ -9,7 +9,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from captionlib.data.shards.markers import from_checked_json
+from captionlib.data.shards.markers import from_json_with_checksum
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.families.registry import split_address
 from captionlib.storage.file_systems import open_file_system
@@ -95,7 +95,7 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
         return
     folder = Folder(address)
     try:
-        config = from_checked_json(folder.read(CONFIG))
+        config = from_json_with_checksum(folder.read(CONFIG))
     except (FileNotFoundError, NotADirectoryError):
         raise not_a_checkpoint_error(folder) from None
     except ValueError:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from captionlib.config import describe_differences
-from captionlib.data.shards.markers import from_checked_json, to_checked_json, to_json
+from captionlib.data.shards.markers import from_json_with_checksum, to_json, to_json_with_checksum
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.checkpoints.encoder_file import (
     CONFIG,
@@ -75,7 +75,7 @@ def export_checkpoint(
         TRAINING: to_json(training),
         CARD: render_card(config, training, ENCODER in contents, notes),
         WEIGHTS: source.read(WEIGHTS),
-        CONFIG: to_checked_json(config),  # written last
+        CONFIG: to_json_with_checksum(config),  # written last
     }
     if not _contains(target, contents):
         _clear(target)
@@ -88,7 +88,7 @@ def export_checkpoint(
 def _read_config(source: Folder) -> tuple[dict[str, Any], Checkpoint]:
     """Returns the content of `config.json` as it is stored, and the verified checkpoint."""
     try:
-        config = from_checked_json(source.read(CONFIG))
+        config = from_json_with_checksum(source.read(CONFIG))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         config = {}
     return config, read_checkpoint(source, str(config.get("kind")))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from captionlib import __version__
-from captionlib.data.shards.markers import compute_fingerprint, from_checked_json, to_checked_json, to_json
+from captionlib.data.shards.markers import compute_fingerprint, from_json_with_checksum, to_json, to_json_with_checksum
 from captionlib.errors import CheckpointError
 from captionlib.models.checkpoints.encoder_file import (
     CONFIG,
@@ -106,7 +106,7 @@ def write_checkpoint(
         **identity,
     }
     files = {
-        CONFIG: to_checked_json(config),
+        CONFIG: to_json_with_checksum(config),
         TRAINING: to_json(training),
         CARD: render_card(config, training, has_encoder=encoder_weights is not None),
         ENCODER: encoder_weights,
@@ -202,7 +202,7 @@ def damaged_error(folder: Folder, reason: str) -> CheckpointError:
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     try:
-        content = from_checked_json(folder.read(name))
+        content = from_json_with_checksum(folder.read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:

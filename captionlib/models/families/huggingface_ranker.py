@@ -58,7 +58,7 @@ class HuggingFaceRanker:
         return self._preprocessing
 
     def require_encoder(self, description: Any) -> None:
-        """Rejects the features of an encoder, because the model takes pixels; see `ImageModel`."""
+        """Requires that `description` describes pixels and not the features of an encoder; see `ImageModel`."""
         require_pixels(f"hf:{self._location}", self.encoder, description)
 
     def to(self, device: torch.device) -> None:

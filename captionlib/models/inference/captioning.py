@@ -94,8 +94,8 @@ class CaptionGeneration:
     Attributes:
         config: configuration of the generation.
         captioner: the version of the captioner to use.
-        description: result of `CaptionModel.describe_generation`. A worker fails if its captioner returns a
-            different result.
+        description: what the captions depend on, from `CaptionModel.describe_generation`. A worker fails if its
+            captioner returns a different description.
         input_transform: how images become the captioner's input; None if the dataset contains features.
         device: device of the models.
         threads: number of CPU threads of the models. If None, PyTorch's default is used.
@@ -162,7 +162,8 @@ def _prepare_once(
 ) -> GenerateCaptions:
     """Prepares a captioner once per process, and again if its datastore changes.
 
-    `_datastore` is the fingerprint (hash) of the captioner's datastore (training data for reranking).
+    `_datastore` is the fingerprint (hash) of the captioner's datastore (features and captions of training images, which
+    are searched to rerank captions).
     It is not used here, but is part of the cache key.
     """
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)

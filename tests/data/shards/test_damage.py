@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import Marker, to_checked_json
+from captionlib.data.shards.markers import Marker, to_json_with_checksum
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, embeddings_schema, features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DamagedShardError, DatasetError, FetchError, StorageError
@@ -121,7 +121,7 @@ GARBAGE = {
     "binary": b"\xff\xfe\x00\x80",
     "nested": b"[" * 100_000,
     "other fields": b'{"hello": 1}',
-    "other types": to_checked_json(dict.fromkeys(Marker.__dataclass_fields__, "x")),
+    "other types": to_json_with_checksum(dict.fromkeys(Marker.__dataclass_fields__, "x")),
 }
 
 
@@ -178,7 +178,7 @@ def copy_marker(tmp_path: Path, **changes: Any) -> None:
     path = tmp_path / "__shards" / "part-00000.json"
     record = json.loads(path.read_text())
     del record["crc32"]
-    path.write_bytes(to_checked_json({**record, **changes}))
+    path.write_bytes(to_json_with_checksum({**record, **changes}))
 
 
 def test_markers_of_another_dataset_or_shard_do_not_count(tmp_path: Path) -> None:
@@ -424,7 +424,7 @@ def test_datasets_of_another_schema_version_are_refused(tmp_path: Path) -> None:
     create(tmp_path)
     description = json.loads((tmp_path / "_dataset.json").read_text())
     del description["crc32"]
-    (tmp_path / "_dataset.json").write_bytes(to_checked_json({**description, "schema_version": 2}))
+    (tmp_path / "_dataset.json").write_bytes(to_json_with_checksum({**description, "schema_version": 2}))
     with pytest.raises(DatasetError, match="expected version 1 of the schema of manifest, got 2"):
         open_dataset(tmp_path)
 

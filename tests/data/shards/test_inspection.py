@@ -51,7 +51,7 @@ def test_inspect_reports_progress(tmp_path: Path, place: str) -> None:
     }
     assert report.config == {"source": {"kind": "folder"}}
     assert report.fingerprint == dataset.fingerprint
-    assert report.size == sum(dataset.folder.fs.size(dataset.part_path(shard)) for shard in (0, 1))
+    assert report.size == sum(dataset.folder.fs.size(dataset.get_part_path(shard)) for shard in (0, 1))
     assert report.problems == []
 
 

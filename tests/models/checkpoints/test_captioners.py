@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from captionlib.data.shards.markers import from_checked_json, to_checked_json
+from captionlib.data.shards.markers import from_json_with_checksum, to_json_with_checksum
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
@@ -110,8 +110,8 @@ def test_load_rejects_missing_device(folder: Path) -> None:
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
-    config = from_checked_json((folder / "config.json").read_bytes())
-    (folder / "config.json").write_bytes(to_checked_json(config | changes))
+    config = from_json_with_checksum((folder / "config.json").read_bytes())
+    (folder / "config.json").write_bytes(to_json_with_checksum(config | changes))
 
 
 def damage_weights(folder: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from captionlib.data.images.decoding import Preprocessing, decode_image
-from captionlib.data.shards.markers import compute_fingerprint, from_checked_json, to_checked_json
+from captionlib.data.shards.markers import compute_fingerprint, from_json_with_checksum, to_json_with_checksum
 from captionlib.errors import CheckpointError
 from captionlib.models.checkpoints.folder import read_checkpoint, write_checkpoint
 from captionlib.models.families.huggingface import prepare_pixels
@@ -71,7 +71,7 @@ def change_model(address: str, copy: Path) -> str:
         settings = json.loads((copy / "tokenizer_config.json").read_text())
         (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 99}))
         return f"{prefix}:{copy}"
-    kind = from_checked_json((copy / "config.json").read_bytes())["kind"]
+    kind = from_json_with_checksum((copy / "config.json").read_bytes())["kind"]
     whole = read_checkpoint(copy, kind)
     name = max(name for name in whole.tensors if "weight" in name)
     write_checkpoint(copy, kind, {**whole.tensors, name: whole.tensors[name] + 1}, whole.identity, {}, {})
@@ -86,14 +86,14 @@ class _Bomb:
 def assert_a_pickled_checkpoint_is_refused(folder: Path, tmp_path: Path, load: Callable[[str], object]) -> None:
     """Checks that weights that are a pickle are not loaded, although all hashes of the checkpoint match."""
     copy = shutil.copytree(folder, tmp_path / "pickled")
-    config = from_checked_json((copy / "config.json").read_bytes())
+    config = from_json_with_checksum((copy / "config.json").read_bytes())
     whole = read_checkpoint(copy, config["kind"])
     pickled = pickle.dumps(_Bomb())
     (copy / "model.safetensors").write_bytes(pickled)
     digest = hashlib.sha256(pickled).hexdigest()
     fingerprint = compute_fingerprint(config["kind"], {**whole.identity, "weights_sha256": digest})
     record = {**config, "weights_sha256": digest, "fingerprint": fingerprint}
-    (copy / "config.json").write_bytes(to_checked_json(record))
+    (copy / "config.json").write_bytes(to_json_with_checksum(record))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         with pytest.raises(CheckpointError, match="cannot be read"):

@@ -155,7 +155,7 @@ def test_a_run_resumes_and_refuses_other_settings(address: str, tmp_path: Path) 
     arguments = (tmp_path / "manifest", address, tmp_path / "captions")
     assert generate_captions(*arguments, BEAM, device="cpu", run=run).failures == 2
     dataset = open_dataset(tmp_path / "captions").require_complete()
-    files = [Path(dataset.part_path(shard)) for shard in range(dataset.shards)]
+    files = [Path(dataset.get_part_path(shard)) for shard in range(dataset.shards)]
     contents = [file.read_bytes() for file in files]
     dataset.folder.remove(marker_file(1))
     times = [file.stat().st_mtime_ns for file in files]

@@ -132,10 +132,10 @@ def test_a_run_resumes(name: str, folders: dict[str, Path], tmp_path: Path) -> N
     run = RunConfig(max_failure_ratio=0.5, progress=False)
     assert extract_features(*arguments, device="cpu", run=run).failures == 2
     dataset = open_dataset(tmp_path / "features").require_complete()
-    content = Path(dataset.part_path(1)).read_bytes()
+    content = Path(dataset.get_part_path(1)).read_bytes()
     dataset.remove_marker(1)
     extract_features(*arguments, device="cpu", run=run)
-    assert Path(dataset.part_path(1)).read_bytes() == content
+    assert Path(dataset.get_part_path(1)).read_bytes() == content
 
 
 def test_a_folder_is_identified_by_the_hash_of_its_files(folder: Path, tmp_path: Path) -> None:

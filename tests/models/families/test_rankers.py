@@ -111,10 +111,10 @@ def test_a_run_resumes_and_refuses_another_ranker(address: str, folders: dict[st
     arguments = (tmp_path / "manifest", address, tmp_path / "embeddings", EmbeddingConfig(encoder_batch_size=3))
     assert embed_images(*arguments, device="cpu", run=run).failures == 2
     dataset = open_dataset(tmp_path / "embeddings").require_complete()
-    content = Path(dataset.part_path(1)).read_bytes()
+    content = Path(dataset.get_part_path(1)).read_bytes()
     dataset.remove_marker(1)
     embed_images(*arguments, device="cpu", run=run)
-    assert Path(dataset.part_path(1)).read_bytes() == content
+    assert Path(dataset.get_part_path(1)).read_bytes() == content
     other = f"hf:{folders['siglip' if 'clip' in address and 'siglip' not in address else 'clip']}"
     with pytest.raises(FingerprintError):
         embed_images(tmp_path / "manifest", other, tmp_path / "embeddings", device="cpu", run=run)

@@ -213,7 +213,7 @@ def test_lookup_by_id_skips_most_row_groups(monkeypatch: pytest.MonkeyPatch) -> 
         return content
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", count)
-    size = dataset.folder.fs.size(dataset.part_path(0))
+    size = dataset.folder.fs.size(dataset.get_part_path(0))
     rows_found = query_sql(address, "SELECT * FROM captions WHERE image_id = ?", ["12345"])
     assert rows_found["caption"].to_pylist() == ["caption 12345"]
     assert 0 < sum(read) < size / 2
