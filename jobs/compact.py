@@ -15,7 +15,7 @@ __all__ = ["command"]
     "--shard-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Images per shard. [default: depends on the number of images, as in `captionlib prepare`]",
+    help="Images per shard.  [default: depends on the number of images, as in `captionlib prepare`]",
 )
 @progress_option
 def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) -> None:

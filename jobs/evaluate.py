@@ -41,7 +41,7 @@ __all__ = ["command"]
     "--features",
     "-f",
     metavar="FOLDER",
-    help="Features dataset to compute the perplexity from. [default: encode the images of the manifest]",
+    help="Features dataset to compute the perplexity from.  [default: encode the images of the manifest]",
 )
 @click.option(
     "--train-split",

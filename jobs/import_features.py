@@ -13,7 +13,7 @@ __all__ = ["command"]
 @click.argument("features_mat")
 @click.option("--output", "-o", required=True, metavar="FOLDER", help="Folder to write the features dataset to.")
 @click.option(
-    "--images", metavar="FOLDER", help="Folder that image paths are relative to. [default: the folder of DATASET_JSON]"
+    "--images", metavar="FOLDER", help="Folder that image paths are relative to.  [default: the folder of DATASET_JSON]"
 )
 @config_options
 @click.option("--overwrite", is_flag=True, help="Replace features imported from different files.")

@@ -162,7 +162,7 @@ def pipeline_options(command: Command) -> Command:
         click.option(
             "--max-failure-ratio",
             type=click.FloatRange(0, 1),
-            help="Fail if the fraction of failed images is larger than this. All other images are still written. "
+            help="Fail if the fraction of failed images is larger than this. All other images are still written.  "
             "[default: fail only if all images failed]",
         ),
         progress_option,

@@ -27,7 +27,7 @@ __all__ = ["command"]
     help="Format of SOURCE. With auto, it is detected from file names and contents.",
 )
 @click.option(
-    "--images", metavar="FOLDER", help="Folder that image paths are relative to. [default: the folder of SOURCE]"
+    "--images", metavar="FOLDER", help="Folder that image paths are relative to.  [default: the folder of SOURCE]"
 )
 @click.option("--default-split", default="", metavar="NAME", help="Split of the images that have no split in SOURCE.")
 @click.option(
@@ -35,50 +35,50 @@ __all__ = ["command"]
     "split_files",
     multiple=True,
     metavar="SPLIT=FILE",
-    help="Flickr: file with the image names of a split. Repeatable. [default: official files in the folder of SOURCE]",
+    help="Flickr: file with the image names of a split. Repeatable.  [default: official files in the folder of SOURCE]",
 )
 @click.option(
-    "--id-column", metavar="NAME", help="Tables: column of the image id. [default: image_id, id, ..., or the uri]"
+    "--id-column", metavar="NAME", help="Tables: column of the image id.  [default: image_id, id, ..., or the uri]"
 )
 @click.option(
-    "--uri-column", metavar="NAME", help="Tables: column of the image path or URL. [default: uri, url, path, ...]"
+    "--uri-column", metavar="NAME", help="Tables: column of the image path or URL.  [default: uri, url, path, ...]"
 )
 @click.option(
     "--image-column",
     metavar="NAME",
-    help="Parquet: column of encoded images. [default: image, jpg, png, ..., or any struct<bytes, path>]",
+    help="Parquet: column of encoded images.  [default: image, jpg, png, ..., or any struct<bytes, path>]",
 )
 @click.option(
     "--caption-column",
     "caption_columns",
     multiple=True,
     metavar="NAME",
-    help="Tables: column of a caption or a list of captions. Repeatable. [default: captions, caption, text, ...]",
+    help="Tables: column of a caption or a list of captions. Repeatable.  [default: captions, caption, text, ...]",
 )
 @click.option(
     "--caption-language",
     metavar="KEY",
-    help="Tables: key of the captions in maps such as {en: ..., de: ...}. [default: all captions of a Parquet map]",
+    help="Tables: key of the captions in maps such as {en: ..., de: ...}.  [default: all captions of a Parquet map]",
 )
 @click.option("--captions/--no-captions", default=True, show_default=True, help="Include the captions of SOURCE.")
-@click.option("--split-column", metavar="NAME", help="Tables: column of the split. [default: split, subset]")
+@click.option("--split-column", metavar="NAME", help="Tables: column of the split.  [default: split, subset]")
 @click.option(
     "--columns", metavar="NAME,...", help="CSV and TSV without a header: all column names, such as image,caption."
 )
-@click.option("--tsv-quotes", is_flag=True, help="TSV: cells may be quoted, as in CSV. [default: quotes are literal]")
+@click.option("--tsv-quotes", is_flag=True, help="TSV: cells may be quoted, as in CSV.  [default: quotes are literal]")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Include only this split. Repeatable.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Include only the first N images.")
 @click.option(
     "--version-column",
     metavar="NAME",
-    help="Tables: column whose value changes when the image changes. [default: size and modification time of a local "
+    help="Tables: column whose value changes when the image changes.  [default: size and modification time of a local "
     "file, or the uri]",
 )
 @click.option(
     "--shard-size",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Images per shard of a new manifest. [default: 1000; more for over 100,000 images]",
+    help="Images per shard of a new manifest.  [default: 1000; more for over 100,000 images]",
 )
 @click.option(
     "--check-images/--no-check-images",

@@ -58,7 +58,7 @@ class _SectionedCommand(click.Command):
 @click.option(
     "--sort",
     type=click.Choice(["relevance", "log_prob", "image_text_score"]),
-    help="Order of the results of --text. [default: relevance]",
+    help="Order of the results of --text.  [default: relevance]",
 )
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder) that computed the embeddings.")
 @click.option("--captioner", "-c", metavar="FOLDER", help="With --image, caption the image instead of searching.")
@@ -75,12 +75,12 @@ class _SectionedCommand(click.Command):
 @click.option("--count-words", type=click.IntRange(min=1), metavar="N", help="The N most frequent words.")
 @click.option("--duplicates", metavar="FOLDER", help="Output of `captionlib deduplicate`, to leave out duplicates.")
 @click.option("--memory", default="2GB", show_default=True, help="Memory to use before spilling to disk.")
-@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads. [default: one per core]")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads.  [default: one per core]")
 @click.option(
     "--limit",
     type=click.IntRange(min=0),
     metavar="N",
-    help="Maximum number of rows. [default: 20 for an index, all for a dataset]",
+    help="Maximum number of rows.  [default: 20 for an index, all for a dataset]",
 )
 @click.option(
     "--timeout",
@@ -104,7 +104,7 @@ class _SectionedCommand(click.Command):
     show_default=True,
     help="In CSV, put a ' before text that a spreadsheet would execute.",
 )
-@click.option("--output", "-o", metavar="FILE", help="File or fsspec URL to write to. [default: standard output]")
+@click.option("--output", "-o", metavar="FILE", help="File or fsspec URL to write to.  [default: standard output]")
 def command(
     folders: tuple[str, ...],
     memory: str,

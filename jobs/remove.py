@@ -29,7 +29,7 @@ _ORDER = ("manifest", "features", "captions", "embeddings", "duplicates")  # inp
 )
 @click.option("--dry-run", is_flag=True, help="Only show how many images would be removed.")
 @click.option(
-    "--thumbnails", metavar="FOLDER", help="The folder where `serve` stores thumbnails. [default: the user's cache]"
+    "--thumbnails", metavar="FOLDER", help="The folder where `serve` stores thumbnails.  [default: the user's cache]"
 )
 def command(
     folders: tuple[str, ...],

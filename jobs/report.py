@@ -29,7 +29,7 @@ __all__ = ["command"]
 @click.option("--images", metavar="FOLDER", help="The folder that image paths are relative to.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Show the first N images only.")
 @click.option("--compare", metavar="OTHER", help="Other captions of the same images, to show beside CAPTIONS.")
-@click.option("--title", help="The title of the page. [default: the name of CAPTIONS and the split]")
+@click.option("--title", help="The title of the page.  [default: the name of CAPTIONS and the split]")
 @progress_option
 def command(
     captions: str,

@@ -39,7 +39,7 @@ _MAX_OPEN_FILES = 4096  # connections, images and pipes; many systems allow only
 @click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="The port to listen on.")
 @click.option("--name", "names", multiple=True, metavar="HOST", help="Additional host name of this server. Repeatable.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Number of server processes.")
-@click.option("--thumbnails", metavar="FOLDER", help="The folder for thumbnails. [default: in the user's cache]")
+@click.option("--thumbnails", metavar="FOLDER", help="The folder for thumbnails.  [default: in the user's cache]")
 @click.option(
     "--max-upload",
     type=click.IntRange(min=1),

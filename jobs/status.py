@@ -29,10 +29,11 @@ def command(collection: str) -> None:
     from captionlib.collection import open_collection
 
     opened = open_collection(collection)
-    states = [_show_dataset(address) for address in opened.list_datasets()]
-    finished = all(states)
+    states = {address: _show_dataset(address) for address in opened.list_datasets()}
+    finished = all(states.values())
     if opened.config.duplicates is not None:
-        finished = _show_duplicates(opened, opened.config.duplicates, finished)
+        has_embeddings = all(states[address] for address in opened.list_embeddings())
+        finished = _show_duplicates(opened, opened.config.duplicates, has_embeddings) and finished
     if not _show_index(opened, finished):
         click.echo(f"To finish: captionlib update {collection}")
     for address in opened.find_datasets():
@@ -63,12 +64,12 @@ def _show_dataset(address: str) -> bool:
     return complete and not report.stale
 
 
-def _show_duplicates(collection: Collection, threshold: float, has_finished_inputs: bool) -> bool:
+def _show_duplicates(collection: Collection, threshold: float, has_embeddings: bool) -> bool:
     """Shows the number of duplicates, and returns whether they are up to date."""
     from captionlib.search.duplicates import read_duplicate_summary
 
     summary = None
-    if has_finished_inputs:
+    if has_embeddings:
         summary = read_duplicate_summary(collection.list_embeddings(), collection.duplicates, threshold)
     if summary is None:
         click.echo(f"{collection.duplicates}: not started, or the images or the threshold have changed")

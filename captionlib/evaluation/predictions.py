@@ -6,6 +6,7 @@ COCO's evaluation server accepts results as `[{"image_id": 391895, "caption": "a
 """
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,8 @@ __all__ = [
     "to_coco_results",
     "to_result_struct",
 ]
+
+_INTEGER_ID = re.compile("0|[1-9][0-9]{0,17}")  # integers that fit into 64 bits, without leading zeros
 
 
 @dataclass(frozen=True)
@@ -262,8 +265,7 @@ def to_coco_results(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
 
 def to_coco_ids(image_ids: Sequence[str]) -> Sequence[int | str]:
     """Converts ids to integers, as in COCO, if all are decimal numbers. Otherwise, returns them unchanged."""
-    numeric = all(image_id.isdecimal() and str(int(image_id)) == image_id for image_id in image_ids)
-    return [int(image_id) for image_id in image_ids] if numeric else image_ids
+    return [int(image_id) for image_id in image_ids] if all(map(_INTEGER_ID.fullmatch, image_ids)) else image_ids
 
 
 def to_result_struct(predictions: Sequence[Prediction], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,7 +278,7 @@ def to_result_struct(predictions: Sequence[Prediction], params: Mapping[str, Any
     blobs = [
         {
             "img_path": prediction.uri,
-            "imgid": int(prediction.image_id) if prediction.image_id.isdecimal() else prediction.image_id,
+            "imgid": int(prediction.image_id) if _INTEGER_ID.fullmatch(prediction.image_id) else prediction.image_id,
             "references": [{"text": text} for text in prediction.references],
             "candidate": {"text": prediction.caption, "logprob": prediction.log_prob},
         }

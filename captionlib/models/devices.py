@@ -28,7 +28,8 @@ def resolve_device(name: str) -> torch.device:
     if device is None or device.type not in {"cpu", "cuda"}:
         raise ConfigError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise ConfigError(f"device {name!r}: PyTorch found {count} GPUs; use auto or cpu, or check the driver")
+        found = "1 GPU" if count == 1 else f"{count} GPUs"
+        raise ConfigError(f"device {name!r}: PyTorch found {found}; use auto or cpu, or check the driver")
     return device
 
 

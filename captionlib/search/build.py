@@ -6,7 +6,7 @@ machine and can safely be repeated.
 
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import cached_property, lru_cache
@@ -85,7 +85,7 @@ class IndexBuild:
         duplicates: dataset of groups of similar images. One image of each group is kept; the others are left out, or
             marked as duplicates. If None, all images are indexed.
         manifests: for each captions dataset, the manifest (table of images and reference captions) that it was
-            generated from; None if it is not available.
+            generated from; None if it is missing, or if the index contains no references.
         shards: all shards of the index, in the order of their rows.
         base: version of the index whose files are reused. If None, the index is built from scratch.
         added: positions in `shards` of the shards that `base` does not contain.
@@ -252,7 +252,7 @@ class IndexBuild:
         grouper = FacetGrouper()  # numbers the groups of rows that have the same values of all facets
         with temporary_folder(self.folder) as local:
             files = [self._fetch(shard.rows_file, local) for shard in shards]
-            self._check_unique_ids(files)
+            self._check_unique_ids(files, shards)
             batches = (
                 batch
                 for file, shard in zip(files, shards, strict=True)
@@ -321,13 +321,22 @@ class IndexBuild:
         """Returns the local path of a file of the index, after verifying its checksum."""
         return check_hash(fetch_path(self.folder, name, local / name), name, self.folder.address(name))
 
-    def _check_unique_ids(self, files: Iterable[Path]) -> None:
+    def _check_unique_ids(self, files: Sequence[Path], shards: Sequence[IndexedShard]) -> None:
         duplicate = find_repeated_id(files)
         if duplicate is not None:
-            folders = " and ".join(dataset.folder.uri for dataset in self.captions)
+            datasets = {
+                shard.dataset
+                for file, shard in zip(files, shards, strict=True)
+                if any(pc.any(pc.equal(rows["image_id"], duplicate.image_id)).as_py() for rows in read_rows(file))
+            }
+            folders = " and ".join(self.captions[dataset].folder.uri for dataset in sorted(datasets))
             raise DuplicateIdError(
                 f"expected one row per image id in {folders}, got {duplicate.rows} with {duplicate.image_id!r}; "
-                "remove the image from all datasets but one"
+                + (
+                    "remove the image from all datasets but one"
+                    if len(datasets) > 1
+                    else "write this dataset again from images with different ids"
+                )
             )
 
     def _read_current(self) -> IndexDescription | None:
@@ -400,7 +409,7 @@ def plan_build(
             f"order, got {len(embeddings_datasets)}"
         )
     described = None if duplicates is None else _describe_duplicates(duplicates)
-    manifests = tuple(map(find_manifest, captions_datasets))
+    manifests = tuple(find_manifest(dataset) if config.references else None for dataset in captions_datasets)
     build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config, described, manifests)
     base = _read_base(build, overwrite)
     shards = _apply_duplicates(build, base, _list_shards(build))

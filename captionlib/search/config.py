@@ -35,6 +35,8 @@ class IndexConfig:
         nprobe: number of inverted lists to search per query. If None, it is chosen for a recall@10 of about 0.95.
         keep_duplicates: whether to index and mark the images that `captionlib deduplicate` found to be duplicates. If
             False, they are left out.
+        references: whether the index contains the reference captions of the images, from the manifest that the captions
+            were generated from. They are also left out if the manifest no longer exists.
     """
 
     language: str = "english"
@@ -42,6 +44,7 @@ class IndexConfig:
     nlist: PositiveInt | None = None
     nprobe: PositiveInt | None = None
     keep_duplicates: bool = False
+    references: bool = True
 
     def __post_init__(self) -> None:
         if self.language not in LANGUAGES:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from captionlib.data.splits import add_split_aliases
+from captionlib.errors import QueryError
 from captionlib.search.facet_groups import FacetGroup
 
 __all__ = ["FacetCounts", "Facets", "Filter", "name_sources"]
@@ -26,7 +27,8 @@ class Filter:
         split: dataset split of the images, such as `test`; `val` and `dev` are the same split.
         min_log_prob: minimum log-probability of a caption.
         source: name of the captions dataset; see `name_sources`.
-        date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`.
+        date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`. An index
+            with very many sources and splits may only accept years in searches by text.
         exclude_duplicates: whether to leave out images that are marked as duplicates of another image.
     """
 
@@ -96,6 +98,9 @@ class Facets:
         """Returns the indices of the groups that match a filter, or None if all groups match.
 
         The SQL condition and the minimum log-probability of the filter are ignored.
+
+        Raises:
+            QueryError: the filter selects a month, and a group covers its whole year.
         """
         tests = self._make_tests(where)
         selected = [number for number, group in enumerate(self._groups) if all(test(group) for test in tests.values())]
@@ -129,6 +134,11 @@ class Facets:
             tests["source"] = lambda group: self.sources[group.dataset] == where.source
         if where.date is not None:
             date = where.date
+            if any(group.month == date[: len("2026")] != date for group in self._groups):
+                raise QueryError(
+                    f"date: expected a year, got {date}; this index has too many sources and splits to count the "
+                    f"images of each month; use {date[:4]}"
+                )
             tests["date"] = lambda group: group.month.startswith(date)
         if where.exclude_duplicates:
             tests["duplicates"] = lambda group: not group.is_duplicate

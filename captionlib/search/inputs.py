@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import compute_checksum, part_name
+from captionlib.data.shards.markers import DESCRIPTION_FILE, compute_checksum, part_name
 from captionlib.data.shards.schemas import add_missing_columns
 from captionlib.data.sources.versions import find_modified_times
-from captionlib.errors import DatasetError, StorageError
+from captionlib.errors import CaptionlibError, DatasetError
 from captionlib.search.index_folder import InputShard
 from captionlib.search.rows import DETAILS_BATCH_ROWS, DETAILS_SCHEMA, RESULT_COLUMNS, ROW_SCHEMA
 from captionlib.storage.folders import Folder, scratch_folder
@@ -173,22 +173,30 @@ def _read_kept(
 
 
 def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
-    """Returns the manifest (table of images) that captions were generated from, or None if it cannot be read.
+    """Returns the manifest (table of images) that captions were generated from, or None if it is missing.
 
-    The captions may have been generated from a features dataset that was extracted from the manifest. If one of
-    these datasets is local and another one is remote, the manifest is ignored, because workers on other machines cannot
+    The captions may have been generated from a features dataset that was extracted from the manifest. If the captions
+    are remote and one of these datasets is local, the manifest is ignored, because workers on other machines cannot
     read local files.
+
+    Raises:
+        DatasetError: one of these datasets exists, but cannot be read.
     """
     datasets = [captions]
-    while datasets[-1].kind != "manifest":
-        address = datasets[-1].source
-        if not address or Folder(address).is_local != captions.folder.is_local:
-            return None
-        try:
-            datasets.append(open_dataset(address))
-        except (DatasetError, StorageError, OSError):
-            return None
-    return ManifestShards(datasets[-1], _match_shards(datasets))
+    try:
+        while datasets[-1].kind != "manifest":
+            source = Folder(datasets[-1].source)
+            if not source.uri or (source.is_local and not captions.folder.is_local):
+                return None
+            if not source.exists(DESCRIPTION_FILE):
+                return None
+            datasets.append(open_dataset(source.uri))
+        return ManifestShards(datasets[-1], _match_shards(datasets))
+    except CaptionlibError as error:
+        raise DatasetError(
+            f"the reference captions of {captions.folder.uri} cannot be read: {error}; to build the index without "
+            "them, set references=false"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -214,7 +222,7 @@ def _match_shards(datasets: Sequence[ShardedDataset]) -> dict[int, str]:
 
     `datasets` starts with the captions and ends with the manifest. Each dataset was created from the next one.
     """
-    markers = [dataset.read_markers() for dataset in datasets]
+    markers = [dataset.require_markers() for dataset in datasets]
     matches = {}
     for shard in markers[0]:
         chain = [each[shard] for each in markers if shard in each]

@@ -18,7 +18,7 @@ from fsspec.registry import get_filesystem_class, known_implementations, registr
 from captionlib.errors import ConfigError
 
 __all__ = [
-    "INTERPRETING_PROTOCOLS",
+    "UNSAFE_PROTOCOLS",
     "is_chained",
     "is_known_protocol",
     "open_decompressed",
@@ -27,7 +27,7 @@ __all__ = [
     "strip_local_protocol",
 ]
 
-INTERPRETING_PROTOCOLS = frozenset(
+UNSAFE_PROTOCOLS = frozenset(
     {
         *("reference", "simplecache", "filecache", "blockcache", "cached", "zip", "tar", "libarchive", "dir"),
         *("generic", "async_wrapper", "asyncwrapper", "data", "git", "github", "gist", "dvc", "dask"),
@@ -101,7 +101,7 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
 
     Raises:
         ConfigError: the address is empty or chains file systems, or its protocol is unknown, is one of
-            `INTERPRETING_PROTOCOLS`, or needs a package that is not installed.
+            `UNSAFE_PROTOCOLS`, or needs a package that is not installed.
     """
     given = os.fspath(address)
     protocol, url = split_protocol(given)
@@ -112,7 +112,7 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
             f"{given} chains file systems with `::`; expected a path or the address of one file system; "
             "download or unpack the file first, and use its path"
         )
-    if protocol in INTERPRETING_PROTOCOLS:
+    if protocol in UNSAFE_PROTOCOLS:
         raise ConfigError(
             f"{given} cannot be opened: {protocol} is an unsafe protocol; expected a path or an address such as "
             "s3://bucket/folder; download or unpack the file first, and use its path"

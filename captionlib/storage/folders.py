@@ -110,9 +110,19 @@ class Folder:
         return sorted(path.rsplit("/", 1)[-1] for path in paths if path != folder)
 
     def exists(self, name: str) -> bool:
+        """Returns whether there is a file or a folder with this name.
+
+        Raises:
+            StorageError: the storage failed or refused the request.
+        """
+
         def check() -> bool:
             self.fs.invalidate_cache()
-            return bool(self.fs.exists(self.path(name)))
+            try:
+                self.fs.info(self.path(name))  # `exists` of many file systems returns False on any error
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
 
         return call_with_retries(self.path(name), check)
 

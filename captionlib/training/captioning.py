@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
@@ -219,7 +218,7 @@ def _make_objective(
     provenance: dict[str, Any],
 ) -> Objective[Any, CaptionerNetwork]:
     encode = make_caption_tokenizer(vocabulary, config.max_words)
-    training, validation = _make_batches(dataset, config, model, encode)
+    training, validation = _make_batches(dataset, config, model, vocabulary)
     cider = None
     if config.best_by == "cider":
         references = [
@@ -241,7 +240,7 @@ def _make_objective(
         model, training, validation, save, config.label_smoothing, cider, module_learning_rates
     )
     captioning.unigram_perplexity = vocabulary.unigram_perplexity(
-        [*encode(caption), END] for caption in read_captions(dataset, config.validation_splits)
+        [*vocabulary.encode(caption), END] for caption in read_captions(dataset, config.validation_splits)
     )
     if config.objective == "self_critical":
         reference_ids = (list(map(encode, captions)) for captions in read_references(dataset, config.train_splits))
@@ -254,7 +253,7 @@ def _make_batches(
     dataset: ShardedDataset,
     config: CaptionerTrainingConfig,
     model: CaptionerNetwork,
-    encode: Callable[[str], list[int]],
+    vocabulary: Vocabulary,
 ) -> tuple[CaptionBatches, CaptionBatches]:
     augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)
     if augmentation and len(get_feature_shape(dataset)) == 1:
@@ -263,9 +262,9 @@ def _make_batches(
             "one vector per image; extract features with pooling none at a node with spatial output, such as "
             "features.29 of vgg16, or leave both out"
         )
-    buffer_bytes = config.shuffle_buffer_megabytes << 20
+    encode, buffer_bytes = make_caption_tokenizer(vocabulary, config.max_words), config.shuffle_buffer_megabytes << 20
     pooled = model.attention_module is None and model.encoder_top is None
     return (
         CaptionBatches(dataset, config.train_splits, encode, config.batch_images, buffer_bytes, pooled, augmentation),
-        CaptionBatches(dataset, config.validation_splits, encode, _VALIDATION_IMAGES, buffer_bytes, pooled),
+        CaptionBatches(dataset, config.validation_splits, vocabulary.encode, _VALIDATION_IMAGES, buffer_bytes, pooled),
     )

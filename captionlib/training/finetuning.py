@@ -196,7 +196,7 @@ def _make_objective(
     encode = make_caption_tokenizer(vocabulary, config.max_words)
     model = ImageCaptioner(encoder.network, initial.model.to(encoder.device))
     batches = ImageBatches(training, encode, config.batch_images, load, skipped, config.horizontal_flip)
-    validation_batches = ImageBatches(validation, encode, config.batch_images, load, skipped)
+    validation_batches = ImageBatches(validation, vocabulary.encode, config.batch_images, load, skipped)
     cider = None
     if config.best_by == "cider":
         cider = CiderValidation(validation_batches, validation["captions"].to_pylist(), vocabulary, config.decoding)
@@ -216,6 +216,6 @@ def _make_objective(
     rates = {"encoder": config.encoder.learning_rate}
     objective = CaptioningObjective(model, batches, validation_batches, save, config.label_smoothing, cider, rates)
     objective.unigram_perplexity = vocabulary.unigram_perplexity(
-        [*encode(caption), END] for captions in validation["captions"].to_pylist() for caption in captions
+        [*vocabulary.encode(caption), END] for captions in validation["captions"].to_pylist() for caption in captions
     )
     return objective

@@ -43,7 +43,8 @@ class LanguageModelTrainingConfig:
         validation_fraction: the fraction of a text file that is held out as validation data to select the best epoch.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_tokens: the maximum number of tokens in a sentence; longer sentences are truncated.
+        max_tokens: the maximum number of tokens of a sentence in training; longer sentences are truncated. The
+            perplexity is that of whole sentences.
         sequence_length: the number of tokens in each of the sequences that a continuous text is split into.
         batch_size: sentences or sequences per batch.
     """
@@ -126,7 +127,7 @@ def train_language_model(
     vocabulary = Vocabulary.from_captions(
         corpus.read_training(), config.min_count, config.tokenization, config.vocabulary_size
     )
-    training = _make_batches(corpus.read_training(), vocabulary, config)
+    training = _make_batches(corpus.read_training(), vocabulary, config, config.max_tokens)
     validation = _make_batches(corpus.read_validation(), vocabulary, config)
     seed_everything(config.training.seed)
     model = build_language_model(config.model, len(vocabulary))
@@ -147,8 +148,11 @@ def train_language_model(
     return train(objective, config.training, folder, {"source": corpus.fingerprint, **to_dict(config)}, progress)
 
 
-def _make_batches(texts: Iterator[str], vocabulary: Vocabulary, config: LanguageModelTrainingConfig) -> TextBatches:
+def _make_batches(
+    texts: Iterator[str], vocabulary: Vocabulary, config: LanguageModelTrainingConfig, max_tokens: int | None = None
+) -> TextBatches:
+    """Returns batches of text. Sentences are truncated after `max_tokens` tokens, unless it is None."""
     encoded = map(vocabulary.encode, texts)
     if config.layout == "continuous":
         return SequenceBatches(chain.from_iterable(encoded), config.sequence_length, config.batch_size)
-    return SentenceBatches((ids[: config.max_tokens] for ids in encoded), config.batch_size)
+    return SentenceBatches((ids[:max_tokens] for ids in encoded), config.batch_size)

@@ -92,6 +92,15 @@ def test_result_struct_round_trip(tmp_path: Path) -> None:
     assert read_predictions(write(tmp_path / "result_struct.json", struct)) == predictions
 
 
+@pytest.mark.parametrize("image_id", ["0042", "-1", "٤٢", "9" * 5000])
+def test_ids_that_are_not_integers_stay_text(image_id: str, tmp_path: Path) -> None:
+    predictions = [Prediction("42", "a dog", "a.jpg"), Prediction(image_id, "a cat", "b.jpg")]
+    struct = to_result_struct(predictions, {})
+    assert [blob["imgid"] for blob in struct["imgblobs"]] == [42, image_id]
+    assert read_predictions(write(tmp_path / "result_struct.json", struct)) == predictions
+    assert [result["image_id"] for result in to_coco_results(predictions)] == ["42", image_id]
+
+
 def test_result_struct_without_ids_uses_paths(tmp_path: Path) -> None:
     blob = {"img_path": "a/b.jpg", "candidate": {"text": "a dog", "logprob": -2}}
     (prediction,) = read_predictions(write(tmp_path / "result_struct.json", {"imgblobs": [blob]}))

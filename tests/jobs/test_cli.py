@@ -93,6 +93,8 @@ def test_command_help_has_an_example_and_describes_all_options(name: str) -> Non
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{parameter.name} has no help"
+            # Click puts two spaces before the defaults that it adds.
+            assert re.findall(r" *\[default: ", parameter.help) in ([], ["  [default: "])
 
 
 def test_reference_documents_all_commands() -> None:

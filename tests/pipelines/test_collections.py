@@ -442,6 +442,12 @@ def test_collection_leaves_duplicates_out_of_its_index(collection: Path, tmp_pat
     status = run("status", collection).output
     assert f"duplicates: {len(groups) - left_out} groups, {left_out} of 9 images are left out of the index" in status
     assert "To finish:" not in status
+    removed = next((collection / "images" / "captions").glob("part-*.parquet"))
+    content = removed.read_bytes()
+    removed.unlink()
+    assert f"duplicates: {len(groups) - left_out} groups" in run("status", collection).output
+    assert "To finish:" in run("status", collection).output
+    removed.write_bytes(content)
     assert open_index(collection / "index").description.captions_count == kept
     with pytest.raises(QueryError, match="no image small-red"):
         open_index(collection / "index").get_image("small-red.png")

@@ -7,6 +7,7 @@ import pytest
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
+from captionlib.errors import QueryError
 from captionlib.search import facet_groups
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
@@ -134,6 +135,25 @@ def test_many_groups_are_merged_by_year(monkeypatch: pytest.MonkeyPatch) -> None
         *((str(year), 12) for year in (2021, 2022, 2023)),
     ]
     assert batch["group"].to_pylist() == [0, 1, *[2] * 10, *[3] * 12, *[4] * 12, *[5] * 12]
+
+
+def test_month_that_is_merged_into_its_year_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = write_captions(tmp_path, "phone", 40).folder.uri
+    monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 1)
+    build = plan_build(captions, None, tmp_path / "index", IndexConfig())
+    for position in build.added:
+        build.add_shard(position)
+    build.finish()
+    index = open_index(tmp_path / "index")
+    assert index.search_text("dog", 100, where=Filter(date="2026")).num_rows == 14
+    assert index.search_text("dog", 100, where=Filter(date="2025-03")).num_rows == 0
+    for search in (
+        lambda where: index.search_text("dog", where=where),
+        lambda where: index.search_text_and_count("dog", where=where),
+        index.count_facets,
+    ):
+        with pytest.raises(QueryError, match=r"date: expected a year, got 2026-03; .*; use 2026"):
+            search(Filter(date="2026-03"))
 
 
 @pytest.mark.parametrize(

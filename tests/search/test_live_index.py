@@ -375,3 +375,9 @@ def test_several_datasets_are_indexed_as_one(root: str) -> None:
     with pytest.raises(DuplicateIdError, match=r"expected one row per image id in .*captions and .*captions-2, got 2"):
         build.finish()
     assert len(open_index(f"{root}/index")) == 70
+    write_captions_dataset(f"{root}/captions-2", {0: [*make_rows(9, 100), ("im100", "a dog", -1.0)]}, 1)
+    build = plan_build(captions, None, f"{root}/text", IndexConfig())
+    for position in build.added:
+        build.add_shard(position)
+    with pytest.raises(DuplicateIdError, match=r"per image id in \S*captions-2, got 2 .*; write this dataset again"):
+        build.finish()

@@ -176,7 +176,7 @@ def test_write_file_reports_an_unwritable_address(tmp_path: Path) -> None:
         "ZIP://a",
     ],
 )
-def test_chains_and_interpreting_protocols_are_rejected(address: str) -> None:
+def test_chains_and_unsafe_protocols_are_rejected(address: str) -> None:
     for refuse in (lambda: Folder(address).list(), lambda: resolve_address(address), lambda: write_file(address, b"")):
         with pytest.raises(ConfigError, match="download or unpack the file first"):
             refuse()
@@ -185,6 +185,13 @@ def test_chains_and_interpreting_protocols_are_rejected(address: str) -> None:
 def test_unknown_protocol_is_rejected() -> None:
     with pytest.raises(ConfigError, match="nonsense://folder cannot be opened"):
         Folder("nonsense://folder").list()
+
+
+def test_a_file_that_cannot_be_checked_is_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert not Folder(tmp_path / "file").exists("a")
+    with pytest.raises(StorageError, match=r"aaa cannot be accessed: File name too long"):
+        Folder(tmp_path).exists("a" * 300)
 
 
 @pytest.mark.parametrize("address", ["", Path("x\udce9")])

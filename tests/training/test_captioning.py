@@ -16,6 +16,7 @@ from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import END, Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError
+from captionlib.evaluation.perplexity import measure_perplexity
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.checkpoints.checkpoint import load_captioner, save_captioner
@@ -88,6 +89,19 @@ def test_diverging_run_ends_with_one_line_and_keeps_its_best_checkpoint(
     assert error.count("\n") == 1
     assert best < len(scores)
     load_captioner(output)
+
+
+def test_validation_perplexity_is_that_of_whole_captions(features: ShardedDataset, tmp_path: Path) -> None:
+    training = replace(CONFIG.training, epochs=2, unigram_patience=None)
+    history = train(features, tmp_path / "captioner", replace(CONFIG, max_words=1, training=training))
+    references = {
+        row["image_id"]: row["captions"]
+        for shard in range(features.shards)
+        for row in features.read(shard).to_pylist()
+        if row["split"] == "val"
+    }
+    metric = measure_perplexity(tmp_path / "captioner", features.folder.uri, references, "cpu")
+    assert min(row["perplexity"] for row in history) == pytest.approx(metric.formula(metric.rows.sum(0))[0], rel=1e-3)
 
 
 def test_vocabulary_is_counted_on_the_training_splits(features: ShardedDataset, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.errors import CheckpointError, ConfigError, DatasetError, FailureRatioError
+from captionlib.evaluation.perplexity import measure_perplexity
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.captioners.packed_sequences import pad_sentences
@@ -87,6 +88,17 @@ def test_trains_captioner_and_unfrozen_encoder_layers(
     failures = pq.read_table(tmp_path / "tuned" / "__failures" / "part-00000.parquet").to_pylist()
     assert {row["image_id"]: row["stage"] for row in failures} == {"broken.png": "decode", "missing.png": "fetch"}
     assert "2 of 10 images are unreadable" in capsys.readouterr().err
+
+
+def test_validation_perplexity_is_that_of_whole_captions(
+    manifest: ShardedDataset, start: LoadedCaptioner, tmp_path: Path
+) -> None:
+    training = replace(CONFIG.training, unigram_patience=None)
+    history = finetune(manifest, tmp_path / "tuned", replace(CONFIG, max_words=1, training=training))
+    rows = [row for shard in range(manifest.shards) for row in manifest.read(shard).to_pylist()]
+    references = {row["image_id"]: row["captions"] for row in rows if row["split"] == "val" and row["captions"]}
+    metric = measure_perplexity(tmp_path / "tuned", manifest.folder.uri, references, "cpu")
+    assert min(row["perplexity"] for row in history) == pytest.approx(metric.formula(metric.rows.sum(0))[0], rel=1e-3)
 
 
 def test_checkpoint_contains_the_finetuned_encoder(

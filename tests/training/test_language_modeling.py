@@ -78,6 +78,21 @@ def test_learns_the_captions_of_a_dataset(tmp_path: Path) -> None:
     assert loaded.provenance["source"] == dataset.compute_content_checksum()
 
 
+def test_perplexity_is_that_of_whole_sentences(tmp_path: Path) -> None:
+    (tmp_path / "sentences.txt").write_text("\n".join(["a b c d"] * 20))
+    training = replace(CONFIG.training, unigram_patience=None)
+    config = replace(CONFIG, max_tokens=1, validation_fraction=0.5, training=training)
+    # In training, every sentence is `a`, so the model learns that END follows `a`.
+    history = train(tmp_path / "sentences.txt", tmp_path / "model", config)
+    model = load_language_model(tmp_path / "model")
+    ids = torch.tensor([model.vocabulary.encode("a b c d")])
+    with torch.no_grad():
+        scores = model.model.cpu().eval()(torch.zeros(1, 0), ids, ids.new_zeros(1))
+    assert len(scores.log_probs) == 5
+    best = min(epoch["perplexity"] for epoch in history)
+    assert best == pytest.approx(scores.log_probs.mean().neg().exp().item(), rel=1e-4)
+
+
 def test_learns_continuous_text_by_characters(tmp_path: Path) -> None:
     (tmp_path / "author.txt").write_text("to be, or not to be.\n" * 200)
     config = replace(

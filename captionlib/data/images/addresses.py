@@ -26,7 +26,7 @@ import fsspec
 from captionlib import __version__
 from captionlib.errors import ConfigError, FetchError
 from captionlib.storage.file_systems import (
-    INTERPRETING_PROTOCOLS,
+    UNSAFE_PROTOCOLS,
     is_chained,
     open_file_system,
     split_protocol,
@@ -110,7 +110,7 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
     uri = uri.strip() if "://" in uri else uri
     given_protocol, url = split_protocol(uri)
     protocol = _CANONICAL_PROTOCOLS.get(given_protocol, given_protocol or "file")
-    allowed = {_CANONICAL_PROTOCOLS.get(name, name) for name in protocols} - INTERPRETING_PROTOCOLS
+    allowed = {_CANONICAL_PROTOCOLS.get(name, name) for name in protocols} - UNSAFE_PROTOCOLS
     problem = _find_problem(uri, protocol, url)
     if not problem and protocol not in allowed:
         problem = (

@@ -43,7 +43,7 @@ from captionlib.data.images.addresses import (
 from captionlib.data.images.parquet_cells import ParquetCellReader
 from captionlib.data.images.public_hosts import is_private_host_error, reject_proxies
 from captionlib.errors import ConfigError, FetchError
-from captionlib.storage.file_systems import INTERPRETING_PROTOCOLS, is_known_protocol
+from captionlib.storage.file_systems import UNSAFE_PROTOCOLS, is_known_protocol
 from captionlib.storage.remote_errors import (
     get_http_status,
     get_retry_after,
@@ -71,8 +71,9 @@ class FetchConfig:
             longer wait, the image fails without another attempt.
         max_column_chunk_bytes: maximum size of a column chunk (a column of a row group) of a Parquet file. It is also
             the size of the cache for column chunks.
-        protocols: allowed protocols of image addresses. `file` also allows local paths. fsspec protocols that chain
-            file systems, or interpret the content of files (such as `reference`), are never allowed.
+        protocols: allowed protocols of image addresses. `file` also allows local paths. Unsafe protocols of fsspec
+            are never allowed: those that interpret content (`reference`), wrap another file system (`simplecache`) or
+            run a program (`git`).
         allow_private_hosts: allow http and https connections to loopback, link-local and private networks. Set it to
             false if untrusted users can provide addresses and view the images.
     """
@@ -88,7 +89,7 @@ class FetchConfig:
 
     def __post_init__(self) -> None:
         for protocol in self.protocols:
-            if protocol in INTERPRETING_PROTOCOLS or not is_known_protocol(protocol):
+            if protocol in UNSAFE_PROTOCOLS or not is_known_protocol(protocol):
                 raise ConfigError(
                     f"protocols: expected fsspec protocols, such as {', '.join(IMAGE_PROTOCOLS)}, got {protocol!r}"
                     ", which is unknown or unsafe; remove it"

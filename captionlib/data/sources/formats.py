@@ -146,7 +146,7 @@ def detect_format(address: str | os.PathLike[str]) -> str:
 
 def _detect_glob(location: Location) -> str:
     extension = get_uncompressed_extension(location.name)
-    if extension in TABLE_EXTENSIONS or extension == ".json" or location.name.endswith(_TAR_EXTENSIONS):
+    if extension in TABLE_EXTENSIONS or extension == ".json" or _is_tar(location.name):
         return _detect_file(next(find_files([location.address], frozenset())))
     return "folder"
 
@@ -160,7 +160,7 @@ def _detect_folder(folder: Location) -> str:
             continue
         if kind == "directory" or get_extension(name) in IMAGE_EXTENSIONS:
             return "folder"
-        has_tars = has_tars or name.endswith(_TAR_EXTENSIONS)
+        has_tars = has_tars or _is_tar(name)
         if get_extension(name) == ".parquet":
             parquet = folder.join(name)
     if has_tars:
@@ -170,7 +170,7 @@ def _detect_folder(folder: Location) -> str:
 
 def _detect_file(location: Location) -> str:
     extension = get_uncompressed_extension(location.name)
-    if location.name.lower().endswith(_TAR_EXTENSIONS):
+    if _is_tar(location.name):
         return "webdataset"
     if extension == ".parquet":
         return _detect_parquet(location)
@@ -185,6 +185,10 @@ def _detect_file(location: Location) -> str:
     raise ConfigError(
         f"{location.address}: its format cannot be detected; set --format to one of {', '.join(SOURCE_FORMATS)}"
     )
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(_TAR_EXTENSIONS)
 
 
 def _detect_parquet(location: Location) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -86,10 +87,10 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: `weights` is not `random:SEED`.
     """
-    seed = weights.removeprefix("random:")
-    if not weights.startswith("random:") or not seed.isdigit():
+    match = re.fullmatch("random:([0-9]{1,18})", weights)  # a seed has at most 64 bits
+    if match is None:
         raise ConfigError(f"weights {weights!r}: expected random:SEED with a whole number, such as random:0")
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(int(match[1]))
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)

@@ -66,6 +66,12 @@ def test_webdataset_expands_brace_ranges(tmp_path: Path) -> None:
     assert fetch_images(rows) == [b"image 0", b"image 1", b"image 2"]
 
 
+def test_tar_extensions_are_recognized_in_any_case(tmp_path: Path) -> None:
+    write_tar(tmp_path / "A.TAR", [("1.jpg", b"image")])
+    for source in (tmp_path, tmp_path / "A.TAR", f"{tmp_path}/*.TAR"):
+        assert [row.image_id for row in read(source)[0]] == ["1"]
+
+
 def test_webdataset_rejects_truncated_and_compressed_tars(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", [(f"{number}.jpg", bytes(3000)) for number in range(9)])
     whole = path.read_bytes()

@@ -238,6 +238,18 @@ def test_a_missing_gpu_is_an_error(name: str) -> None:
         resolve_device(name)
 
 
+@pytest.mark.parametrize("weights", ["random:", "random:-1", "random:²", f"random:{'9' * 30}"])
+def test_seeds_of_random_weights_are_whole_numbers(weights: str) -> None:
+    with pytest.raises(ConfigError, match="expected random:SEED with a whole number"):
+        sample_weights(torch.nn.Identity(), weights)
+
+
+def test_a_second_gpu_is_missing_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="device 'cuda:1': PyTorch found 1 GPU; use"):
+        resolve_device("cuda:1")
+
+
 @pytest.mark.parametrize("name", ["gpu", "tpu:0", "meta", ""])
 def test_unknown_devices_are_rejected(name: str) -> None:
     with pytest.raises(CaptionlibError, match="expected auto, cpu, cuda or cuda:N"):
