@@ -11,7 +11,7 @@ from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNet
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.incremental import IncrementalCaptioner
 from tests.models.captioners.attending import (
-    IMAGE_OF_SENTENCE,
+    IMAGE_OF_CAPTION,
     MAPS,
     SENTENCES,
     check_attention_weights,
@@ -72,9 +72,9 @@ def test_rows_attend_to_their_own_images_in_any_order() -> None:
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_log_probs_are_independent_of_padding_and_batch(config: CaptionerConfig) -> None:
     model = build(config)
-    together = model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
+    together = model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_CAPTION)
     for number, sentence in enumerate(SENTENCES):
-        image = IMAGE_OF_SENTENCE[number]
+        image = IMAGE_OF_CAPTION[number]
         padded = torch.tensor([[*sentence, PAD, PAD]])
         alone = model(MAPS[image : image + 1], padded, torch.tensor([0])).log_probs
         torch.testing.assert_close(together.log_probs[together.sentences == number], alone)
@@ -109,8 +109,8 @@ def test_attention_weights_has_one_distribution_per_token() -> None:
 def test_captioner_without_attention_uses_mean_of_map() -> None:
     model = build(replace(SHAPES[0], attention_size=0))
     captions = pad_sentences(SENTENCES)
-    from_maps = model(MAPS, captions, IMAGE_OF_SENTENCE).log_probs
-    torch.testing.assert_close(from_maps, model(MAPS.mean(1), captions, IMAGE_OF_SENTENCE).log_probs)
+    from_maps = model(MAPS, captions, IMAGE_OF_CAPTION).log_probs
+    torch.testing.assert_close(from_maps, model(MAPS.mean(1), captions, IMAGE_OF_CAPTION).log_probs)
 
 
 def test_attention_rejects_missing_maps_and_images() -> None:

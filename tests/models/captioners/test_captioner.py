@@ -20,7 +20,7 @@ SHAPES = [
 ]
 SENTENCES = [[4, 2, 3], [], [2], [3, 3, 3, 3, 2], [4]]
 FEATURES = torch.linspace(-2, 2, 12).view(3, 4)
-IMAGE_OF_SENTENCE = torch.tensor([1, 0, 0, 2, 1])
+IMAGE_OF_CAPTION = torch.tensor([1, 0, 0, 2, 1])
 
 
 def build(config: CaptionerConfig, feature_size: int = 4, vocabulary_size: int = 7) -> CaptionerNetwork:
@@ -94,10 +94,10 @@ def _sigmoid(x: float) -> float:
 @pytest.mark.parametrize("config", SHAPES, ids=str)
 def test_log_probs_are_independent_of_padding_and_batch(config: CaptionerConfig) -> None:
     model = build(config)
-    together = model(FEATURES, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
+    together = model(FEATURES, pad_sentences(SENTENCES), IMAGE_OF_CAPTION)
     assert together.log_probs.shape == (sum(map(len, SENTENCES)) + len(SENTENCES),)
     for number, sentence in enumerate(SENTENCES):
-        image = IMAGE_OF_SENTENCE[number]
+        image = IMAGE_OF_CAPTION[number]
         padded = torch.tensor([[*sentence, PAD, PAD]])
         alone = model(FEATURES[image : image + 1], padded, torch.tensor([0])).log_probs
         torch.testing.assert_close(together.log_probs[together.sentences == number], alone)
@@ -128,7 +128,7 @@ def test_fused_call_and_its_gradients_equal_loop(config: CaptionerConfig) -> Non
 @pytest.mark.parametrize("config", SHAPES[:2] + SHAPES[8:10], ids=str)
 def test_every_parameter_gets_gradients(config: CaptionerConfig) -> None:
     model = build(config).train()
-    model(FEATURES, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE).log_probs.sum().backward()
+    model(FEATURES, pad_sentences(SENTENCES), IMAGE_OF_CAPTION).log_probs.sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
@@ -136,7 +136,7 @@ def test_every_parameter_gets_gradients(config: CaptionerConfig) -> None:
 
 def test_dropout_is_active_only_in_training() -> None:
     model = build(CaptionerConfig(hidden_size=16, embedding_size=16, dropout=0.5))
-    inputs = FEATURES, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE
+    inputs = FEATURES, pad_sentences(SENTENCES), IMAGE_OF_CAPTION
     assert torch.equal(model(*inputs).log_probs, model(*inputs).log_probs)
     model.train()
     assert not torch.equal(model(*inputs).log_probs, model(*inputs).log_probs)
@@ -146,10 +146,10 @@ def test_standardization_removes_feature_scale() -> None:
     model = build(CaptionerConfig(hidden_size=6, embedding_size=5))
     captions = pad_sentences(SENTENCES)
     model.standardization.set_statistics(FEATURES.mean(0), FEATURES.std(0))
-    before = model(FEATURES, captions, IMAGE_OF_SENTENCE).log_probs
+    before = model(FEATURES, captions, IMAGE_OF_CAPTION).log_probs
     scaled = FEATURES * torch.tensor([2.0, 3.0, 100.0, 0.01]) + 7
     model.standardization.set_statistics(scaled.mean(0), scaled.std(0))
-    torch.testing.assert_close(model(scaled, captions, IMAGE_OF_SENTENCE).log_probs, before)
+    torch.testing.assert_close(model(scaled, captions, IMAGE_OF_CAPTION).log_probs, before)
 
 
 def test_feature_power_damps_large_features_and_keeps_sign() -> None:

@@ -13,7 +13,7 @@ from captionlib.models.captioners.language_model import LanguageModelConfig, bui
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.incremental import IncrementalCaptioner
 from tests.models.captioners.attending import (
-    IMAGE_OF_SENTENCE,
+    IMAGE_OF_CAPTION,
     MAPS,
     SENTENCES,
     check_attention_weights,
@@ -53,18 +53,18 @@ def test_log_probs_equal_those_of_pytorchs_decoder(config: CaptionerConfig) -> N
     sinusoids = torch.zeros(6, 6)
     sinusoids[:, 0::2], sinusoids[:, 1::2] = angle.sin(), angle.cos()
     for number, sentence in enumerate(SENTENCES):
-        image = annotations[IMAGE_OF_SENTENCE[number]][None]
+        image = annotations[IMAGE_OF_CAPTION[number]][None]
         words = torch.tensor([END, *sentence])
         hidden = (model.word_vectors.weight[words] * 6**0.5 + sinusoids[: len(words)])[None]
         if config.image_input == "every_step":
-            hidden = hidden + model.image_projection((MAPS[IMAGE_OF_SENTENCE[number]].mean(0) - 0.5) / 2)
+            hidden = hidden + model.image_projection((MAPS[IMAGE_OF_CAPTION[number]].mean(0) - 0.5) / 2)
         for layer in range(2):
             hidden = pytorch_layer(model, layer)(
                 hidden, image, nn.Transformer.generate_square_subsequent_mask(len(words)), tgt_is_causal=True
             )
         log_probs = torch.log_softmax(model.output(transformer.norm(hidden[0])), 1)
         expected = log_probs[torch.arange(len(words)), torch.tensor([*sentence, END])]
-        scores = model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
+        scores = model(MAPS, pad_sentences(SENTENCES), IMAGE_OF_CAPTION)
         torch.testing.assert_close(scores.log_probs[scores.sentences == number], expected)
 
 
@@ -99,9 +99,9 @@ def pytorch_layer(model: CaptionerNetwork, number: int) -> nn.TransformerDecoder
 @BOTH
 def test_log_probs_are_independent_of_padding_and_batch(features: Tensor) -> None:
     model = build()
-    together = model(features, pad_sentences(SENTENCES), IMAGE_OF_SENTENCE)
+    together = model(features, pad_sentences(SENTENCES), IMAGE_OF_CAPTION)
     for number, sentence in enumerate(SENTENCES):
-        image = IMAGE_OF_SENTENCE[number]
+        image = IMAGE_OF_CAPTION[number]
         padded = torch.tensor([[*sentence, PAD, PAD]])
         alone = model(features[image : image + 1], padded, torch.tensor([0])).log_probs
         torch.testing.assert_close(together.log_probs[together.sentences == number], alone)
