@@ -75,7 +75,7 @@ def load_config(
 def build_config(config_type: type[Config], values: Mapping[str, Any], origin: str = "configuration") -> Config:
     """Creates a configuration from a mapping of keys to values. Nested mappings fill nested sections.
 
-    Keys that a section omits keep the defaults that the enclosing class defines for the section. Error messages begin
+    A missing key of a section gets its value from the section's default in the enclosing class. Error messages begin
     with `origin`, such as the path of the file that contains the values.
 
     Raises:

@@ -165,7 +165,7 @@ def train_captioner(
     if weights is not None and (config.captioner.encoder_top is None or config.init_from is not None):
         raise ConfigError(
             "--weights: expected only for a new captioner with captioner.encoder_top, or for fine-tuning on a "
-            "manifest; leave it out"
+            "manifest (list of images); leave it out"
         )
     folder = Folder(output)
     with join_process_group(resolve_device(device)) as process_device:

@@ -27,12 +27,12 @@ def max_margin_loss(scores: Tensor, image_of_caption: Tensor, margin: float, har
     """
     is_negative = _find_negatives(scores, image_of_caption)
     pairs = _select_pair_scores(scores, image_of_caption)
-    image_costs = F.relu(margin - pairs + scores) * is_negative  # [images, captions]
-    caption_scores = scores[image_of_caption]  # [captions, captions], all captions for the image of each caption
-    caption_costs = F.relu(margin - pairs[:, None] + caption_scores) * is_negative[image_of_caption]
+    negative_image_costs = F.relu(margin - pairs + scores) * is_negative  # [images, captions]
+    caption_scores = scores[image_of_caption]  # [captions, captions], row c for the image of caption c
+    negative_caption_costs = F.relu(margin - pairs[:, None] + caption_scores) * is_negative[image_of_caption]
     if hard_negatives:
-        return (image_costs.amax(0) + caption_costs.amax(1)).mean()
-    return (image_costs.sum(0) + caption_costs.sum(1)).mean()
+        return (negative_image_costs.amax(0) + negative_caption_costs.amax(1)).mean()
+    return (negative_image_costs.sum(0) + negative_caption_costs.sum(1)).mean()
 
 
 def contrastive_loss(scores: Tensor, image_of_caption: Tensor, log_temperature: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class CaptionBatch:
     Attributes:
         features: `[images, size] float32` or `[images, positions, channels] float32`, or pixels if the image encoder is
             trained too: `[images, crop_size, crop_size, 3] uint8`.
-        sentences: token ids of each caption, without the END tokens at its start and end.
+        sentences: token ids of each caption, without END, the token that marks both its start and its end.
         image_of_caption: `[captions] int64`, for each caption the index of its image in `features`.
     """
 
@@ -140,7 +140,10 @@ class CaptionBatches:
                 yield self._batch(buffer, images, buffer.features[images])
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
-        """Yields the batches of `in_order` as pairs of image indices, counted over all batches, and features."""
+        """Yields the indices and the features of the images of each batch of `in_order`.
+
+        The indices continue across batches.
+        """
         first = 0
         for buffer in self._prefetch(self._groups):
             for begin in range(0, len(buffer.features), self.batch_images):
@@ -182,6 +185,7 @@ class CaptionBatches:
         if not self.augmentation:
             return self._batch(buffer, images[part], buffer.features[images[part]])
         generator = np.random.default_rng(seed)
+        # Uniform random numbers, one for the whole batch and three per image; see FeatureMapAugmentation.apply.
         crop_uniform, uniforms = generator.random(), generator.random((len(images), 3))
         maps = self.augmentation.apply(buffer.features, images[part], crop_uniform, uniforms[part])
         return self._batch(buffer, images[part], maps)

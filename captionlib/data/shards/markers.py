@@ -72,7 +72,7 @@ _RECORD_CHECKSUM = "crc32"  # key of the checksum in a JSON file
 
 @dataclass(frozen=True)
 class Marker:
-    """Describes a finished shard.
+    """Describes a finished shard or, if `previous` is set, a shard that is being replaced.
 
     Attributes:
         shard: number of the shard.
@@ -84,13 +84,14 @@ class Marker:
         total_seconds: time taken to write this and all earlier versions of the shard.
         finished: when the shard was finished, as an ISO 8601 time in UTC. Empty if unknown.
         fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
-        input_checksum: checksum of the data file of the input shard that this shard was made from. For a dataset of
-            duplicates, it is a hash of the checksums of all input shards. Empty if there is no input dataset.
+        input_checksum: checksum of the data file of the input shard that this shard was made from. Empty
+            if there is no input dataset. For a dataset that lists duplicates, a hash of the checksums of all input
+            shards.
         blocks: concatenated checksums of the blocks of the data file; see `compute_block_checksum`.
         failures_checksum: checksum of the failures file; empty if there is none.
         reasons: number of failures by reason.
-        previous: marker of the version that is being replaced, or None. If set, the shard is not finished, and its data
-            file may belong to either version.
+        previous: marker of the version that is being replaced, or None. During the replacement, the data file may
+            belong to either version.
     """
 
     shard: int

@@ -66,8 +66,8 @@ def list_removed(folder: Folder) -> RemovedImages:
 def copy_removed_ids_to_new_manifests(manifests: Sequence[Folder]) -> None:
     """Copies the list of removed images to the new manifests of a collection, which has one manifest per source.
 
-    A manifest is new if it has not been written yet. Only images that were removed from all existing manifests are
-    listed.
+    A manifest is new if it has not been written yet. Its list receives the images that
+    are on the lists of all existing manifests.
     """
     is_new = [not folder.exists(DESCRIPTION_FILE) for folder in manifests]
     lists = [list_removed(folder).reasons for folder, new in zip(manifests, is_new, strict=True) if not new]
@@ -96,7 +96,7 @@ class Removal:
         dataset: the dataset.
         image_ids: ids of the images to remove.
         is_current: for each shard with images to remove, whether it was made from the current version of its input.
-        found: those of `image_ids` that the dataset contains, as rows or as failures.
+        found: those of `image_ids` that the dataset contains, as rows or as failures (unreadable images).
         uris: paths and URLs of the images in `found`.
         reason: why the images are removed. A manifest stores the reason in its list of removed images.
         unreadable: unfinished shards that a killed command left and whose data files cannot be read. They are removed,
@@ -152,7 +152,10 @@ class Removal:
 
 
 def _remove_unfinished_files(folder: Folder) -> None:
-    """Removes the temporary samples and files of killed commands, because they may contain removed images."""
+    """Removes what killed commands left, because it may contain removed images.
+
+    Commands with `--limit` leave samples; others leave temporary files and updates that are not committed.
+    """
     folder.remove(SAMPLE_FOLDER)
     folder.remove_temporary_files()
     drop_uncommitted_updates(folder)

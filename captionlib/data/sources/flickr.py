@@ -61,6 +61,7 @@ def _read_images(location: Location, skips: SkipCounter) -> Iterator[tuple[str, 
         captions: tuple[str, ...] = ()
         for _, caption, number in lines:
             try:
+                # As in a table, the text may be a list of captions.
                 captions += parse_captions(parse_cell(caption), f"{location.address}, line {number}", "caption")
             except EntryError as error:
                 skips.reject_captions(error.reason, error.problem)

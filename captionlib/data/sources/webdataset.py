@@ -113,6 +113,7 @@ def _parse_captions(
     texts = {name: text for name, text in sample.texts.items() if _get_suffix(name) != "json"}
     for _ in range(len(texts) - 1):
         skips.reject_captions("additional captions file in a sample", sample.origin)
+    # As in a table, a line may contain a list of captions.
     lines = [parse_cell(line) for line in texts[_select_extension(texts)].splitlines()] if texts else []
     for name in options.caption_columns:
         if name not in json_values:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["SubwordAlgorithm", "Subwords", "join_subwords", "make_tokenizer", "mark_word_starts", "train_subwords"]
 
 SubwordAlgorithm = Literal["bpe", "unigram"]
-"""Algorithm that trains subwords, and a value of a vocabulary's `tokenization`, like `words` and `characters`."""
+"""Algorithm that trains subwords. The `tokenization` of a vocabulary is one of these, `words` or `characters`."""
 
 _WORD_START = "\u2581"
 _UNKNOWN = "<unk>"  # id 0 of the tokenizer; no word contains the symbol <
-# The training of `unigram` drops some single characters, and then adds them again in a random order. The first gets the
-# lowest score, and each of the others a slightly higher score than the one before. To make training reproducible, all
-# of them get the lowest score here. Scores are rounded, because the library also computes sums in a random order.
+# The training of `unigram` drops some single characters and adds them again in a random order, with scores that rise
+# by _SCORE_STEP from the lowest score. To make training reproducible, all of them get the lowest score here. Scores are
+# rounded, because the library also computes sums in a random order.
 _SCORE_STEP = 1e-4
 _SCORE_DECIMALS = 6
 

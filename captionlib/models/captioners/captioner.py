@@ -64,9 +64,9 @@ class CaptionerConfig:
         principal_components: number of whitened principal components that replace the features; 0 keeps the features.
         attention_size: dimensions of an annotation vector. 0 disables attention. Attention needs spatial feature maps.
             Must be 0 for a Transformer, whose annotation vectors have `hidden_size` dimensions.
-        encoder_top: name of a node of the encoder network that comes after the node whose output is the features. For
-            example, `features.29` if the features are the output of `features.23`. The layers between the two nodes
-            become part of the captioner and are fine-tuned with it. If None, the captioner contains no encoder layers.
+        encoder_top: last node of the encoder network whose layers become part of the captioner and are fine-tuned with
+            it. They begin after the node that outputs the features. For example, `features.29` if the features are the
+            output of `features.23`. If None, the captioner contains no encoder layers.
         weight_init: `neuraltalk` initializes weights from U(-r, r) with r = min(0.1, 1 / sqrt(fan_in)), word embeddings
             with r = 0.1, and the recurrent weights of an RNN with random orthogonal matrices; `pytorch` uses PyTorch's
             defaults: word embeddings from N(0, 1), all others from U(-r, r) with r = 1 / sqrt(fan_in). A Transformer
@@ -379,23 +379,23 @@ class CaptionerNetwork(nn.Module):
     ) -> RecurrenceOutput:
         """Runs the layers over words, `[tokens] int64`. See `run_recurrence` for the arguments.
 
-        `is_first` is whether the first time step is that of START.
+        `is_first` is whether the words begin with START; if not, they continue the sentences of an earlier call.
         """
-        image_gates = None
+        projections = None  # of the image of each word's sentence: Wih v, or for a Transformer a part of the inputs
         image_input = self.config.image_input
         if image_input == "every_step" or (image_input == "first_step" and is_first):
-            image_gates = self.dropout(image_state.projection.index_select(0, image_of_caption))
+            projections = self.dropout(image_state.projection.index_select(0, image_of_caption))
             if image_input == "every_step":  # the longest sentences come first and reach the most time steps
-                image_gates = torch.cat([image_gates[:rows] for rows in batch_sizes])
+                projections = torch.cat([projections[:rows] for rows in batch_sizes])
         inputs = self.dropout(self.word_vectors(words))  # [tokens, embedding_size]
         if self.transformer is not None:
             output = self.transformer(
-                inputs, batch_sizes, state, image_state.annotations, image_of_caption, image=image_gates
+                inputs, batch_sizes, state, image_state.annotations, image_of_caption, image=projections
             )
             final_state = torch.stack([values[: batch_sizes[-1]] for values in output.state])
             return RecurrenceOutput(output.hidden, final_state, output.attention_weights)
         attention = (self.attention, image_state.annotations, image_of_caption)
-        return run_recurrence(self.recurrence, self.dropout, inputs, batch_sizes, state, image_gates, *attention)
+        return run_recurrence(self.recurrence, self.dropout, inputs, batch_sizes, state, projections, *attention)
 
     def _encode_features(self, features: Tensor) -> ImageState:
         if self.transformer is not None:
@@ -438,8 +438,9 @@ class CaptionerNetwork(nn.Module):
     def _initialize_weights(self) -> None:
         """Initializes as NeuralTalk does, but with smaller weights for a layer with more than 100 inputs.
 
-        With weights from U(-0.1, 0.1), a sum over the thousands of features of fc7 would be much larger than the
-        softmax bias. An RNN multiplies its state by Whh at each step; an orthogonal Whh keeps the length of the state.
+        With weights from U(-0.1, 0.1), a projection of the thousands of features of fc7 would be so large that it would
+        outweigh the softmax bias (the log frequencies of the words) in the first predictions. An RNN multiplies
+        its state by Whh at each step; an orthogonal Whh keeps the length of the state.
         """
         for name, parameter in self.named_parameters():
             if "bias" in name:

@@ -141,8 +141,9 @@ class EncoderConfig:
         """Returns a copy in which local paths are absolute, for workers with different working directories."""
         if is_weights_file(self.weights):
             return replace(self, weights=resolve_address(self.weights))
-        is_folder = split_address(self.model)[0] and self.weights == EncoderConfig.weights
-        return replace(self, model=resolve_model_address(self.model)) if is_folder else self
+        if split_address(self.model)[0] and self.weights == EncoderConfig.weights:  # such as `hf:FOLDER`
+            return replace(self, model=resolve_model_address(self.model))
+        return self
 
 
 class Encoder:
@@ -323,7 +324,7 @@ def pack_encoder_weights(config: EncoderConfig) -> bytes:
 
 
 def describe_preprocessing(preprocessing: Preprocessing | SizeLimit) -> dict[str, Any]:
-    """Returns the settings of a preprocessing or size limit as JSON values, for fingerprints."""
+    """Returns a preprocessing, or the maximum size of decoded images, as JSON values for fingerprints."""
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(preprocessing).items()}
     for name, default in (("decode_scale", "exact"), ("stretch", False)):
         if values.get(name) == default:  # omitted, so that the fingerprints of older datasets remain valid
