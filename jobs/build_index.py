@@ -66,7 +66,8 @@ def command(
     and a search in the web application can leave them out.
 
     The index also lists the images that could not be captioned. It contains the reference captions if the manifest
-    (list of images) of CAPTIONS can be read.
+    (list of images) of CAPTIONS still exists. If it exists but cannot be read, the command fails, unless
+    --set references=false leaves the references out.
 
     \b
     Examples:

@@ -72,6 +72,7 @@ def command(
             click.echo(f"Not found: {len(missing):,} ids, for example {missing[0][:200]!r}", err=True)
         if dry_run:
             return
+        _require_references(indexes)
         for plan in plans:
             plan.run()
         for address in indexes:
@@ -124,6 +125,20 @@ def _find_datasets(folders: Sequence[str], stack: ExitStack, dry_run: bool) -> t
         for address in datasets:
             stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib remove"))
     return datasets, indexes
+
+
+def _require_references(indexes: Sequence[str]) -> None:
+    """Checks, before images are removed, that the references can be read when the indexes are built again."""
+    from captionlib.data.shards.dataset import open_dataset
+    from captionlib.search.index_folder import read_description
+    from captionlib.search.inputs import find_manifest
+    from captionlib.storage.folders import Folder
+
+    for address in indexes:
+        description = read_description(Folder(address))
+        if description is not None and description.config.references:
+            for captions in description.captions:
+                find_manifest(open_dataset(captions.folder))
 
 
 def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:

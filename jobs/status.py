@@ -101,7 +101,7 @@ def _show_index(collection: Collection, has_finished_inputs: bool) -> bool:
 
 def _is_current(collection: Collection) -> bool:
     """Returns whether the index contains all rows of its datasets. The datasets must be finished."""
-    from captionlib.errors import FingerprintError
+    from captionlib.errors import DatasetError, FingerprintError
     from captionlib.search.build import plan_build  # imports Faiss, which is slow
 
     config = collection.config
@@ -110,4 +110,7 @@ def _is_current(collection: Collection) -> bool:
     try:
         return plan_build(captions, embeddings, collection.index, config.index, duplicates=duplicates).is_done()
     except FingerprintError:  # collection.yaml now names other models
+        return False
+    except DatasetError as error:
+        click.echo(f"  {error}", err=True)
         return False

@@ -39,7 +39,8 @@ __all__ = [
     "to_result_struct",
 ]
 
-_INTEGER_ID = re.compile("0|[1-9][0-9]{0,17}")  # integers that fit into 64 bits, without leading zeros
+_INTEGER_ID = re.compile("0|[1-9][0-9]{0,18}")  # without leading zeros, which integers lose
+_MAX_INTEGER_ID = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -264,8 +265,12 @@ def to_coco_results(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
 
 
 def to_coco_ids(image_ids: Sequence[str]) -> Sequence[int | str]:
-    """Converts ids to integers, as in COCO, if all are decimal numbers. Otherwise, returns them unchanged."""
-    return [int(image_id) for image_id in image_ids] if all(map(_INTEGER_ID.fullmatch, image_ids)) else image_ids
+    """Converts ids to integers, as in COCO, if all are integers of 64 bits. Otherwise, returns them unchanged."""
+    return [int(image_id) for image_id in image_ids] if all(map(_is_integer, image_ids)) else image_ids
+
+
+def _is_integer(image_id: str) -> bool:
+    return _INTEGER_ID.fullmatch(image_id) is not None and int(image_id) <= _MAX_INTEGER_ID
 
 
 def to_result_struct(predictions: Sequence[Prediction], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,7 +283,7 @@ def to_result_struct(predictions: Sequence[Prediction], params: Mapping[str, Any
     blobs = [
         {
             "img_path": prediction.uri,
-            "imgid": int(prediction.image_id) if _INTEGER_ID.fullmatch(prediction.image_id) else prediction.image_id,
+            "imgid": int(prediction.image_id) if _is_integer(prediction.image_id) else prediction.image_id,
             "references": [{"text": text} for text in prediction.references],
             "candidate": {"text": prediction.caption, "logprob": prediction.log_prob},
         }

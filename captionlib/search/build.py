@@ -574,7 +574,7 @@ def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
     """Describes how the configuration and the datasets differ from those of `base`. Additional datasets are allowed."""
     before: dict[str, Any] = to_dict(base.config)
-    now: dict[str, Any] = to_dict(build.config)
+    now: dict[str, Any] = {**to_dict(build.config), "references": base.config.references}  # may change at any time
     for name, indexed, given in (
         ("captions", base.captions, build.captions),
         ("embeddings", base.embeddings, build.embeddings),

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from captionlib.data.arrays import vectors_to_numpy
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.data.shards.markers import DESCRIPTION_FILE, compute_checksum, part_name
+from captionlib.data.shards.markers import DESCRIPTION_FILE, Marker, compute_checksum, part_name
 from captionlib.data.shards.schemas import add_missing_columns
 from captionlib.data.sources.versions import find_modified_times
 from captionlib.errors import CaptionlibError, DatasetError
@@ -175,23 +175,22 @@ def _read_kept(
 def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
     """Returns the manifest (table of images) that captions were generated from, or None if it is missing.
 
-    The captions may have been generated from a features dataset that was extracted from the manifest. If the captions
-    are remote and one of these datasets is local, the manifest is ignored, because workers on other machines cannot
-    read local files.
+    The captions may have been generated from a features dataset that was extracted from the manifest. If some of these
+    datasets are local and others remote, the manifest is ignored, because not every machine can read all of them.
 
     Raises:
         DatasetError: one of these datasets exists, but cannot be read.
     """
-    datasets = [captions]
+    markers = [captions.require_markers()]
+    dataset = captions
     try:
-        while datasets[-1].kind != "manifest":
-            source = Folder(datasets[-1].source)
-            if not source.uri or (source.is_local and not captions.folder.is_local):
+        while dataset.kind != "manifest":
+            source = Folder(dataset.source)
+            if not source.uri or source.is_local != captions.folder.is_local or not source.exists(DESCRIPTION_FILE):
                 return None
-            if not source.exists(DESCRIPTION_FILE):
-                return None
-            datasets.append(open_dataset(source.uri))
-        return ManifestShards(datasets[-1], _match_shards(datasets))
+            dataset = open_dataset(source.uri)
+            markers.append(dataset.require_markers())
+        return ManifestShards(dataset, _match_shards(markers))
     except CaptionlibError as error:
         raise DatasetError(
             f"the reference captions of {captions.folder.uri} cannot be read: {error}; to build the index without "
@@ -217,12 +216,12 @@ class ManifestShards:
             return parquet.read(columns=["image_id", "captions"])
 
 
-def _match_shards(datasets: Sequence[ShardedDataset]) -> dict[int, str]:
+def _match_shards(markers: Sequence[Mapping[int, Marker]]) -> dict[int, str]:
     """Returns the checksums of the manifest's shards that have not changed since the captions were generated from them.
 
-    `datasets` starts with the captions and ends with the manifest. Each dataset was created from the next one.
+    `markers` starts with those of the captions and ends with those of the manifest. Each dataset was created from the
+    next one.
     """
-    markers = [dataset.require_markers() for dataset in datasets]
     matches = {}
     for shard in markers[0]:
         chain = [each[shard] for each in markers if shard in each]

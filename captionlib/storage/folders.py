@@ -113,7 +113,7 @@ class Folder:
         """Returns whether there is a file or a folder with this name.
 
         Raises:
-            StorageError: the storage failed or refused the request.
+            StorageError: the storage failed or refused the request. With http and https, the result is False instead.
         """
 
         def check() -> bool:

@@ -92,7 +92,7 @@ def test_result_struct_round_trip(tmp_path: Path) -> None:
     assert read_predictions(write(tmp_path / "result_struct.json", struct)) == predictions
 
 
-@pytest.mark.parametrize("image_id", ["0042", "-1", "٤٢", "9" * 5000])
+@pytest.mark.parametrize("image_id", ["0042", "-1", "٤٢", str(2**63), "9" * 5000])
 def test_ids_that_are_not_integers_stay_text(image_id: str, tmp_path: Path) -> None:
     predictions = [Prediction("42", "a dog", "a.jpg"), Prediction(image_id, "a cat", "b.jpg")]
     struct = to_result_struct(predictions, {})

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -391,6 +392,16 @@ def test_remove_names_the_manifest_that_would_add_the_images_again(collection: P
     result = run("remove", collection / "images" / "captions", "--id", "red.png")
     assert "the next update of the manifest adds the images again" in result.output
     assert "red.png" not in read_captions(collection)
+
+
+def test_nothing_is_removed_if_the_references_of_an_index_cannot_be_read(
+    collection: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update(collection)
+    monkeypatch.setattr("captionlib.search.inputs.find_manifest", mock.Mock(side_effect=DatasetError("unreadable")))
+    with pytest.raises(DatasetError, match="^unreadable$"):
+        run("remove", collection / "images" / "captions", collection / "index", "--id", "red.png")
+    assert "red.png" in read_captions(collection)
 
 
 def test_compacting_a_collection_before_its_first_update_is_an_error(collection: Path) -> None:

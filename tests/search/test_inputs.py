@@ -8,9 +8,10 @@ import pytest
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import DatasetError
+from captionlib.errors import DamagedShardError, DatasetError
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
+from captionlib.search.index import open_index
 from captionlib.search.inputs import find_manifest
 from captionlib.storage.folders import Folder
 
@@ -36,11 +37,11 @@ def read_references(captions: ShardedDataset) -> list[list[str]] | None:
     return None if manifest is None else manifest.read_references(0)["captions"].to_pylist()
 
 
-def test_references_are_read_from_a_manifest_that_all_workers_can_read(tmp_path: Path) -> None:
+def test_references_are_read_from_a_manifest_on_the_same_kind_of_storage(tmp_path: Path) -> None:
     local, remote = str(tmp_path), f"memory://{uuid4().hex}"
     for captions, manifest, is_found in (
         *((local, local, True), (remote, remote, True)),
-        *((local, remote, True), (remote, local, False)),
+        *((local, remote, False), (remote, local, False)),
     ):
         name = uuid4().hex
         dataset = write_captions_and_manifest(f"{captions}/{name}/captions", f"{manifest}/{name}/manifest")
@@ -74,3 +75,22 @@ def test_manifest_that_cannot_be_read_is_an_error(
         plan_build(captions, None, index, IndexConfig())
     build = plan_build(captions, None, index, IndexConfig(references=False))
     assert [shard.manifest for shard in build.shards] == [""]
+
+
+def test_references_of_an_existing_index_can_be_left_out(tmp_path: Path) -> None:
+    captions, index = str(tmp_path / "captions"), str(tmp_path / "index")
+    write_captions_and_manifest(captions, str(tmp_path / "manifest"))
+    for config, expected in ((IndexConfig(), ["a dog runs"]), (IndexConfig(references=False), None)):
+        build = plan_build(captions, None, index, config)
+        for position in build.added:
+            build.add_shard(position)
+        build.finish()
+        assert open_index(index).get_details("1")["references"] == expected
+
+
+def test_damaged_captions_are_named(tmp_path: Path) -> None:
+    captions = str(tmp_path / "captions")
+    write_captions_and_manifest(captions, str(tmp_path / "manifest"))
+    (tmp_path / "captions" / "__shards" / "part-00000.json").unlink()
+    with pytest.raises(DamagedShardError, match=r"captions/part-00000\.parquet"):
+        plan_build(captions, None, str(tmp_path / "index"), IndexConfig())

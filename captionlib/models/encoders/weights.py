@@ -87,9 +87,9 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
     Raises:
         ConfigError: `weights` is not `random:SEED`.
     """
-    match = re.fullmatch("random:([0-9]{1,18})", weights)  # a seed has at most 64 bits
-    if match is None:
-        raise ConfigError(f"weights {weights!r}: expected random:SEED with a whole number, such as random:0")
+    match = re.fullmatch("random:([0-9]{1,20})", weights)
+    if match is None or int(match[1]) >= 2**64:
+        raise ConfigError(f"weights {weights!r}: expected random:SEED with a whole number below 2^64, such as random:0")
     generator = torch.Generator().manual_seed(int(match[1]))
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
