@@ -399,7 +399,7 @@ def test_nothing_is_removed_if_the_references_of_an_index_cannot_be_read(
 ) -> None:
     update(collection)
     monkeypatch.setattr("captionlib.search.inputs.find_manifest", mock.Mock(side_effect=DatasetError("unreadable")))
-    with pytest.raises(DatasetError, match="^unreadable$"):
+    with pytest.raises(DatasetError, match="unreadable"):
         run("remove", collection / "images" / "captions", collection / "index", "--id", "red.png")
     assert "red.png" in read_captions(collection)
 
