@@ -93,8 +93,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     options = parser.parse_args()
     seconds = 60 * options.minutes
-    if seconds <= WARM_UP_SECONDS:
-        parser.error(f"--minutes: expected more than {WARM_UP_SECONDS / 60:g}, the time of the warm-up")
+    if seconds < 1.5 * WARM_UP_SECONDS:
+        parser.error(f"--minutes: expected {1.5 * WARM_UP_SECONDS / 60:g} or more, got {options.minutes:g}")
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     results = Results()
