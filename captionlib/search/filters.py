@@ -27,8 +27,8 @@ class Filter:
         split: dataset split of the images, such as `test`; `val` and `dev` are the same split.
         min_log_prob: minimum log-probability of a caption.
         source: name of the captions dataset; see `name_sources`.
-        date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`. An index
-            with very many sources and splits may only accept years in searches by text.
+        date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`. If an
+            index has very many sources and splits, `Index.search_text` may only accept years.
         exclude_duplicates: whether to leave out images that are marked as duplicates of another image.
     """
 
@@ -64,8 +64,8 @@ class FacetCounts:
         total: number of images that match all conditions.
         splits: number of images by split.
         sources: number of images by the name of the captions dataset.
-        months: number of images by month, such as `2026-03`, or by year if the index has very many groups of facet
-            values. Images without a known date are not counted.
+        months: number of images by month, such as `2026-03`. If the index has very many groups of facet values, some
+            years are not divided into months. Images without a known date are not counted.
         non_duplicates: number of images that are not marked as duplicates of another image.
         duplicates: number of images that are marked as duplicates.
     """
@@ -89,10 +89,16 @@ class Facets:
         self.sources = sources
         self._groups = groups
         self._rows = np.array([group.rows for group in groups], np.int64)
+        self._undivided_years = {group.month for group in groups if len(group.month) == len("2026")}
 
     def __len__(self) -> int:
         """The number of groups."""
         return len(self._groups)
+
+    def supports_date(self, where: Filter) -> bool:
+        """Whether the groups can be selected by the date of a filter: no group covers more than its month."""
+        date = where.date or ""
+        return date in self._undivided_years or date[: len("2026")] not in self._undivided_years
 
     def select(self, where: Filter) -> list[int] | None:
         """Returns the indices of the groups that match a filter, or None if all groups match.
@@ -100,14 +106,18 @@ class Facets:
         The SQL condition and the minimum log-probability of the filter are ignored.
 
         Raises:
-            QueryError: the filter selects a month, and a group covers its whole year.
+            QueryError: the filter selects a month, and a group covers its whole year; see `supports_date`.
         """
         tests = self._make_tests(where)
         selected = [number for number, group in enumerate(self._groups) if all(test(group) for test in tests.values())]
         return None if len(selected) == len(self._groups) else selected
 
     def count(self, where: Filter, rows: npt.NDArray[np.int64] | None = None) -> FacetCounts:
-        """Counts images by facet. `rows` is the number of images in each group, `[groups]`; None for all images."""
+        """Counts images by facet. `rows` is the number of images in each group, `[groups]`; None for all images.
+
+        Raises:
+            QueryError: the filter selects a month, and a group covers its whole year; see `supports_date`.
+        """
         tests = self._make_tests(where)
         total, non_duplicates, duplicates = 0, 0, 0
         splits, sources, months = Counter[str](), Counter[str](), Counter[str]()
@@ -116,7 +126,9 @@ class Facets:
             total += 0 if failed else count
             splits[group.split] += count if failed in ([], ["split"]) else 0
             sources[self.sources[group.dataset]] += count if failed in ([], ["source"]) else 0
-            months[group.month] += count if failed in ([], ["date"]) else 0
+            year = group.month[: len("2026")]
+            month = year if year in self._undivided_years else group.month
+            months[month] += count if failed in ([], ["date"]) else 0
             meets_other_conditions = failed in ([], ["duplicates"])
             non_duplicates += count if meets_other_conditions and not group.is_duplicate else 0
             duplicates += count if meets_other_conditions and group.is_duplicate else 0
@@ -134,7 +146,7 @@ class Facets:
             tests["source"] = lambda group: self.sources[group.dataset] == where.source
         if where.date is not None:
             date = where.date
-            if any(group.month == date[: len("2026")] != date for group in self._groups):
+            if not self.supports_date(where):
                 raise QueryError(
                     f"date: expected a year, got {date}; this index has too many sources and splits to count the "
                     f"images of each month; use {date[:4]}"

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -342,6 +343,8 @@ class Index:
         """
         depth = -(-max(1, offset + limit) // _FUSION_DEPTH) * _FUSION_DEPTH
         where = _to_filter(where)
+        if not self._version.facets.supports_date(where):
+            where = replace(where, where=where.where or "true")  # SQL selects the rows, not the facet groups
         rankings = [self._find_text(query, depth, where, "relevance")]
         sentence = self._version.text.to_sentence(query)
         # Without a ranker, `_encode` raises a QueryError.
@@ -406,7 +409,11 @@ class Index:
 
     @_on_one_version
     def count_facets(self, where: Filter | None = None) -> FacetCounts:
-        """Counts images by facet. The SQL condition and the minimum log-probability of `where` are ignored."""
+        """Counts images by facet. The SQL condition and the minimum log-probability of `where` are ignored.
+
+        Raises:
+            QueryError: `where` selects a month, but the index counts the images of its year together.
+        """
         return self._version.facets.count(where or Filter())
 
     def list_uris(self) -> Iterator[str]:

@@ -138,7 +138,8 @@ def search_images(
         str | None,
         Query(
             pattern=DATE_PATTERN,
-            description="Return only images whose file was last modified in this year or month, in UTC.",
+            description="Return only images whose file was last modified in this year or month, in UTC. If the index "
+            "has very many sources and splits, mode=text may only accept years.",
             examples=["2026-03"],
         ),
     ] = None,

@@ -284,28 +284,30 @@ class _Facet:
         label: displayed name of the facet.
         unset_label: label of the choice that does not restrict the search.
         selected: the chosen value; empty if there is none.
-        options: the values, their labels and the number of images with each.
+        options: the values, their labels and the number of images with each; the number is None if it is unknown.
     """
 
     name: str
     label: str
     unset_label: str
     selected: str
-    options: list[tuple[str, str, int]]
+    options: Sequence[tuple[str, str, int | None]]
 
 
 def _list_facets(service: SearchService, search: Search, counts: FacetsResponse | None) -> list[_Facet]:
-    """Returns the facets with more than one value in the index, or with a chosen value."""
-    if counts is None:
-        return []
+    """Returns the facets with more than one value in the index, or with a chosen value.
+
+    Without counts, the facets only have the chosen values, so that a visitor can remove them.
+    """
+    splits, sources, dates = (counts.splits, counts.sources, counts.dates) if counts else ({}, {}, {})
     facets = [
-        _Facet("split", "Split", "All splits", search.split or "", _list_values(counts.splits)),
-        _Facet("source", "Source", "All sources", search.source or "", _list_values(counts.sources)),
-        _Facet("date", "File modified", "Any date", search.date or "", _list_dates(counts.dates)),
+        _Facet("split", "Split", "All splits", search.split or "", _list_values(splits)),
+        _Facet("source", "Source", "All sources", search.source or "", _list_values(sources)),
+        _Facet("date", "File modified", "Any date", search.date or "", _list_dates(dates)),
     ]
     shown = [facet for facet in facets if facet.selected or len(facet.options) > 1]
     if service.count_duplicates():
-        options = [("exclude", "Without duplicates", counts.non_duplicates)]
+        options = [("exclude", "Without duplicates", counts.non_duplicates if counts else None)]
         selected = "exclude" if search.exclude_duplicates else ""
         shown.append(_Facet("duplicates", "Duplicates", "With duplicates", selected, options))
     return shown

@@ -65,7 +65,8 @@ class FacetsResponse(BaseModel):
         description="Number of images by the name of the captions dataset that contains them."
     )
     dates: dict[str, int] = Field(
-        description="Number of images by the month of the last modification. Images without a date are not counted."
+        description="Number of images by the month of the last modification, or by the year if the index has "
+        "very many sources and splits. Images without a date are not counted."
     )
     non_duplicates: int = Field(description="Number of images that are not marked as duplicates.")
     duplicates: int = Field(description="Number of images that are marked as duplicates of another image.")
@@ -80,7 +81,10 @@ class SearchResponse(BaseModel):
     next_cursor: str | None = Field(description="The parameter `cursor` for the next page; null on the last page.")
     message: str | None = Field(description="Reason why the query cannot be executed; null otherwise.")
     suggestion: str | None = Field(description="A query with corrected words, if this query finds no image.")
-    facets: FacetsResponse | None = Field(description="Numbers of images; null if the query cannot be executed.")
+    facets: FacetsResponse | None = Field(
+        description="Numbers of images; null if the query cannot be executed, or if the index does not count the "
+        "images of the month."
+    )
     results: list[SearchResult]
 
 

@@ -191,14 +191,16 @@ class SearchService:
             response.message = str(error).split(": ", 1)[-1]
             return response
         if counts is None:
-            counts = self.index.count_facets(where)
-        response.facets = FacetsResponse(
-            splits=counts.splits,
-            sources=counts.sources,
-            dates=counts.months,
-            non_duplicates=counts.non_duplicates,
-            duplicates=counts.duplicates,
-        )
+            with suppress(QueryError):  # the index cannot count the images of the month
+                counts = self.index.count_facets(where)
+        if counts is not None:
+            response.facets = FacetsResponse(
+                splits=counts.splits,
+                sources=counts.sources,
+                dates=counts.months,
+                non_duplicates=counts.non_duplicates,
+                duplicates=counts.duplicates,
+            )
         if response.total == 0:
             response.suggestion = self.index.suggest_query(query)
         response.results = _to_results(table.slice(0, limit))

@@ -155,4 +155,5 @@ def _make_batches(
     encoded = map(vocabulary.encode, texts)
     if config.layout == "continuous":
         return SequenceBatches(chain.from_iterable(encoded), config.sequence_length, config.batch_size)
-    return SentenceBatches((ids[:max_tokens] for ids in encoded), config.batch_size)
+    sentences = (ids[:max_tokens] for ids in encoded)
+    return SentenceBatches(sentences, config.batch_size, config.batch_size * config.max_tokens)

@@ -11,8 +11,8 @@ from captionlib.errors import QueryError
 from captionlib.search import facet_groups
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
-from captionlib.search.facet_groups import FacetGrouper
-from captionlib.search.filters import Filter, name_sources
+from captionlib.search.facet_groups import FacetGroup, FacetGrouper
+from captionlib.search.filters import Facets, Filter, name_sources
 from captionlib.search.index import Index, open_index
 from captionlib.search.rows import ROW_SCHEMA
 
@@ -154,6 +154,18 @@ def test_month_that_is_merged_into_its_year_is_rejected(tmp_path: Path, monkeypa
     ):
         with pytest.raises(QueryError, match=r"date: expected a year, got 2026-03; .*; use 2026"):
             search(Filter(date="2026-03"))
+
+
+def test_every_listed_date_can_be_selected() -> None:
+    values = [("a", "2025-12", 8), ("a", "2026-01", 4), ("b", "2026", 2), ("b", "2027", 1)]
+    facets = Facets([FacetGroup(split, 0, month, False, rows) for split, month, rows in values], ["captions"])
+    counts = facets.count(Filter()).months
+    assert counts == {"2025-12": 8, "2026": 6, "2027": 1}
+    for date, count in counts.items():
+        assert facets.count(Filter(date=date)).total == count
+        assert facets.count(Filter(date=date)).months == counts
+    with pytest.raises(QueryError, match="use 2026"):
+        facets.select(Filter(date="2026-01"))
 
 
 @pytest.mark.parametrize(

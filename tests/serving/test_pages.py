@@ -18,6 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoding import list_decodable_formats
 from captionlib.errors import BusyError
+from captionlib.search import facet_groups
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.search.index import open_index
@@ -437,6 +438,29 @@ def test_facets_have_counts_of_the_search(client: TestClient) -> None:
     assert one_month["facets"]["splits"]["val"] == one_month["total"] < counts["val"]
     sentence = client.get("/api/v1/search?q=dog&mode=sentence&date=2026-04&limit=100").json()
     assert len(sentence["results"]) == sum(sentence["facets"]["splits"].values())
+
+
+def test_only_text_searches_need_facets_that_count_months(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 1)
+    with TestClient(make_site(tmp_path)) as client:
+        for parameters in ({"q": "dog", "mode": "sentence"}, {"q": "dog", "mode": "hybrid"}):
+            address = f"/api/v1/search?{urlencode({**parameters, 'limit': 100})}"
+            month, year = (client.get(f"{address}&date={date}").json() for date in ("2026-04", "2026"))
+            assert (month["message"], month["facets"]) == (None, None)
+            assert 0 < len(month["results"]) < len(year["results"])
+            assert {row["image_id"] for row in month["results"]} < {row["image_id"] for row in year["results"]}
+            assert year["facets"]["dates"] == {"2026": 60}
+        for parameters in ({}, {"similar_to": "im3"}, {"q": "dog", "mode": "sentence"}):
+            page = client.get("/", params={**parameters, "date": "2026-04"})
+            assert page.status_code == 200
+            assert '<option value="2026-04" selected>2026-04</option>' in page.text
+            assert "Clear filters" in page.text
+            shown = re.findall('name="id" value="im([0-9]+)"', page.text)
+            assert shown
+            assert all(int(number) % 2 == 1 for number in shown), "the files of the others are of March"
+        text = client.get("/api/v1/search?q=dog&date=2026-04").json()
+        assert (text["facets"], text["results"]) == (None, [])
+        assert "use 2026" in text["message"]
 
 
 def test_images_like_an_image_have_an_address(client: TestClient) -> None:

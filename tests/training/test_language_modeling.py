@@ -9,11 +9,12 @@ import pyarrow as pa
 import pytest
 import torch
 
+from captionlib.data.batches.text import SentenceBatches
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError
-from captionlib.models.captioners.language_model import LanguageModelConfig
+from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.checkpoints.checkpoint import load_language_model
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.text_sampling import sample_texts
@@ -91,6 +92,25 @@ def test_perplexity_is_that_of_whole_sentences(tmp_path: Path) -> None:
     assert len(scores.log_probs) == 5
     best = min(epoch["perplexity"] for epoch in history)
     assert best == pytest.approx(scores.log_probs.mean().neg().exp().item(), rel=1e-4)
+
+
+def test_perplexity_with_a_long_line_is_that_of_single_sentences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 5000, *[4] * 30, 150, 2]
+    sentences = [torch.randint(2, 9, (length,), generator=generator).tolist() for length in lengths]
+    validation = SentenceBatches(sentences, batch_size=20, max_batch_tokens=400)
+    shapes = [batch.shape for batch in validation.in_order()]
+    assert shapes[:2] == [(1, 5000), (2, 150)]
+    assert all(rows == 1 or rows * steps <= 400 for rows, steps in shapes)
+    torch.manual_seed(0)
+    model = build_language_model(CONFIG.model, 9).eval()
+    with torch.no_grad():
+        got = LanguageModelObjective(model, validation, validation, save=lambda *_: None).validate()["perplexity"]
+        each = [
+            model(torch.zeros(1, 0), torch.tensor([ids]), torch.zeros(1, dtype=torch.int64)).log_probs
+            for ids in sentences
+        ]
+    assert got == pytest.approx(torch.cat(each).double().mean().neg().exp().item(), rel=1e-5)
 
 
 def test_learns_continuous_text_by_characters(tmp_path: Path) -> None:

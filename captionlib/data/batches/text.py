@@ -32,7 +32,7 @@ class TextBatches(Protocol):
         """Yields the batches of an epoch in a random order that depends only on `seed` and `epoch`."""
 
     def in_order(self) -> Iterator[Ids]:
-        """Yields all batches in the order of the text."""
+        """Yields all batches in a fixed order."""
 
 
 class SentenceBatches:
@@ -40,38 +40,49 @@ class SentenceBatches:
 
     Args:
         sentences: token ids of each sentence. Empty sentences are skipped. A token takes 4 bytes of memory.
-        batch_size: sentences per batch.
+        batch_size: maximum number of sentences per batch.
+        max_batch_tokens: maximum number of tokens per batch of `in_order`, including padding. A longer sentence is a
+            batch of its own.
     """
 
     rows_are_sentences = True
 
-    def __init__(self, sentences: Iterable[list[int]], batch_size: int) -> None:
+    def __init__(self, sentences: Iterable[list[int]], batch_size: int, max_batch_tokens: int) -> None:
         ids, starts = array("i"), array("q", [0])
         for sentence in filter(None, sentences):
             ids.extend(sentence)
             starts.append(len(ids))
         self._ids = np.frombuffer(ids, np.int32)  # [tokens], all sentences concatenated
         self._starts = np.frombuffer(starts, np.int64)  # [sentences + 1]
+        self._lengths = np.diff(self._starts)
         self._batch_size = batch_size
+        self._max_batch_tokens = max_batch_tokens
 
     def count(self) -> int:
-        return -(-(len(self._starts) - 1) // self._batch_size)
+        return -(-len(self._lengths) // self._batch_size)
 
     def shuffled(self, seed: int, epoch: int) -> Iterator[Ids]:
-        return self._batches(np.random.default_rng([seed, epoch]).permutation(len(self._starts) - 1))
+        order = np.random.default_rng([seed, epoch]).permutation(len(self._lengths))
+        for begin in range(0, len(order), self._batch_size):
+            yield self._pad(order[begin : begin + self._batch_size])
 
     def in_order(self) -> Iterator[Ids]:
-        return self._batches(np.arange(len(self._starts) - 1))
+        """Yields the longest sentences first. Sentences of similar length need little padding."""
+        order = np.argsort(-self._lengths, kind="stable")
+        begin = 0
+        while begin < len(order):
+            longest = int(self._lengths[order[begin]])
+            size = min(self._batch_size, max(1, self._max_batch_tokens // longest))
+            yield self._pad(order[begin : begin + size])
+            begin += size
 
-    def _batches(self, order: npt.NDArray[np.int64]) -> Iterator[Ids]:
-        for begin in range(0, len(order), self._batch_size):
-            sentences = order[begin : begin + self._batch_size]
-            lengths = self._starts[sentences + 1] - self._starts[sentences]
-            batch = np.full((len(sentences), lengths.max()), PAD, np.int64)
-            batch[np.arange(batch.shape[1]) < lengths[:, None]] = np.concatenate(
-                [self._ids[self._starts[sentence] : self._starts[sentence + 1]] for sentence in sentences]
-            )
-            yield batch
+    def _pad(self, sentences: npt.NDArray[np.int64]) -> Ids:
+        lengths = self._lengths[sentences]
+        batch = np.full((len(sentences), lengths.max()), PAD, np.int64)
+        batch[np.arange(batch.shape[1]) < lengths[:, None]] = np.concatenate(
+            [self._ids[self._starts[sentence] : self._starts[sentence + 1]] for sentence in sentences]
+        )
+        return batch
 
 
 class SequenceBatches:

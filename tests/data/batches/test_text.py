@@ -13,17 +13,24 @@ def unpad(batches: list[np.ndarray]) -> list[list[int]]:
 
 @given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1), st.integers(1, 5), st.integers(0, 3))
 def test_epoch_has_each_sentence_once(sentences: list[list[int]], size: int, epoch: int) -> None:
-    batches = SentenceBatches(sentences, size)
+    batches = SentenceBatches(sentences, size, size * 3)
     nonempty = [sentence for sentence in sentences if sentence]
-    assert unpad(list(batches.in_order())) == nonempty
+    assert unpad(list(batches.in_order())) == sorted(nonempty, key=len, reverse=True)
     shuffled = list(batches.shuffled(0, epoch))
     assert sorted(unpad(shuffled)) == sorted(nonempty)
     assert len(shuffled) == batches.count()
     assert all(len(batch) <= size for batch in shuffled)
 
 
+def test_long_sentence_is_a_batch_of_its_own() -> None:
+    sentences = [[1] * length for length in (3, 5000, 7, *[2] * 250, 120)]
+    batches = list(SentenceBatches(sentences, batch_size=100, max_batch_tokens=1000).in_order())
+    assert [batch.shape for batch in batches] == [(1, 5000), (8, 120), (100, 2), (100, 2), (45, 2)]
+    assert sorted(unpad(batches)) == sorted(sentences)
+
+
 def test_order_depends_only_on_seed_and_epoch() -> None:
-    for batches in (SentenceBatches([[number] for number in range(1, 50)], 10), SequenceBatches(range(500), 7, 10)):
+    for batches in (SentenceBatches([[number] for number in range(1, 50)], 10, 10), SequenceBatches(range(500), 7, 10)):
         orders = [np.concatenate(list(batches.shuffled(*which))).tolist() for which in ((0, 0), (0, 0), (0, 1), (1, 0))]
         assert orders[0] == orders[1]
         assert orders[0] != orders[2]
