@@ -116,7 +116,7 @@ def test_evaluation_has_all_scores(tmp_path: Path) -> None:
 
 
 def test_checkpoint_without_features_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="pass both or neither"):
+    with pytest.raises(ConfigError, match="specify both or neither"):
         evaluate_captions(tmp_path, checkpoint=tmp_path)
 
 
