@@ -193,11 +193,7 @@ def build_caption_rows(rows: Sequence[Row], candidates: Sequence[Sequence[Captio
 
 
 def _to_candidate(caption: Caption) -> Row:
-    return {
-        "caption": caption.text,
-        "log_prob": caption.log_prob,
-        "image_text_score": caption.image_text_score,
-    }
+    return {"caption": caption.text, "log_prob": caption.log_prob, "image_text_score": caption.image_text_score}
 
 
 def caption_images(

@@ -24,13 +24,7 @@ from captionlib.models.families.ranker import RankingModel, open_ranker
 from captionlib.models.inference.model_inputs import open_input_loader
 from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion
 
-__all__ = [
-    "SHARED_RANKERS",
-    "EmbeddingConfig",
-    "ImageEmbedding",
-    "build_embedding_rows",
-    "create_embeddings_dataset",
-]
+__all__ = ["SHARED_RANKERS", "EmbeddingConfig", "ImageEmbedding", "build_embedding_rows", "create_embeddings_dataset"]
 
 SHARED_RANKERS: CheckpointCache[RankingModel] = CheckpointCache(open_ranker)
 
