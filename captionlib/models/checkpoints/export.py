@@ -27,7 +27,6 @@ from captionlib.models.checkpoints.model_card import CARD, CardNotes, render_car
 from captionlib.models.encoders.encoder import EncoderConfig, pack_encoder_weights
 from captionlib.models.families.encoder import open_encoder
 from captionlib.models.families.registry import split_address
-from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["export_checkpoint"]
@@ -48,8 +47,7 @@ def export_checkpoint(
         checkpoint: the folder of the checkpoint.
         output: the folder to write.
         weights: path of the encoder's weights file; required only if the file has moved.
-        with_encoder: include the weights of the encoder if they were loaded from a file. If False, the model card
-            contains the name of the file or model folder and the hash of the weights.
+        with_encoder: include the weights of the encoder if they were loaded from a file.
         with_datastore: include the datastore for reranking: features and captions of the training images.
         notes: what the model card says about license, data and scores.
 
@@ -86,7 +84,6 @@ def export_checkpoint(
 
 
 def _read_config(source: Folder) -> tuple[dict[str, Any], Checkpoint]:
-    """Returns the content of `config.json` as it is stored, and the verified checkpoint."""
     try:
         config = from_json_with_checksum(source.read(CONFIG))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -112,24 +109,17 @@ def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -
         raise ConfigError(f"weights {file} are not those of the model's encoder: {'; '.join(lines)}")
     if not split_address(encoder_config.model)[0]:
         return pack_encoder_weights(encoder_config)
-    fs, path = open_file_system(file)
-    content: bytes = fs.cat_file(path)
-    return content
+    return Folder(file).read("")
 
 
 def _contains(target: Folder, contents: Mapping[str, bytes]) -> bool:
-    """Returns whether a folder already contains exactly these files, for example because an export is repeated."""
     return set(target.list()) - {TEMPORARY_FOLDER} == contents.keys() and all(
         target.read(name) == content for name, content in contents.items()
     )
 
 
 def _clear(target: Folder) -> None:
-    """Empties a folder that an interrupted export left. Such a folder lacks CONFIG, which is written last.
-
-    Raises:
-        CheckpointError: the folder contains other files.
-    """
+    """Removes the files of an interrupted export. Raises CheckpointError if the folder contains other files."""
     names = [name for name in target.list() if name != TEMPORARY_FOLDER]
     if others := sorted(set(names) - (CHECKPOINT_FILES - {CONFIG})):
         raise CheckpointError(f"{target.uri}: expected a new or empty folder, got files ({', '.join(others[:3])})")
