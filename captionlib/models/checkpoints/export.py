@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from captionlib.config import describe_differences
-from captionlib.data.shards.markers import from_json_with_checksum, to_json, to_json_with_checksum
+from captionlib.data.shards.markers import to_json, to_json_with_checksum
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.checkpoints.encoder_file import (
     CONFIG,
@@ -15,14 +15,7 @@ from captionlib.models.checkpoints.encoder_file import (
     find_encoder_file,
     missing_encoder_error,
 )
-from captionlib.models.checkpoints.folder import (
-    CHECKPOINT_FILES,
-    DATASTORE,
-    TRAINING,
-    Checkpoint,
-    open_folder,
-    read_checkpoint,
-)
+from captionlib.models.checkpoints.folder import CHECKPOINT_FILES, DATASTORE, TRAINING, read_checkpoint, read_config
 from captionlib.models.checkpoints.model_card import CARD, CardNotes, render_card, strip_paths
 from captionlib.models.encoders.encoder import EncoderConfig, pack_encoder_weights
 from captionlib.models.families.encoder import open_encoder
@@ -58,8 +51,9 @@ def export_checkpoint(
         CheckpointError: `checkpoint` is not a checkpoint or is damaged, or `output` contains other files.
         ConfigError: the encoder's weights file is missing, or has different weights.
     """
-    source, target = open_folder(checkpoint), Folder(output)
-    config, verified = _read_config(source)
+    source, target = Folder(checkpoint), Folder(output)
+    config = read_config(source)
+    verified = read_checkpoint(source, str(config.get("kind")))
     contents: dict[str, bytes] = {}
     if with_encoder and (encoder := _read_encoder(source, config, weights)) is not None:
         contents[ENCODER] = encoder
@@ -81,14 +75,6 @@ def export_checkpoint(
             target.write(name, content)
     target.remove_temporary_files()
     return sorted(contents)
-
-
-def _read_config(source: Folder) -> tuple[dict[str, Any], Checkpoint]:
-    try:
-        config = from_json_with_checksum(source.read(CONFIG))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        config = {}
-    return config, read_checkpoint(source, str(config.get("kind")))
 
 
 def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -> bytes | None:

@@ -42,6 +42,7 @@ __all__ = [
     "describe_checkpoint",
     "open_folder",
     "read_checkpoint",
+    "read_config",
     "write_checkpoint",
 ]
 
@@ -129,9 +130,7 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
         CheckpointError: the checkpoint is missing, damaged or of a different kind.
     """
     source = open_folder(folder)
-    config = _read_json(source, CONFIG)
-    if config is None:
-        raise not_a_checkpoint_error(source)
+    config = read_config(source)
     if config.get("kind") != kind:
         got = config.get("kind", "one of unknown kind")
         raise CheckpointError(f"{source.uri}: expected a checkpoint of kind {kind}, got {got}")
@@ -168,8 +167,8 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
         CheckpointError: the checkpoint is missing or damaged.
     """
     source = open_folder(folder)
-    config = _read_json(source, CONFIG)
-    if config is None or "fingerprint" not in config:
+    config = read_config(source)
+    if "fingerprint" not in config:
         raise not_a_checkpoint_error(source)
     vocabulary = config.pop("vocabulary", {})
     training = _read_json(source, TRAINING) or {}
@@ -187,6 +186,18 @@ def open_folder(folder: FolderLike) -> Folder:
 
 def damaged_error(folder: Folder, reason: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; copy it again, or train again")
+
+
+def read_config(folder: Folder) -> dict[str, Any]:
+    """Returns the content of `config.json`. The weights are not verified.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    config = _read_json(folder, CONFIG)
+    if config is None:
+        raise not_a_checkpoint_error(folder)
+    return config
 
 
 def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Implements `CaptionModel` for captioners that captionlib trains."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,8 +70,7 @@ class CheckpointCaptioner:
             if config.attention_maps:
                 maps = compute_attention_maps(model, features, [candidates[0] for candidates in per_image])
                 for image_captions, attention in zip(captions, maps, strict=True):
-                    best = image_captions[0]
-                    image_captions[0] = Caption(best.text, best.log_prob, best.token_count, attention)
+                    image_captions[0] = replace(image_captions[0], attention=attention)
             return captions
 
         return generate

@@ -73,7 +73,7 @@ class HuggingFaceCaptioner:
         self._model.to(device)
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
-        self._check(config)
+        self._require_support(config)
         ignored = {*_UNSUPPORTED, "diversity_penalty"}
         decoding = {name: value for name, value in to_dict(config.decoding).items() if name not in ignored}
         if config.decoding.rerank.method != "none":
@@ -81,7 +81,7 @@ class HuggingFaceCaptioner:
         return {"decoding": decoding, "dtype": config.dtype, "prompt": config.prompt}
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
-        self._check(config)
+        self._require_support(config)
         dtype = getattr(torch, config.dtype)
         model = self._model if dtype == torch.float32 else copy.deepcopy(self._model).to(dtype)
         options = _map_decoding(config.decoding)
@@ -122,7 +122,7 @@ class HuggingFaceCaptioner:
 
         return [scores for part in halve_on_out_of_memory(score, len(images)) for scores in part]
 
-    def _check(self, config: "GenerationConfig") -> None:
+    def _require_support(self, config: "GenerationConfig") -> None:
         default = DecodingConfig()
         for name in _UNSUPPORTED:
             if name == "rerank" and config.decoding.rerank.method == "image_text":
