@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from captionlib.errors import DatasetError
+
 __all__ = ["score_sentences"]
 
 _MAX_TOKENS = 4096  # per batch of sentences; the logits of a vocabulary of 30,000 words take 500 MB
@@ -19,6 +21,9 @@ def score_sentences(
 
     `model` is BLIP, GIT or an encoder-decoder, in float32. `pixels` is `[images, 3, height, width] float32`,
     normalized, on the device of the model.
+
+    Raises:
+        DatasetError: a sentence is longer than the model supports.
     """
     start, end = _find_start_and_end(model)
     ids = [tokenizer(text, add_special_tokens=False).input_ids for texts in sentences for text in texts]
@@ -27,13 +32,19 @@ def score_sentences(
     image_indices = torch.tensor([index for index, texts in enumerate(sentences) for _ in texts], device=pixels.device)
     counts = torch.tensor([len(each) + 1 for each in ids], device=pixels.device)
     width = int(counts.max())
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", width)
+    if width > limit:
+        raise DatasetError(
+            f"expected references of at most {limit - 1} tokens, the limit of the model, got one of {width - 1}; "
+            "shorten it, or leave --checkpoint out"
+        )
     padded = [[start, *each, *[end] * (width - len(each))] for each in ids]
     tokens = torch.tensor(padded, device=pixels.device)  # [sentences, width + 1], padded with end tokens
     is_token = torch.arange(width, device=pixels.device) < counts[:, None]
     compute_logits = _encode_images(model, pixels)
     sums: list[float] = []
-    for rows in torch.arange(len(ids), device=pixels.device).split(max(1, _MAX_TOKENS // (width + 1))):
-        log_probs = compute_logits(image_indices[rows], tokens[rows])[:, :-1].log_softmax(2)
+    for rows in torch.arange(len(ids), device=pixels.device).split(max(1, _MAX_TOKENS // width)):
+        log_probs = compute_logits(image_indices[rows], tokens[rows, :-1]).log_softmax(2)
         log_probs = log_probs.gather(2, tokens[rows, 1:, None])[:, :, 0]
         sums += log_probs.masked_fill(~is_token[rows], 0).sum(1).tolist()
     scores = iter(zip(sums, counts.tolist(), strict=True))

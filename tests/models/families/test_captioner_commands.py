@@ -98,6 +98,13 @@ def test_tokens_of_a_batch_of_sentences_are_limited(folder: Path, monkeypatch: p
     assert max(sizes) <= (80 if folder.name == "git" else 40)  # GIT also computes logits of the positions of the image
 
 
+def test_a_reference_that_is_longer_than_the_model_supports_is_an_error(folder: Path) -> None:
+    pixels = [np.zeros((tiny_models.SIDE, tiny_models.SIDE, 3), np.uint8)]
+    captioner = open_captioner(f"hf:{folder}")
+    with pytest.raises(DatasetError, match=r"expected references of at most 63 tokens, .* got one of "):
+        score(captioner, pixels, [["a dog", "dog " * 100]])
+
+
 def test_evaluate_computes_the_perplexity_from_the_images_of_the_manifest(
     captioned: Path, blip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
