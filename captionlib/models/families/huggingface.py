@@ -20,7 +20,7 @@ __all__ = [
     "WHOLE_IMAGE",
     "find_preprocessing",
     "fingerprint_files",
-    "load_part",
+    "load_pretrained",
     "load_weights",
     "open_model_folder",
     "prepare_pixels",
@@ -83,7 +83,7 @@ def fingerprint_files(folder: Path) -> str:
     return compute_fingerprint("hf", hashes)
 
 
-def load_part(location: str, load: Callable[..., Part], folder: Path, **options: Any) -> Part:
+def load_pretrained(location: str, load: Callable[..., Part], folder: Path, **options: Any) -> Part:
     """Calls `load`, the `from_pretrained` method of a model, tokenizer or processor class, without running model code.
 
     Raises:
@@ -106,9 +106,9 @@ def load_weights(location: str, load: Callable[..., Any], folder: Path) -> tuple
         The model, and the names of its tensors that the files lack. Transformers initializes these tensors randomly.
 
     Raises:
-        CheckpointError: see `load_part`.
+        CheckpointError: see `load_pretrained`.
     """
-    model, report = load_part(
+    model, report = load_pretrained(
         location, load, folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
     )
     return model.eval(), sorted(report["missing_keys"])

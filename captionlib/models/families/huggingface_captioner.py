@@ -20,7 +20,7 @@ from captionlib.models.families.huggingface import (
     WHOLE_IMAGE,
     find_preprocessing,
     fingerprint_files,
-    load_part,
+    load_pretrained,
     load_weights,
     open_model_folder,
     prepare_pixels,
@@ -55,12 +55,12 @@ class HuggingFaceCaptioner:
         # TrOCR and ViT-GPT2 files often lack the weights of the encoder's pooler, which captioners do not use.
         require_weights(location, [name for name in missing if "pooler" not in name])
         self._type = str(self._model.config.model_type)
-        image_processor = load_part(location, AutoImageProcessor.from_pretrained, folder)
-        self._tokenizer = load_part(location, AutoTokenizer.from_pretrained, folder)
+        image_processor = load_pretrained(location, AutoImageProcessor.from_pretrained, folder)
+        self._tokenizer = load_pretrained(location, AutoTokenizer.from_pretrained, folder)
         self._processor: Any = None
         self._preprocessing: Preprocessing | SizeLimit = find_preprocessing(image_processor)
         if self._type not in _PROMPT_OPTIONAL or isinstance(self._preprocessing, SizeLimit):
-            self._processor = load_part(location, AutoProcessor.from_pretrained, folder)
+            self._processor = load_pretrained(location, AutoProcessor.from_pretrained, folder)
             if not isinstance(self._processor, ProcessorMixin):  # the model has no processor for images and text
                 self._processor = image_processor
             self._preprocessing = WHOLE_IMAGE  # the processor resizes the images

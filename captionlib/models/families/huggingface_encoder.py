@@ -14,7 +14,7 @@ from captionlib.models.encoders.encoder import Encoder, EncoderConfig, build_enc
 from captionlib.models.families.huggingface import (
     find_preprocessing,
     fingerprint_files,
-    load_part,
+    load_pretrained,
     load_weights,
     open_model_folder,
     require_weights,
@@ -61,7 +61,7 @@ def load(location: str, config: EncoderConfig, device: torch.device) -> Encoder:
             "encoder.missing_weights"
         )
     folder = open_model_folder(location)
-    preprocessing = find_preprocessing(load_part(location, AutoImageProcessor.from_pretrained, folder))
+    preprocessing = find_preprocessing(load_pretrained(location, AutoImageProcessor.from_pretrained, folder))
     if not isinstance(preprocessing, Preprocessing):
         raise CheckpointError(
             f"{address}: expected an image processor that resizes images to one size, crops and normalizes them, got "

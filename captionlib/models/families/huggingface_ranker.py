@@ -17,7 +17,7 @@ from captionlib.models.devices import halve_on_out_of_memory
 from captionlib.models.families.huggingface import (
     find_preprocessing,
     fingerprint_files,
-    load_part,
+    load_pretrained,
     load_weights,
     open_model_folder,
     prepare_pixels,
@@ -46,9 +46,9 @@ class HuggingFaceRanker:
                 f"{type(self._model).__name__}"
             )
         require_weights(location, missing)
-        self._processor: Any = load_part(location, AutoImageProcessor.from_pretrained, folder)
+        self._processor: Any = load_pretrained(location, AutoImageProcessor.from_pretrained, folder)
         self._preprocessing = find_preprocessing(self._processor)
-        self._tokenizer: Any = load_part(location, AutoTokenizer.from_pretrained, folder)
+        self._tokenizer: Any = load_pretrained(location, AutoTokenizer.from_pretrained, folder)
         self.fingerprint = fingerprint_files(folder)
         self.encoder = describe_pixel_input(self._preprocessing)
         self.size = self.encode_sentences([""]).shape[1]
