@@ -130,8 +130,9 @@ def test_update_and_query_report_a_missing_weights_file(moved: Path, images: lis
 
 
 def test_a_failure_of_the_storage_is_not_a_missing_weights_file(moved: Path) -> None:
-    with pytest.raises(StorageError, match="aaa cannot be accessed: File name too long"):
-        require_checkpoint_files(str(moved), "a" * 300)
+    (weights := moved / "loop.pth").symlink_to("loop.pth")
+    with pytest.raises(StorageError, match="loop.pth cannot be accessed: Too many levels of symbolic links"):
+        require_checkpoint_files(str(moved), str(weights))
 
 
 def test_a_wrong_weights_option_and_a_missing_checkpoint_are_reported(moved: Path, images: list[str]) -> None:
