@@ -131,7 +131,7 @@ def test_update_and_query_report_a_missing_weights_file(moved: Path, images: lis
 
 def test_a_failure_of_the_storage_is_not_a_missing_weights_file(moved: Path) -> None:
     (weights := moved / "loop.pth").symlink_to("loop.pth")
-    with pytest.raises(StorageError, match="loop.pth cannot be accessed: Too many levels of symbolic links"):
+    with pytest.raises(StorageError, match=r"loop\.pth cannot be accessed: Too many levels of symbolic links"):
         require_checkpoint_files(str(moved), str(weights))
 
 
