@@ -13,9 +13,9 @@ __all__ = ["Constraints", "find_forbidden_ids"]
 
 
 class Constraints:
-    """Forbids given words, repeated n-grams, and END in short sentences. Other words keep their probability.
+    """Forbids the words `forbidden` (ids), repeated n-grams, and END in short sentences.
 
-    `forbidden` contains the ids of the given words.
+    Other words keep their probability.
     """
 
     def __init__(self, config: DecodingConfig, forbidden: Tensor) -> None:
@@ -40,7 +40,6 @@ class Constraints:
             log_probs[:, END] = end.where(log_probs.amax(1) == -torch.inf, -torch.inf)
 
     def _forbid_repeats(self, log_probs: Tensor, words: Tensor) -> None:
-        """Forbids words that would complete an n-gram that the row already contains."""
         ngrams = words.unfold(1, self._ngram_size, 1)  # [rows, positions, n]
         ending = words[:, None, words.shape[1] - self._ngram_size + 1 :]  # [rows, 1, n - 1]
         row, position = (ngrams[:, :, :-1] == ending).all(2).nonzero(as_tuple=True)

@@ -18,7 +18,7 @@ REFERENCES = pa.list_(pa.list_(pa.int32()))
 
 def build_datastore(vectors: list[list[float]], references: list[list[list[int]]]) -> Datastore:
     ids = [f"image {number}" for number in range(len(vectors))]
-    return Datastore(ids, np.array(vectors, np.float32), pa.array(references, REFERENCES), "fingerprint")
+    return Datastore(ids, np.array(vectors, np.float32), pa.array(references, REFERENCES))
 
 
 FOUR = build_datastore([[1, 0], [0, 1], [-1, 0], [0, -1]], [[[2]], [[3], [4]], [[5]], [[6]]])  # the mean is 0
