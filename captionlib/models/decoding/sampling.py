@@ -99,14 +99,14 @@ def _sample_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Te
         is_rejected = more_probable.sum(1) >= top_p
         sampled[rows[~is_rejected]] = word[~is_rejected, 0]
         rows, probabilities = rows[is_rejected], more_probable[is_rejected]
-        uniforms = _scramble(uniforms[is_rejected])
+        uniforms = _derive_uniforms(uniforms[is_rejected])
     return sampled
 
 
-def _scramble(uniforms: Tensor) -> Tensor:
-    """Returns a random number for each random number, without collisions."""
+def _derive_uniforms(uniforms: Tensor) -> Tensor:
+    """Derives a new random number from each one; different numbers stay different."""
     bits = (uniforms * 2**24).long()
-    for factor in (0x5BD1E9, 0x35A2D3):  # odd, so different numbers stay different
+    for factor in (0x5BD1E9, 0x35A2D3):  # odd, so the multiplication is invertible
         bits = (bits * factor) % 2**24
         bits ^= bits >> 13
     return bits.float() / 2**24

@@ -172,10 +172,6 @@ class Encoder:
             "shape": self.shape,
         }
 
-    @property
-    def size(self) -> int:
-        return int(np.prod(self.shape))
-
     def encode(self, images: Pixels) -> npt.NDArray[np.floating]:
         return self.encode_async(images)()
 
