@@ -26,9 +26,7 @@ class Constraints:
     def apply(self, log_probs: Tensor, words: Tensor) -> None:
         """Sets the log-probability of forbidden words to -inf, in place. END is allowed if no other word is.
 
-        Args:
-            log_probs: `[rows, vocabulary_size] float32`, log-probabilities of the next word.
-            words: `[rows, count] int64`, the words so far, without the start token.
+        `log_probs` is `[rows, vocabulary_size]`. `words` is `[rows, count]`, the words after the start token.
         """
         too_short = words.shape[1] < self._min_words
         end = log_probs[:, END].clone() if too_short else None

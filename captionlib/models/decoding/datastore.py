@@ -43,10 +43,7 @@ class Neighbors(NamedTuple):
 class Datastore:
     """Finds the training images most similar to given images, by the cosine of their standardized vectors.
 
-    Args:
-        image_ids: ids of the training images.
-        vectors: `[images, projection_input_size]`, the `ImageState.features` of these images.
-        references: token ids of each image's references, `list<list<int32>>`.
+    `vectors` are the `ImageState.features` of the training images, and `references` are token ids, `list<list<int32>>`.
     """
 
     def __init__(self, image_ids: Sequence[str], vectors: Vectors, references: pa.Array) -> None:

@@ -28,8 +28,7 @@ class Decoder:
 
     Args:
         model: the captioner; decoding runs on its device.
-        config: how to decode captions. If None, `DecodingConfig()` is used.
-        dtype: dtype of the captioner's computation, float32 or bfloat16; log-probabilities are summed in float32.
+        dtype: dtype of the captioner's computation, float32 or bfloat16.
         vocabulary: the captioner's vocabulary; required if `forbidden_words` is set, or if tokens are not words.
         datastore: features and references of the captioner's training images; required only for `rerank.neighbors`.
 
@@ -69,8 +68,7 @@ class Decoder:
         UNKNOWN, which stands for rare words, is never generated. Its probability is not redistributed to other words.
 
         Args:
-            features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder. Batches of
-                about 100 images are recommended.
+            features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder.
             image_ids: ids of the images. An image's id and the seed determine its samples. A training image with the
                 same id is not used as a neighbor. If None, samples depend on the features instead of the id.
             prefix: token ids that every sentence begins with; log-probabilities include them.

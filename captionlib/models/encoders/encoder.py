@@ -87,10 +87,7 @@ class EncoderConfig:
     def from_description(cls, description: Mapping[str, Any], weights: str | None = None) -> "EncoderConfig":
         """Reconstructs the configuration of an encoder from its description.
 
-        Args:
-            description: the encoder's description, from a features dataset or a checkpoint.
-            weights: path of the encoder's weights file or model folder. Required if the weights came from a file or
-                folder, because the description contains only a hash of them.
+        `weights` is the path of the encoder's weights file or model folder, required if its weights came from one.
 
         Raises:
             ConfigError: the weights came from a file or folder and `weights` is None, or the features were imported.

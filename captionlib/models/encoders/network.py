@@ -37,9 +37,7 @@ _VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
 class EvalModeNetwork(nn.Module):
     """A network that stays in evaluation mode, even while it is fine-tuned.
 
-    Args:
-        network: result of `truncate_network` or `slice_network`.
-        autocast: compute in bfloat16 and keep the weights in their own dtype.
+    With `autocast`, it computes in bfloat16 and keeps the weights in their own dtype.
     """
 
     def __init__(self, network: nn.Module, autocast: bool) -> None:
@@ -62,9 +60,7 @@ class EncoderNetwork(EvalModeNetwork):
 
     Args:
         network: result of `truncate_network`, with its weights loaded.
-        preprocessing: supplies the mean and the standard deviation for normalization.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
-        dtype: dtype of the computation.
         stored_dtype: dtype that `encode` rounds features to.
         trainable: keep float32 weights regardless of `dtype`, so that small updates are not rounded away.
     """
