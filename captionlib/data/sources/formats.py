@@ -36,17 +36,11 @@ __all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_for
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """A supported format of input datasets.
-
-    Attributes:
-        read: function that yields the rows.
-        row_description: the parts of the source that rows are read from, for an error message.
-        stores_image_paths: whether the source contains image paths, which may be wrong, instead of images.
-    """
+    """A supported format of input datasets."""
 
     read: SourceReader
-    row_description: str
-    stores_image_paths: bool
+    row_description: str  # the parts of the source that rows are read from, for an error message
+    stores_image_paths: bool  # instead of images
 
 
 SOURCE_FORMATS: Mapping[str, SourceFormat] = {
@@ -69,12 +63,6 @@ def read_source(
     source_format: str, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter
 ) -> Iterator[ImageRecord]:
     """Yields the rows of a source. Skips rows and captions that are not valid Unicode.
-
-    Args:
-        source_format: a key of `SOURCE_FORMATS`.
-        addresses: paths, URLs or globs.
-        options: how to read the source.
-        skips: counter of skipped items.
 
     Raises:
         ConfigError: an option does not apply to the source.
@@ -149,7 +137,6 @@ def _detect_glob(location: Location) -> str:
 
 
 def _detect_folder(folder: Location) -> str:
-    """Detects the format of a folder by its images, subfolders, tars and Parquet files. The default is `folder`."""
     parquet: Location | None = None
     has_tars = False
     with convert_os_errors(folder.address):

@@ -1,12 +1,9 @@
-"""The interface of source readers: their options, the records that they yield, and a counter of skipped items.
-
-A source is an input dataset in one of the supported formats.
-"""
+"""The interface of functions that read a source, an input dataset in one of the supported formats."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TypeAlias
 
 from captionlib.config import configclass
 from captionlib.errors import DatasetError
@@ -61,14 +58,9 @@ class SkipCounter:
         self.counts[reason] += 1
 
     def reject_image(self, reason: str, example: str) -> None:
-        """Counts an image whose entry in the source is invalid.
+        """Counts an image whose entry in the source is invalid, or raises DatasetError if the counter is strict.
 
-        Args:
-            reason: short category under which the image is counted.
-            example: where the entry is and, optionally, what is wrong with it.
-
-        Raises:
-            DatasetError: the counter is strict.
+        `reason` is a short category. `example` says where the entry is and, optionally, what is wrong with it.
         """
         example = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in example)
         if self._strict:
@@ -77,11 +69,7 @@ class SkipCounter:
         self.examples.setdefault(reason, example)
 
     def reject_captions(self, reason: str, example: str) -> None:
-        """Counts an entry whose captions are invalid or belong to no image. See `reject_image` for the arguments.
-
-        Raises:
-            DatasetError: the counter is strict.
-        """
+        """Counts an entry whose captions are invalid or belong to no image; see `reject_image`."""
         self.reject_image(reason, example)
         self.caption_reasons.add(reason)
 
@@ -133,15 +121,5 @@ class SourceOptions:
     tsv_quotes: bool = False
 
 
-class SourceReader(Protocol):
-    """Function that yields the images of a source in the same order on every run.
-
-    Args:
-        addresses: paths, URLs or globs of the source.
-        options: how to read the source.
-        skips: counter of skipped items.
-    """
-
-    def __call__(
-        self, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter
-    ) -> Iterator[ImageRecord]: ...
+SourceReader: TypeAlias = Callable[[Sequence[str], SourceOptions, SkipCounter], Iterator[ImageRecord]]
+"""A function that yields the images at paths, URLs or globs, in the same order on every run."""
