@@ -25,7 +25,7 @@ from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError, StorageError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import Folder, scratch_folder
+from captionlib.storage.folders import Addresses, Folder, list_addresses, scratch_folder
 from captionlib.storage.lock import lock_folder
 from captionlib.storage.remote_errors import is_temporary_error
 
@@ -109,7 +109,7 @@ class PrepareSummary:
 
 
 def prepare(
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    sources: Addresses,
     output: str | os.PathLike[str],
     config: PrepareConfig | None = None,
     *,
@@ -145,7 +145,7 @@ def prepare(
         LockError: another process is writing the manifest.
     """
     config = config or PrepareConfig()
-    addresses = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
+    addresses = [os.fspath(source) for source in list_addresses(sources)]
     with ExitStack() as lock:
         if Folder(output).exists(DESCRIPTION_FILE) and not dry_run:
             lock.enter_context(lock_folder(Folder(output), _COMMAND))

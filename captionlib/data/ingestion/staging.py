@@ -43,22 +43,16 @@ _IDS_PER_PASS = 250_000
 
 @dataclass(frozen=True)
 class StagedRows:
-    """Manifest rows in a local file.
+    """Rows in a local Parquet file, with the columns of a manifest and their origin.
 
-    Attributes:
-        path: Parquet file with the columns of a manifest and `origin`, the file and line that a row was read from.
-        rows: number of rows.
-        captions: number of captions.
-        splits: number of rows by split.
-        digest: hash of all ids in order, which becomes the id of a new manifest.
-        unchanged: whether the rows equal those of the existing manifest, in the same order. If so, the file is empty.
+    If the rows equal those of the existing manifest, in the same order, they are `unchanged` and the file is empty.
     """
 
     path: Path
     rows: int
     captions: int
-    splits: dict[str, int]
-    digest: str
+    splits: dict[str, int]  # number of rows by split
+    digest: str  # hash of all ids in order, which becomes the id of a new manifest
     unchanged: bool
 
 

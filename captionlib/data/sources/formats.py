@@ -97,12 +97,7 @@ def read_source(
 
 
 def detect_common_format(addresses: Sequence[str]) -> str:
-    """Returns the common format of all sources: a key of `SOURCE_FORMATS`.
-
-    Raises:
-        ConfigError: the formats differ, or a format cannot be detected.
-        DatasetError: a source does not exist.
-    """
+    """Returns the common format of all sources: a key of `SOURCE_FORMATS`."""
     if not addresses:
         raise ConfigError("expected at least one source (path, URL or glob), got none")
     first_addresses: dict[str, str] = {}  # by format
@@ -117,12 +112,7 @@ def detect_common_format(addresses: Sequence[str]) -> str:
 
 
 def detect_format(address: str | os.PathLike[str]) -> str:
-    """Returns the format of a source: a key of `SOURCE_FORMATS`.
-
-    Raises:
-        ConfigError: the format cannot be detected.
-        DatasetError: the source does not exist.
-    """
+    """Returns the format of a source: a key of `SOURCE_FORMATS`."""
     location = locate_all(address)[0]
     if is_glob(location):
         return _detect_glob(location)

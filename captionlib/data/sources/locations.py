@@ -58,19 +58,11 @@ class Location:
         return Location(self.fs, self.path.rpartition("/")[0], self.address.rpartition("/")[0])
 
     def find_type(self) -> str | None:
-        """Returns `file`, `directory` or `other`, or None if the file does not exist.
-
-        Raises:
-            StorageError: the storage failed or refused the request.
-        """
+        """Returns `file`, `directory` or `other`, or None if the file does not exist."""
         return find_file_type(self.fs, self.path)
 
     def require(self, expected: str = "a file, a folder or a glob") -> "Location":
-        """Returns the location if it exists. `expected` describes what should be there.
-
-        Raises:
-            DatasetError: it does not exist.
-        """
+        """Returns the location, or raises DatasetError if it does not exist."""
         if self.find_type() is None:
             raise DatasetError(f"{self.address} does not exist; expected {expected}")
         return self

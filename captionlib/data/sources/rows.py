@@ -13,24 +13,14 @@ __all__ = ["ImageRecord", "SkipCounter", "SourceOptions", "SourceReader"]
 
 @dataclass(slots=True)  # not frozen, because frozen instances take three times as long to create
 class ImageRecord:
-    """An image of a source, which becomes a row of the manifest: the Parquet dataset that lists the images.
+    """An image of a source, which becomes a row of the manifest: the Parquet dataset that lists the images."""
 
-    Attributes:
-        image_id: id that is unique in the source and the same on every run.
-        uri: absolute path or URL of the image.
-        split: name of the split, such as `train`; empty if unknown.
-        captions: reference captions.
-        origin: file and line (or row, or entry) that the record was read from, for error messages.
-        version: short string that changes when the image file changes. It stays the same when only the captions change.
-            If empty, `version_from_uri` computes it.
-    """
-
-    image_id: str
-    uri: str
-    split: str
+    image_id: str  # unique in the source, and the same on every run
+    uri: str  # absolute path or URL of the image
+    split: str  # such as `train`; empty if unknown
     captions: tuple[str, ...]
-    origin: str = field(default="", compare=False)
-    version: str = field(default="", compare=False)
+    origin: str = field(default="", compare=False)  # file and line (or row, or entry), for error messages
+    version: str = field(default="", compare=False)  # changes when the image file changes; if empty, computed from it
 
 
 class SkipCounter:
@@ -38,23 +28,16 @@ class SkipCounter:
 
     An ignored item is skipped by design, such as a hidden file. A rejected item is an image or a caption with an error.
 
-    Args:
-        strict: raise an error for a rejected image or caption instead of counting it.
-
-    Attributes:
-        counts: number of skipped items by reason.
-        examples: first rejected item by reason, as passed to `reject_image` or `reject_captions`.
-        caption_reasons: reasons for which captions were rejected.
+    If `strict` is true, a rejected item is an error.
     """
 
     def __init__(self, strict: bool = False) -> None:
         self._strict = strict
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
-        self.caption_reasons: set[str] = set()
+        self.counts: Counter[str] = Counter()  # of skipped items by reason
+        self.examples: dict[str, str] = {}  # first rejected item by reason
+        self.caption_reasons: set[str] = set()  # for which captions were rejected
 
     def count_ignored(self, reason: str) -> None:
-        """Counts an item that is skipped by design, such as a hidden file."""
         self.counts[reason] += 1
 
     def reject_image(self, reason: str, example: str) -> None:

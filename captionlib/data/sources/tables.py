@@ -250,24 +250,22 @@ def _read_json(location: Location, options: SourceOptions, skips: SkipCounter) -
 
 def _read_objects(location: Location, skips: SkipCounter) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the origin and the values of each object in a JSON Lines file or a JSON array."""
-
-    def parse_entry(
-        parse: Callable[[Any, str], dict[str, Any]], value: object, origin: str
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = ((number, line) for number, line in enumerate(read_lines(location), 1) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    is_array = first[1].lstrip().startswith("[") and get_uncompressed_extension(location.name) == ".json"
+    entries: Iterator[tuple[str, Any]]
+    if is_array:
+        records = parse_list(load_json(location), location.address, "records")
+        entries = ((f"{location.address}, [{index}]", record) for index, record in enumerate(records))
+    else:
+        entries = ((f"{location.address}, line {number}", line) for number, line in itertools.chain([first], lines))
+    for origin, entry in entries:
         try:
-            yield origin, parse(value, origin)
+            yield origin, parse_object(entry, origin) if is_array else _parse_line(entry, origin)
         except EntryError as error:
             skips.reject_image(error.reason, error.problem)
-
-    lines = enumerate(read_lines(location), 1)
-    first_number, first = next(((number, line) for number, line in lines if line.strip()), (0, ""))
-    if first.lstrip().startswith("[") and get_uncompressed_extension(location.name) == ".json":
-        for index, value in enumerate(parse_list(load_json(location), location.address, "records")):
-            yield from parse_entry(parse_object, value, f"{location.address}, [{index}]")
-        return
-    for number, line in itertools.chain([(first_number, first)], lines):
-        if line.strip():
-            yield from parse_entry(_parse_line, line, f"{location.address}, line {number}")
 
 
 def _parse_line(line: str, origin: str) -> dict[str, Any]:
