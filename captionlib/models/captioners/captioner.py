@@ -29,10 +29,8 @@ from captionlib.models.captioners.attention import Attention
 from captionlib.models.captioners.packed_sequences import PackedSequences, pack_sequences
 from captionlib.models.captioners.recurrence import RecurrenceOutput, run_recurrence
 from captionlib.models.captioners.transformer import Transformer
-from captionlib.models.dropout import Dropout
 from captionlib.models.encoders.top_layers import EncoderTop
-from captionlib.models.normal_weights import sample_normal_weights
-from captionlib.models.standardization import Standardization
+from captionlib.models.layers import Dropout, Standardization, sample_normal_weights
 
 __all__ = ["CaptionerConfig", "CaptionerNetwork", "ImageState", "TokenLogProbs"]
 

@@ -28,7 +28,6 @@ class CheckpointCaptioner:
     """The captioner of a checkpoint; implements `CaptionModel`."""
 
     def __init__(self, folder: str) -> None:
-        self._folder = folder
         self._loaded = load_captioner(folder)
         self.fingerprint = self._loaded.fingerprint
         self.encoder: Mapping[str, Any] = self._loaded.encoder
@@ -51,12 +50,12 @@ class CheckpointCaptioner:
             "decoding": to_dict(config.decoding),
             "dtype": config.dtype,
             "attention_maps": config.attention_maps,
-            "datastore": read_datastore_fingerprint(self._folder, self._loaded) if uses_datastore else None,
+            "datastore": read_datastore_fingerprint(self._loaded.folder, self._loaded) if uses_datastore else None,
         }
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
         _require_no_prompt(config)
-        datastore = read_datastore(self._folder, self._loaded) if config.decoding.rerank.neighbors else None
+        datastore = read_datastore(self._loaded.folder, self._loaded) if config.decoding.rerank.neighbors else None
         model, vocabulary = self._loaded.model, self._loaded.vocabulary
         decoder = Decoder(model, config.decoding, getattr(torch, config.dtype), vocabulary, datastore)
 

@@ -20,9 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from captionlib.config import configclass
 from captionlib.data.text.vocabulary import END, PAD
-from captionlib.models.dropout import Dropout
-from captionlib.models.normal_weights import sample_normal_weights
-from captionlib.models.standardization import Standardization
+from captionlib.models.layers import Dropout, Standardization, sample_normal_weights
 
 __all__ = ["RankerConfig", "RankerNetwork"]
 
