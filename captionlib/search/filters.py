@@ -26,9 +26,8 @@ class Filter:
         where: SQL condition over the columns of a row. It can be slow, so do not accept it from untrusted users.
         split: dataset split of the images, such as `test`; `val` and `dev` are the same split.
         min_log_prob: minimum log-probability of a caption.
-        source: name of the captions dataset; see `name_sources`.
-        date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`. If an
-            index has very many sources and splits, `Index.search_text` may only accept years.
+        source: name of the captions dataset; see `Index.sources`.
+        date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`.
         exclude_duplicates: whether to leave out images that are marked as duplicates of another image.
     """
 
@@ -55,10 +54,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class FacetCounts:
-    """Numbers of images by the values of each facet.
-
-    The counts of a facet ignore the filter's condition on that facet. They show how many images would match if the
-    filter selected a different value of the facet.
+    """Numbers of images by the values of each facet. The counts of a facet ignore the filter's condition on it.
 
     Attributes:
         total: number of images that match all conditions.
@@ -79,11 +75,7 @@ class FacetCounts:
 
 
 class Facets:
-    """The facets of one version of an index. Rows in the same group have the same value of every facet.
-
-    Attributes:
-        sources: the names of the captions datasets.
-    """
+    """The facets of one version of an index. Rows in the same group have the same value of every facet."""
 
     def __init__(self, groups: Sequence[FacetGroup], sources: Sequence[str]) -> None:
         self.sources = sources
@@ -92,7 +84,6 @@ class Facets:
         self._undivided_years = {group.month for group in groups if len(group.month) == len("2026")}
 
     def __len__(self) -> int:
-        """The number of groups."""
         return len(self._groups)
 
     def supports_date(self, where: Filter) -> bool:
@@ -101,12 +92,10 @@ class Facets:
         return date in self._undivided_years or date[: len("2026")] not in self._undivided_years
 
     def select(self, where: Filter) -> list[int] | None:
-        """Returns the indices of the groups that match a filter, or None if all groups match.
-
-        The SQL condition and the minimum log-probability of the filter are ignored.
+        """Returns the numbers of the groups that match the facets of a filter, or None if all groups match.
 
         Raises:
-            QueryError: the filter selects a month, and a group covers its whole year; see `supports_date`.
+            QueryError: the date is not supported; see `supports_date`.
         """
         tests = self._make_tests(where)
         selected = [number for number, group in enumerate(self._groups) if all(test(group) for test in tests.values())]
@@ -116,7 +105,7 @@ class Facets:
         """Counts images by facet. `rows` is the number of images in each group, `[groups]`; None for all images.
 
         Raises:
-            QueryError: the filter selects a month, and a group covers its whole year; see `supports_date`.
+            QueryError: the date is not supported; see `supports_date`.
         """
         tests = self._make_tests(where)
         total, non_duplicates, duplicates = 0, 0, 0
@@ -137,7 +126,6 @@ class Facets:
         return FacetCounts(total, by_split, by_source, by_month, non_duplicates, duplicates)
 
     def _make_tests(self, where: Filter) -> dict[str, Callable[[FacetGroup], bool]]:
-        """Returns the conditions of a filter by the name of the facet."""
         tests: dict[str, Callable[[FacetGroup], bool]] = {}
         if where.split is not None:
             splits = add_split_aliases([where.split])

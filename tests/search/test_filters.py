@@ -137,7 +137,9 @@ def test_many_groups_are_merged_by_year(monkeypatch: pytest.MonkeyPatch) -> None
     assert batch["group"].to_pylist() == [0, 1, *[2] * 10, *[3] * 12, *[4] * 12, *[5] * 12]
 
 
-def test_month_that_is_merged_into_its_year_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_month_that_is_merged_into_its_year_can_be_searched_but_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     captions = write_captions(tmp_path, "phone", 40).folder.uri
     monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 1)
     build = plan_build(captions, None, tmp_path / "index", IndexConfig())
@@ -147,11 +149,11 @@ def test_month_that_is_merged_into_its_year_is_rejected(tmp_path: Path, monkeypa
     index = open_index(tmp_path / "index")
     assert index.search_text("dog", 100, where=Filter(date="2026")).num_rows == 14
     assert index.search_text("dog", 100, where=Filter(date="2025-03")).num_rows == 0
-    for search in (
-        lambda where: index.search_text("dog", where=where),
-        lambda where: index.search_text_and_count("dog", where=where),
-        index.count_facets,
-    ):
+    for date in ("2026-03", "2026-04"):
+        expected = matches(index, Filter(date=date, source="phone", min_log_prob=-20.0))
+        found = index.search_text("dog", 100, where=Filter(date=date, min_log_prob=-20.0))
+        assert set(found["image_id"].to_pylist()) == expected != set()
+    for search in (lambda where: index.search_text_and_count("dog", where=where), index.count_facets):
         with pytest.raises(QueryError, match=r"date: expected a year, got 2026-03; .*; use 2026"):
             search(Filter(date="2026-03"))
 
