@@ -89,13 +89,12 @@ class VectorLayout:
         nprobe = min(config.nprobe or max(8, round(1.5 * nlist**0.5)), nlist)
         return cls(dimension, encoding, nlist, nprobe, rows)
 
-    def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
+    def needs_rebuild(self, config: IndexConfig, rows: int) -> bool:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
-        This is the case if `choose` returns a different encoding for `rows`. It is also the case if there are inverted
-        lists, and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows
-        decreases, the layout is kept, so that an index whose size varies around a limit is not built again at every
-        update.
+        This is the case if `rows` requires a different encoding, or if there are inverted lists and `rows` exceeds four
+        times the number that the layout was chosen for. If the number of rows decreases, the layout is kept, so that an
+        index whose size varies around a limit is not built again at every update.
         """
         if rows <= self.rows:
             return False

@@ -9,9 +9,8 @@
       vectors-HASH.faiss      the Faiss index
       trained-HASH.faiss      an empty Faiss index with trained centroids, used to add shards
 
-HASH is the checksum of the content, so damage is detected. Files are never modified, so versions of the index can share
-them. A search does not read the datasets that the index was built from, so they can be updated at the same time. A
-build keeps the files of the previous version for readers that are still opening it. The next build removes these files.
+HASH is the checksum of the content. Files are never modified, so versions of the index can share them. A build keeps
+the files of the previous version for readers that are still opening it. The next build removes these files.
 """
 
 import hashlib
@@ -85,7 +84,7 @@ class IndexedDataset:
 
 @dataclass(frozen=True)
 class IndexedDuplicates:
-    """A dataset of duplicates. The images that it lists as duplicates are left out or marked; see `IndexConfig`.
+    """A dataset of duplicates, which are left out of the index or marked; see `IndexConfig`.
 
     Attributes:
         folder: path or URL of the dataset.
@@ -129,13 +128,7 @@ class InputShard:
 
 @dataclass(frozen=True)
 class IndexedShard(InputShard):
-    """A shard in an index.
-
-    Attributes:
-        rows_file: name of the file that contains the rows.
-        details_file: name of the file that contains candidate captions, references and attention.
-        failures_file: name of the file that lists the images without a caption; empty if there are none.
-    """
+    """A shard in an index, and the names of its files. `failures_file` is empty if all images have a caption."""
 
     rows_file: str
     details_file: str
@@ -155,8 +148,8 @@ class IndexDescription:
         duplicates: the duplicates that are left out or marked; None if no duplicates are known.
         layout: type of the vector index; None if the index is text-only.
         shards: the indexed shards, in the order of their rows.
-        groups: groups of rows with the same values of all facets, such as split and source. They are used to count the
-            search results for each value of a facet. The text index contains the group number of each row.
+        groups: groups of rows with the same values of all facets, such as split and source. The text index contains the
+            group number of each row.
         captions_count: number of searchable captions.
         vectors_count: number of searchable vectors.
         text: folder of the text index.
@@ -194,16 +187,8 @@ class IndexDescription:
         return list(accumulate((shard.rows for shard in self.shards[:-1]), initial=0))
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the index contains every shard of the captions."""
-        return len(self.shards) == sum(dataset.shards for dataset in self.captions)
-
-    @property
     def ranker(self) -> str:
-        """Hash of the ranker (image-text retrieval model) that computed the embeddings.
-
-        Empty if it is unknown or the index is text-only.
-        """
+        """Hash of the ranker (image-text retrieval model) that computed the embeddings; empty if there is none."""
         return str(self.embeddings[0].config.get("ranker", "")) if self.embeddings else ""
 
 
@@ -243,7 +228,7 @@ def write_description(folder: Folder, description: IndexDescription) -> None:
 
 
 def hash_json(content: Mapping[str, Any]) -> str:
-    """Returns the checksum of JSON values; the order of keys does not matter."""
+    """Returns the checksum of JSON values."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -266,7 +251,7 @@ def temporary_folder(folder: Folder) -> Iterator[Path]:
 
 
 def compute_hash(path: Path) -> str:
-    """Returns the checksum of a file or folder, as it appears in file names. Lock files of Tantivy are ignored."""
+    """Returns the checksum of a file or folder, as it appears in file names. Tantivy's lock files are ignored."""
     if not path.is_dir():
         with path.open("rb") as file:
             return compute_checksum(file).removeprefix("sha256:")[:_HASH_CHARACTERS]
@@ -280,7 +265,7 @@ def check_hash(path: Path, name: str, address: str) -> Path:
     """Checks that the content of `path` has the checksum in `name`, its name in the index. Returns `path`.
 
     Raises:
-        DatasetError: the checksums differ. The message contains `address`.
+        DatasetError: the checksums differ.
         FileNotFoundError: the file does not exist.
     """
     if compute_hash(path) != Path(name).stem.rpartition("-")[-1]:
@@ -326,9 +311,9 @@ def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
 def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | None = None) -> Path:
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
-    All files are compared with their checksums, except the details of a local index: `DetailStore` checks these when it
-    reads them. The cache contains one version of each index. Files that it already contains are not copied again. The
-    default of `cache` is `$CAPTIONLIB_CACHE` if it is set, or else `captionlib/indexes` in the user's cache folder.
+    All files are compared with their checksums, except the details of a local index, which `DetailStore` checks. The
+    cache contains one version of each index. Its default is `$CAPTIONLIB_CACHE`, or else `captionlib/indexes` in the
+    user's cache folder.
 
     Raises:
         DatasetError: a file is damaged.
@@ -351,7 +336,6 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
 
 
 def _fetch_to_cache(folder: Folder, index_copy: Path, name: str) -> None:
-    """Copies a file or folder to the cache, unless the cache already contains an undamaged copy."""
     cached = index_copy / name
     with suppress(FileNotFoundError, DatasetError):
         check_hash(cached, name, str(cached))
@@ -360,7 +344,7 @@ def _fetch_to_cache(folder: Folder, index_copy: Path, name: str) -> None:
     with tempfile.TemporaryDirectory(prefix=".copying-", dir=index_copy) as temporary:
         copy = Path(temporary) / cached.name
         path = fetch_path(folder, name, copy)
-        if path != copy:  # the index is local, but read-only
+        if path != copy:  # the folder of a local index is read-only
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
         check_hash(copy, name, folder.address(name))
         if cached.is_dir():
