@@ -212,8 +212,8 @@ def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[tuple[str,
         _choose_query(values, list(all_queries), (), "")  # raises an error that names all queries
     if values.keys() & set(_DATASET_QUERIES) - set(_INDEX_QUERIES):
         keeps_all = "sql" in values or config.index.keep_duplicates
-        mark_duplicates = config.duplicates is not None and "duplicates" not in values and keeps_all
-        if config.duplicates is not None:
+        mark_duplicates = config.duplicate_threshold is not None and "duplicates" not in values and keeps_all
+        if config.duplicate_threshold is not None:
             if not Folder(collection.duplicates).exists(SUCCESS_FILE):
                 raise DatasetError(
                     f"{collection.duplicates} is not complete; run `captionlib update {folder}`, or query "

@@ -222,7 +222,9 @@ def _index(collection: Collection, failed: Container[str], run: RunConfig) -> di
             collection.index,
             config.index,
             embeddings=collection.list_embeddings() or None,
-            duplicates=None if config.duplicates is None else _deduplicate(collection, config.duplicates, run.progress),
+            duplicates=None
+            if config.duplicate_threshold is None
+            else _deduplicate(collection, config.duplicate_threshold, run.progress),
             run=run,
         )
     except DatasetError as error:
