@@ -1,7 +1,6 @@
 """Groups the rows of an index by the values of all facets: split, dataset, month and whether they are duplicates.
 
-The text index contains the number of each row's group, so one pass over the matches of a query counts them by every
-facet.
+The text index contains the group of each row, so one pass over the matches of a query counts them by every facet.
 """
 
 from collections.abc import Iterable, Iterator
@@ -46,7 +45,6 @@ class FacetGrouper:
 
     @property
     def groups(self) -> tuple[FacetGroup, ...]:
-        """The groups, in the order of their numbers."""
         return tuple(FacetGroup(*values, rows) for values, rows in zip(self._numbers, self._rows, strict=True))
 
     def add_group_numbers(self, dataset: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -59,7 +57,6 @@ class FacetGrouper:
             yield batch.append_column(_GROUP, pa.array(numbers, pa.int64()))
 
     def _count(self, split: str, dataset: int, month: str, is_duplicate: bool) -> int:
-        """Adds a row to its group, and returns the number of the group."""
         number = self._numbers.get((split, dataset, month, is_duplicate))
         if number is None:
             month = month if len(self._rows) < _MAX_GROUPS else month[:4]

@@ -49,8 +49,7 @@ class ImageQueryModels:
     Args:
         ranker: a dual encoder for image-text retrieval. Without it, images cannot be embedded.
         captioner: folder of a captioner, or an address such as `hf:FOLDER`. If None, images cannot be captioned.
-        weights: weights file of the image encoder. Required only if the models were trained with an encoder whose
-            weights come from a file, and the captioner does not contain these weights.
+        weights: weights file of the image encoder, if the models do not contain its weights.
         device: device of the models, such as `cuda`.
         image_decoding: limits for decoding image files.
         generation: settings for generating captions.
@@ -74,7 +73,7 @@ class ImageQueryModels:
         self._device = device
         self._lock = threading.Lock()  # a model uses all cores for one image
         self._resources = ExitStack()
-        self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []  # with the encoder's description
+        self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []  # with the description of the encoder
         self._caption_encoder = None
         self._generation = generation
         if captioner is not None:
@@ -93,7 +92,6 @@ class ImageQueryModels:
         self.close()
 
     def close(self) -> None:
-        """Stops the decoder processes."""
         self._resources.close()
 
     @property
@@ -119,7 +117,7 @@ class ImageQueryModels:
         return vector
 
     def rank_sentences(self, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:
-        """Returns the columns sentence and score, sorted by similarity to the vector of an image, best first.
+        """Returns the columns sentence and score, the similarity to the vector of an image, best first.
 
         Raises:
             QueryError: there is no ranker, or `sentences` is empty.
@@ -168,13 +166,11 @@ class ImageQueryModels:
         encoder, decoders = image_encoder
         pixels = decoders.decode(content).pixels
         with self._lock:
-            wait_for_features = encoder.encode_async([pixels])
-            return wait_for_features()
+            return encoder.encode_async([pixels])()
 
     def _load_encoder(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
-        encoder_description = model.encoder
         for description, image_encoder in self._loaded:
-            if description == encoder_description:
+            if description == model.encoder:
                 return image_encoder
         transform = model.find_input_transform(weights)
         if isinstance(transform, EncoderConfig):
@@ -183,5 +179,5 @@ class ImageQueryModels:
         else:
             encoder = PixelPassthrough(transform)  # the model takes pixels
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._image_decoding))
-        self._loaded.append((encoder_description, (encoder, decoders)))
+        self._loaded.append((model.encoder, (encoder, decoders)))
         return encoder, decoders

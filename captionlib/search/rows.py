@@ -1,7 +1,6 @@
 """Stores the rows of an index, one per captioned image, in memory-mapped Arrow files, and filters them with SQL.
 
-Row numbers identify rows throughout the index. Reading 20 rows takes microseconds. With Parquet, each row could
-require decoding a whole row group.
+Reading 20 rows takes microseconds. With Parquet, each row could require decoding a whole row group.
 """
 
 import hashlib
@@ -41,10 +40,7 @@ __all__ = [
 ]
 
 RESULT_COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score", "width", "height")
-"""The columns of a captions dataset that search results show.
-
-`tokens` is the number of tokens of the caption. The last three columns are null if their values are unknown.
-"""
+"""The columns of search results. `tokens` is the number of tokens. The last three are null if they are unknown."""
 
 _CAPTIONS = captions_schema(has_scores=True)
 ROW_SCHEMA = pa.schema(
@@ -56,9 +52,8 @@ ROW_SCHEMA = pa.schema(
 )
 """The columns of a row.
 
-`version` is a string that changes when the file of the image does. `modified` is the time, in UTC, at which the file of
-the image was last modified; null if it is unknown. For duplicates, `duplicate_of` is the id of the image that
-represents their group; for other images, it is null.
+`version` changes when the file of the image does. `modified` is the time, in UTC, of the last change of the file; null
+if it is unknown. `duplicate_of` is the id of the image that is kept instead of a duplicate; null for other images.
 """
 
 _REFERENCES = pa.field("references", pa.list_(pa.string()))
@@ -85,7 +80,6 @@ class RepeatedId(NamedTuple):
 
 
 def write_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """Writes rows to an Arrow file."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as writer:
         for batch in batches:
             writer.write_batch(batch)
@@ -94,17 +88,13 @@ def write_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
 def write_details(path: Path, batches: Iterator[pa.RecordBatch]) -> None:
     """Writes details to a compressed Arrow file, in batches of equal size, so `DetailStore` can find a row."""
     buffer = RowBuffer(batches)
-    compressed = pa.ipc.IpcWriteOptions(compression="zstd")
-    with (
-        pa.OSFile(str(path), "wb") as file,
-        pa.ipc.new_file(file, DETAILS_SCHEMA, options=compressed) as writer,
-    ):
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, DETAILS_SCHEMA, options=options) as writer:
         while details := buffer.take_table(DETAILS_BATCH_ROWS, DETAILS_SCHEMA):
             writer.write_table(details.combine_chunks(), max_chunksize=DETAILS_BATCH_ROWS)
 
 
 def write_failures(path: Path, failures: pa.Table) -> None:
-    """Writes images without a caption to an Arrow file."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, FAILURE_SCHEMA) as writer:
         writer.write_table(failures.select(FAILURE_SCHEMA.names))
 
@@ -145,7 +135,7 @@ def find_repeated_id(paths: Iterable[Path]) -> RepeatedId | None:
 
 
 class RowStore:
-    """The rows of an index. `paths` are the Arrow files of its shards, in order. This class is thread-safe."""
+    """The rows of an index, from the Arrow files of its shards. This class is thread-safe."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._batches = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
@@ -184,9 +174,7 @@ class RowStore:
             yield from batch["uri"].to_pylist()
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
-        """Returns the numbers of the rows that match a SQL condition, in ascending order.
-
-        The condition can use the columns of `ROW_SCHEMA`, and `row`, the row number.
+        """Returns the numbers of the rows that match a SQL condition over `ROW_SCHEMA` and `row`, the row number.
 
         Raises:
             QueryError: the condition is invalid or fails.
@@ -197,10 +185,10 @@ class RowStore:
 
 
 class DetailStore:
-    """The details of all rows of an index: candidate captions, references and attention. This class is thread-safe.
+    """The details of all rows of an index; see `DETAILS_SCHEMA`. This class is thread-safe.
 
-    All files are mapped into memory at the start, so they stay readable after a build removes them. A file is
-    compared with its checksum when it is first read.
+    The files are mapped into memory, so they stay readable after a build removes them. A file is compared with its
+    checksum when it is first read.
 
     Args:
         paths: the files, whose names are the first characters of their checksums.
@@ -214,7 +202,7 @@ class DetailStore:
         self._checked: set[int] = set()
 
     def read(self, row: int) -> dict[str, Any]:
-        """Returns the details of a row; see `DETAILS_SCHEMA`.
+        """Returns the details of a row.
 
         Raises:
             DatasetError: the file is damaged.
@@ -242,7 +230,7 @@ class FailureStore:
         tables = [FAILURE_SCHEMA.append(_SOURCE).empty_table()]
         for path, source in files:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            tables.append(table.append_column(_SOURCE, pa.repeat(pa.scalar(source), len(table))))
+            tables.append(table.append_column(_SOURCE, pa.repeat(source, len(table))))
         self._failures = pa.concat_tables(tables)
 
     def __len__(self) -> int:

@@ -1,9 +1,7 @@
 """Builds and searches a Faiss index of embeddings.
 
-A build trains centroids, writes a partial index for each shard, and merges the partial indexes.
-
-Scores are inner products of unit vectors. Every index is an inverted file. An index with the encoding `Flat` has a
-single inverted list, so search is exact.
+A build trains centroids, writes a partial index for each shard, and merges the partial indexes. Scores are inner
+products of unit vectors. An index with the encoding `Flat` has a single inverted list, so search is exact.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -111,13 +109,7 @@ def merge_indexes(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], p
 
 
 def _write_index(index: Any, path: Path) -> None:
-    """Writes an index through a Python file.
-
-    If the disk is full, Faiss's own writer may print an error instead of raising an exception.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Writes an index through a Python file. Faiss's own writer may not raise an exception if the disk is full."""
     errors: list[OSError] = []
     with path.open("wb") as file:
 
@@ -148,7 +140,7 @@ def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
 
 
 def _iter_lists(index: Any) -> Iterator[tuple[RowNumbers, npt.NDArray[np.uint8]]]:
-    """Yields the row numbers and codes of each inverted list, as arrays that share the memory of the index."""
+    """Yields the row numbers and codes of each inverted list, without copying them."""
     lists = index.invlists
     for list_id in range(index.nlist):
         if size := lists.list_size(list_id):
@@ -157,9 +149,7 @@ def _iter_lists(index: Any) -> Iterator[tuple[RowNumbers, npt.NDArray[np.uint8]]
 
 
 class VectorIndex:
-    """An open vector index. This class is thread-safe.
-
-    The file is memory-mapped. A query runs on one thread and loads only the parts of the file that it needs.
+    """An open, memory-mapped vector index. This class is thread-safe. A query runs on one thread.
 
     `rows` is the number of rows of the whole index, including rows without a vector.
 
@@ -188,8 +178,8 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors. Equal scores are ordered by row number.
 
-        If `matching` is not None, only these rows are searched. The fewer rows match, the more inverted lists are
-        searched. If there are fewer than `limit` hits, the search continues in more lists, up to all of them.
+        If `matching` is not None, only these rows are searched: the fewer, the more inverted lists. If there are fewer
+        than `limit` hits, the search continues in more lists, up to all of them.
         """
         searchable_count = len(self) if matching is None else len(matching)
         if not min(limit, searchable_count):
@@ -220,7 +210,7 @@ class VectorIndex:
             nprobe = min(layout.nlist, 4 * nprobe)
 
     def get_vector(self, row: int) -> Vectors | None:
-        """Returns the stored vector of a row, `[dimension]`, scaled to unit length; None if the row has no vector."""
+        """Returns the vector of a row, `[dimension]`, scaled to unit length; None if it has none."""
         lists = self._index.invlists
         for list_id in range(self.layout.nlist):
             ids = faiss.rev_swig_ptr(lists.get_ids(list_id), lists.list_size(list_id))

@@ -42,8 +42,8 @@ def run_query(open_rows: OpenRows, memory_bytes: int, timeout_seconds: float) ->
             for batch in rows:
                 writer.write_batch(batch)
                 sink.flush()
-            # Closed only after success: the parent stops reading at the end marker that `close` writes. If the marker
-            # is missing, the parent reads to the end of the output, where the child's error is raised.
+            # Closed only after success: without the end marker that `close` writes, the parent reads to the end of the
+            # output, where the child's error is raised.
             writer.close()
 
     limits = ProcessLimits(
