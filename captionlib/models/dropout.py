@@ -7,10 +7,7 @@ __all__ = ["Dropout"]
 
 
 class Dropout(nn.Dropout):
-    """Equivalent to `nn.Dropout`, but samples masks from uniform random numbers on a CPU.
-
-    `nn.Dropout` samples masks with `Tensor.bernoulli_`, which takes four times as long on a CPU.
-    """
+    """Equivalent to `nn.Dropout`, whose `Tensor.bernoulli_` takes four times as long on a CPU as uniform numbers."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         if not (self.training and self.p) or not inputs.is_cpu:

@@ -7,13 +7,7 @@ __all__ = ["Standardization"]
 
 
 class Standardization(nn.Module):
-    """Computes (x - mean) / std with the mean and standard deviation of the features of the training images.
-
-    `set_statistics` sets the mean and standard deviation. By default, they are 0 and 1, so x is returned unchanged.
-
-    Args:
-        size: number of dimensions of a feature vector.
-    """
+    """Computes (x - mean) / std for features `[..., size]`. The mean and std are 0 and 1 until `set_statistics`."""
 
     mean: Tensor
     std: Tensor
@@ -30,5 +24,4 @@ class Standardization(nn.Module):
         self.std.copy_(torch.where(std > 0, std, torch.ones_like(std)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Standardizes features of shape `[..., size]`."""
         return (features - self.mean) / self.std

@@ -25,7 +25,7 @@ from captionlib.search.sql.statements import check_condition, check_reads_only, 
 __all__ = [
     "DETAILS_BATCH_ROWS",
     "DETAILS_SCHEMA",
-    "FAILURE_SCHEMA",
+    "INDEX_FAILURES_SCHEMA",
     "RESULT_COLUMNS",
     "ROW_SCHEMA",
     "DetailStore",
@@ -61,7 +61,7 @@ _ATTENTION = pa.field("attention", pa.list_(pa.list_(pa.float16())))
 DETAILS_SCHEMA = pa.schema([_CAPTIONS.field("candidates"), _REFERENCES, _ATTENTION])
 """The columns that only the web page of an image shows. References and attention are null if they are not known."""
 
-FAILURE_SCHEMA = pa.schema([FAILURES_SCHEMA.field(name) for name in ("image_id", "stage", "error")])
+INDEX_FAILURES_SCHEMA = pa.schema([FAILURES_SCHEMA.field(name) for name in ("image_id", "stage", "error")])
 """The columns of an image without a caption. Error messages are left out, as they can contain private addresses."""
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
@@ -95,8 +95,8 @@ def write_details(path: Path, batches: Iterator[pa.RecordBatch]) -> None:
 
 
 def write_failures(path: Path, failures: pa.Table) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, FAILURE_SCHEMA) as writer:
-        writer.write_table(failures.select(FAILURE_SCHEMA.names))
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, INDEX_FAILURES_SCHEMA) as writer:
+        writer.write_table(failures.select(INDEX_FAILURES_SCHEMA.names))
 
 
 def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
@@ -227,7 +227,7 @@ class FailureStore:
     """
 
     def __init__(self, files: Iterable[tuple[Path, str]]) -> None:
-        tables = [FAILURE_SCHEMA.append(_SOURCE).empty_table()]
+        tables = [INDEX_FAILURES_SCHEMA.append(_SOURCE).empty_table()]
         for path, source in files:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             tables.append(table.append_column(_SOURCE, pa.repeat(source, len(table))))

@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from captionlib.errors import ConfigError, StorageError
 from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.remote_errors import is_temporary_error
-from captionlib.storage.retries import RangedFile, call_with_retries, convert_os_errors
+from captionlib.storage.retries import RangedFile, call_with_retries, convert_os_errors, find_file_type
 
 __all__ = [
     "TEMPORARY_FOLDER",
@@ -113,18 +113,9 @@ class Folder:
         """Returns whether there is a file or a folder with this name.
 
         Raises:
-            StorageError: the storage failed or refused the request. With http and https, the result is False instead.
+            StorageError: the storage failed or refused the request.
         """
-
-        def check() -> bool:
-            self.fs.invalidate_cache()
-            try:
-                self.fs.info(self.path(name))  # `exists` of many file systems returns False on any error
-            except (FileNotFoundError, NotADirectoryError):
-                return False
-            return True
-
-        return call_with_retries(self.path(name), check)
+        return find_file_type(self.fs, self.path(name)) is not None
 
     def fetch_version(self, name: str) -> str:
         """Returns a string that changes whenever the file is replaced. Does not read the file.

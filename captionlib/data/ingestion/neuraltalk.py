@@ -21,7 +21,7 @@ from captionlib.data.shards.markers import Totals, compute_checksum
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_rows_with_imgid
-from captionlib.data.sources.locations import locate
+from captionlib.data.sources.locations import locate, open_file
 from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import describe_value, is_unicode
 from captionlib.data.sources.versions import version_from_uri
@@ -88,9 +88,7 @@ def import_features(
     """
     config = config or ImportConfig()
     json_address, mat_address = os.fspath(dataset_json), os.fspath(features_mat)
-    location = locate(json_address)
-    if not location.fs.exists(location.path):
-        raise DatasetError(f"{json_address} does not exist; expected Karpathy's dataset.json")
+    location = locate(json_address).require("Karpathy's dataset.json")
     options = SourceOptions(image_root=config.image_root)
     rows_with_imgid = list(read_rows_with_imgid(location, options, SkipCounter(strict=True)))
     with open_matrix(mat_address, config.variable) as matrix:
@@ -124,8 +122,7 @@ def import_features(
 
 
 def _compute_checksum(address: str) -> str:
-    location = locate(address)
-    with location.fs.open(location.path, "rb") as file:
+    with open_file(locate(address)) as file:
         return compute_checksum(file)
 
 

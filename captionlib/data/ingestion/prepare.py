@@ -23,10 +23,11 @@ from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.formats import SOURCE_FORMATS, detect_common_format, read_source
 from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.splits import add_split_aliases
-from captionlib.errors import ConfigError, DatasetError, FetchError
+from captionlib.errors import ConfigError, DatasetError, FetchError, StorageError
 from captionlib.progress import progress_bar
 from captionlib.storage.folders import Folder, scratch_folder
 from captionlib.storage.lock import lock_folder
+from captionlib.storage.remote_errors import is_temporary_error
 
 __all__ = ["PrepareConfig", "PrepareSummary", "prepare"]
 
@@ -324,7 +325,7 @@ def _read(
     addresses: Sequence[str], source_format: str, config: PrepareConfig, skips: SkipCounter
 ) -> Iterator[ImageRecord]:
     rows = read_source(source_format, addresses, config.options, skips)
-    if SOURCE_FORMATS[source_format].references_images and config.check_images:
+    if SOURCE_FORMATS[source_format].stores_image_paths and config.check_images:
         first = list(itertools.islice(rows, _IMAGES_TO_CHECK))
         _check_images_exist(first)
         rows = itertools.chain(first, rows)
@@ -333,15 +334,19 @@ def _read(
 
 def _check_images_exist(rows: Sequence[ImageRecord]) -> None:
     """Raises DatasetError if none of the images exists. The image folder is then probably wrong."""
-    first_error: FetchError | None = None
+    errors = []
     for row in rows:
         try:
             if image_exists(row.uri):
                 return
         except FetchError as error:
-            first_error = first_error or error
+            errors.append(f"{error.reason}: {error}")
+        except StorageError as error:
+            if error.__cause__ is None or is_temporary_error(error.__cause__):  # after retries for two minutes
+                raise
+            errors.append(str(error))
     if rows:
-        reason = "" if first_error is None else f"; {first_error.reason}: {first_error}"
+        reason = f"; {errors[0]}" if errors else ""
         raise DatasetError(
             f"none of the first {len(rows)} images exists; the first is expected at {rows[0].uri}{reason}; use "
             "--images to set the folder that image paths are relative to, or --no-check-images if only the workers of "

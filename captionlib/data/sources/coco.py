@@ -107,6 +107,6 @@ def _reject_unmatched(
 def _find_image_folder(image_root: str | None, source: Location, subfolder: str) -> str:
     roots = [locate(image_root)] if image_root is not None else [source.parent, source.parent.parent]
     for root in roots:
-        if subfolder and root.fs.isdir(root.join(subfolder).path):
+        if subfolder and root.join(subfolder).find_type() == "directory":
             return root.join(subfolder).address
     return roots[0].address

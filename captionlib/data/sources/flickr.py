@@ -10,10 +10,10 @@ from captionlib.data.sources.locations import (
     find_files,
     find_image_root,
     get_extension,
+    list_folder,
     locate,
     read_lines,
     resolve_uri,
-    scan_folder,
 )
 from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import parse_captions, parse_cell
@@ -84,7 +84,7 @@ def _parse_lines(location: Location, skips: SkipCounter) -> Iterator[tuple[str, 
 
 
 def _find_official_split_files(folder: Location) -> dict[str, Location]:
-    matches = [_OFFICIAL_SPLIT_FILE.fullmatch(name) for name in sorted(name for name, _, _ in scan_folder(folder))]
+    matches = [_OFFICIAL_SPLIT_FILE.fullmatch(name) for name in sorted(name for name, _, _ in list_folder(folder))]
     return {match["split"].lower(): folder.join(match[0]) for match in matches if match}
 
 

@@ -1,6 +1,7 @@
-"""Implements `CaptionModel`, the interface of all captioners, for captioners that captionlib trains."""
+"""Implements `CaptionModel` for captioners that captionlib trains."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ __all__ = ["CheckpointCaptioner"]
 
 
 class CheckpointCaptioner:
-    """The captioner in the folder of a checkpoint; implements `CaptionModel`."""
+    """The captioner of a checkpoint; implements `CaptionModel`."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -35,19 +36,15 @@ class CheckpointCaptioner:
         self.history: Sequence[Mapping[str, Any]] = self._loaded.training.get("history", [])
 
     def find_input_transform(self, weights: str | None) -> EncoderConfig:
-        """Returns the configuration of the encoder; see `ImageModel`."""
         return self._loaded.find_input_transform(weights)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Checks that features come from the captioner's encoder; see `ImageModel`."""
         self._loaded.require_encoder(description)
 
     def to(self, device: torch.device) -> None:
-        """Moves the captioner to a device."""
         self._loaded.to(device)
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
-        """Describes decoding; see `CaptionModel`."""
         _require_no_prompt(config)
         uses_datastore = config.decoding.rerank.neighbors > 0
         return {
@@ -58,7 +55,6 @@ class CheckpointCaptioner:
         }
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
-        """Builds a decoder; see `CaptionModel`."""
         _require_no_prompt(config)
         datastore = read_datastore(self._folder, self._loaded) if config.decoding.rerank.neighbors else None
         model, vocabulary = self._loaded.model, self._loaded.vocabulary
@@ -74,18 +70,14 @@ class CheckpointCaptioner:
             if config.attention_maps:
                 maps = compute_attention_maps(model, features, [candidates[0] for candidates in per_image])
                 for image_captions, attention in zip(captions, maps, strict=True):
-                    best = image_captions[0]
-                    image_captions[0] = Caption(best.text, best.log_prob, best.token_count, attention)
+                    image_captions[0] = replace(image_captions[0], attention=attention)
             return captions
 
         return generate
 
     @torch.inference_mode()
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
-        """Computes the log-probability and the number of tokens of each sentence; see `SentenceScorer`.
-
-        Words that are not in the vocabulary count as UNKNOWN.
-        """
+        """See `SentenceScorer`. Words that are not in the vocabulary count as UNKNOWN."""
         model, encode = self._loaded.model, self._loaded.vocabulary.encode
         ids = [[encode(text) for text in texts] for texts in sentences]
         nonempty = [each for per_image in ids for each in per_image if each]

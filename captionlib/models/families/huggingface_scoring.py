@@ -13,15 +13,10 @@ __all__ = ["score_sentences"]
 def score_sentences(
     model: Any, tokenizer: Any, pixels: Tensor, sentences: Sequence[Sequence[str]]
 ) -> list[list[tuple[float, int]]]:
-    """Returns ln p(sentence | image) and the number of tokens of each sentence, grouped by image.
+    """Returns ln p(sentence | image) and the number of tokens, including the end token, of the sentences of each image.
 
-    The number of tokens includes the end token.
-
-    Args:
-        model: BLIP, GIT or an encoder-decoder, in float32.
-        tokenizer: the model's tokenizer.
-        pixels: `[images, 3, height, width] float32`, normalized, on the device of the model.
-        sentences: the sentences of each image.
+    `model` is BLIP, GIT or an encoder-decoder, in float32. `pixels` is `[images, 3, height, width] float32`,
+    normalized, on the device of the model.
     """
     start, end = _find_start_and_end(model)
     ids = [tokenizer(text, add_special_tokens=False).input_ids for texts in sentences for text in texts]

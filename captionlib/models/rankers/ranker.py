@@ -60,8 +60,6 @@ class RankerConfig:
 class RankerNetwork(nn.Module):
     """Embeds features and sentences as unit vectors. `LoadedRanker` (checkpoints/checkpoint.py) embeds plain text.
 
-    The weights are initialized with PyTorch's global random number generator.
-
     Args:
         config: the architecture.
         feature_size: dimensions of an image's feature vector.
@@ -95,13 +93,9 @@ class RankerNetwork(nn.Module):
         return F.normalize(self.image_projection(self.feature_dropout(features)), dim=1)
 
     def embed_sentences(self, sentences: Tensor) -> Tensor:
-        """Embeds sentences as unit vectors. Padding does not affect the result.
+        """Embeds sentences as unit vectors, `[sentences, joint_embedding_size]`.
 
-        Args:
-            sentences: `[sentences, longest] int64`, token ids without END, padded with `PAD`; sentences may be empty.
-
-        Returns:
-            `[sentences, joint_embedding_size]`.
+        `sentences` is `[sentences, longest] int64`: token ids without END, padded with `PAD`.
         """
         words, lengths = _append_end(sentences)
         inputs = self.dropout(self.word_vectors(words.clamp(min=0)))  # [sentences, longest + 1, embedding_size]
@@ -116,8 +110,7 @@ class RankerNetwork(nn.Module):
         packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
         outputs, state = recurrence(packed)
         if self.config.pooling == "last":
-            final = state[0] if self.config.sentence_encoder == "lstm" else state
-            last: Tensor = final[-1]
+            last: Tensor = (state[0] if self.config.sentence_encoder == "lstm" else state)[-1]
             return last
         padded, _ = pad_packed_sequence(outputs, batch_first=True)
         return _pool(padded, lengths, self.config.pooling)

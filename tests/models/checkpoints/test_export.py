@@ -12,9 +12,10 @@ import yaml
 from click.testing import CliRunner, Result
 
 from captionlib.data.shards.dataset import open_dataset
-from captionlib.errors import CheckpointError, ConfigError, DatasetError
+from captionlib.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_captioner, load_ranker
+from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
 from captionlib.models.checkpoints.export import export_checkpoint
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from captionlib.models.inference.captioning import caption_images
@@ -126,6 +127,12 @@ def test_update_and_query_report_a_missing_weights_file(moved: Path, images: lis
         ["query", tmp_path / "index", "--image", images[0], "--captioner", moved],
     ):
         assert "specify its path with --weights" in str(run_command(*command).exception)
+
+
+def test_a_failure_of_the_storage_is_not_a_missing_weights_file(moved: Path) -> None:
+    (weights := moved / "loop.pth").symlink_to("loop.pth")
+    with pytest.raises(StorageError, match=r"loop\.pth cannot be accessed: Too many levels of symbolic links"):
+        require_checkpoint_files(str(moved), str(weights))
 
 
 def test_a_wrong_weights_option_and_a_missing_checkpoint_are_reported(moved: Path, images: list[str]) -> None:
