@@ -157,11 +157,7 @@ class Collection:
 
 
 def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) -> Collection:
-    """Writes the configuration of a new collection. Relative paths become absolute.
-
-    Raises:
-        DatasetError: the folder is not empty.
-    """
+    """Writes the configuration of a new collection. Relative paths become absolute."""
     created = Folder(folder)
     if names := created.list():
         raise DatasetError(f"{created.uri}: expected a new or empty folder, got files ({', '.join(names[:3])})")
@@ -212,12 +208,7 @@ def expand_collections(
 
 
 def open_collection(folder: str | os.PathLike[str]) -> Collection:
-    """Reads the configuration of a collection.
-
-    Raises:
-        ConfigError: the configuration is invalid.
-        DatasetError: the folder is not a collection.
-    """
+    """Reads the configuration of a collection."""
     opened = Folder(folder)
     address = opened.address(COLLECTION_FILE)
     try:

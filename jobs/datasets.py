@@ -21,18 +21,8 @@ def open_datasets(
 ) -> Iterator[tuple[list[ShardedDataset], list[str]]]:
     """Opens datasets, and locks them and their collections until the block ends.
 
-    Args:
-        folders: collections, datasets and indexes.
-        command: name of the command, for the locks.
-        find_datasets: returns the addresses of the datasets of a collection that exist.
-        lock: whether to lock the folders.
-
-    Returns:
-        The datasets and the addresses of the indexes.
-
-    Raises:
-        DatasetError: a folder is not a dataset, or a collection has no datasets.
-        LockError: another process has locked a folder.
+    `folders` contains collections, datasets and indexes. `find_datasets` returns the addresses of the existing datasets
+    of a collection. Yields the datasets, and the addresses of the indexes.
     """
     from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.dataset import open_dataset

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from captionlib.errors import DatasetError
 from jobs.options import config_options, weights_option
 
 if TYPE_CHECKING:
@@ -201,7 +202,6 @@ def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[tuple[str,
     """
     from captionlib.collection import open_collection
     from captionlib.data.shards.markers import SUCCESS_FILE
-    from captionlib.errors import DatasetError
     from captionlib.search.index_folder import INDEX_FILE
     from captionlib.storage.folders import Folder
 

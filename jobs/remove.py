@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,8 +61,7 @@ def command(
         raise click.UsageError("expected ids of images to remove (--id or --ids), got none.")
     if invalid := [image_id for image_id in requested_ids if not is_unicode(image_id)]:
         raise ConfigError(f"--id: expected text in UTF-8, got {invalid[0]!a}")
-    find_datasets = methodcaller("find_datasets")  # of a collection
-    with open_datasets(folders, "remove", find_datasets, lock=not dry_run) as (datasets, indexes):
+    with open_datasets(folders, "remove", lambda each: each.find_datasets(), lock=not dry_run) as (datasets, indexes):
         plans = [plan_removal(dataset, requested_ids, reason) for dataset in datasets]
         plans.sort(key=lambda plan: _ORDER.index(plan.dataset.kind))
         for plan in plans:
@@ -98,7 +96,7 @@ def _read_ids(file: str) -> list[str]:
 
 
 def _require_references(indexes: Sequence[str]) -> None:
-    """Checks, before images are removed, that the references can be read when the indexes are built again."""
+    """Raises DatasetError if the references cannot be read when the indexes are built again."""
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.search.index_folder import read_description
     from captionlib.search.inputs import find_manifest
@@ -140,11 +138,7 @@ def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:
 
 
 def _rebuild_duplicates(description: IndexDescription) -> str | None:
-    """Returns the folder of the duplicates dataset to build an index with, or None if there is none.
-
-    Removing images from the dataset makes it incomplete. An incomplete dataset is computed again from the embeddings.
-    If the index has no embeddings, None is returned.
-    """
+    """Computes the duplicates again if the removal has made them incomplete. Returns their folder, if there is one."""
     if description.duplicates is None:
         return None
     from captionlib.data.shards.dataset import open_dataset

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from captionlib.errors import DatasetError, FingerprintError
+
 if TYPE_CHECKING:
     from captionlib.collection import Collection
 
@@ -101,7 +103,6 @@ def _show_index(collection: Collection, has_finished_inputs: bool) -> bool:
 
 def _is_current(collection: Collection) -> bool:
     """Returns whether the index contains all rows of its datasets. The datasets must be finished."""
-    from captionlib.errors import DatasetError, FingerprintError
     from captionlib.search.build import plan_build  # imports Faiss, which is slow
 
     config = collection.config

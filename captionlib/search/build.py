@@ -25,7 +25,7 @@ from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import Marker, from_json_with_checksum, part_name, to_json_with_checksum
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.facet_groups import FacetGrouper
+from captionlib.search.filters import FacetGrouper
 from captionlib.search.index_folder import (
     SUBFOLDERS,
     IndexDescription,
@@ -75,40 +75,24 @@ _MIN_TRAINING_VECTORS = 20_000  # a product quantizer learns 256 codes per byte,
 
 @dataclass(frozen=True)
 class IndexBuild:
-    """A planned build. It can be pickled, so workers can run its steps. A step does nothing if it is already done.
+    """A planned build. It can be pickled, so workers can run its steps. A step does nothing if it is already done."""
 
-    Attributes:
-        folder: folder of the index.
-        captions: captions datasets, with one row per captioned image.
-        embeddings: one embeddings dataset per captions dataset, in the same order. If empty, the index is text-only.
-        config: configuration of the index.
-        duplicates: dataset of groups of similar images, of which one is kept. The others are left out or marked.
-        manifests: for each captions dataset, the manifest (table of images and reference captions) that it was
-            generated from; None if it is missing, or if the index contains no references.
-        shards: all shards of the index, in the order of their rows.
-        base: version of the index whose files are reused. If None, the index is built from scratch.
-        added: positions in `shards` of the shards that `base` does not contain.
-        removed: number of shards that only `base` contains.
-        pending: number of shards that are not finished. The index keeps their earlier rows, if `base` contains them.
-        layout: type of the Faiss index of the embeddings, or None for a text-only index.
-        replaced_layout: layout of the existing index if it does not suit the new number of rows; otherwise None.
-        overwritten: creation time of the existing index if the build replaces it with `overwrite`; otherwise None.
-    """
-
-    folder: Folder
+    folder: Folder  # of the index
     captions: tuple[ShardedDataset, ...]
-    embeddings: tuple[ShardedDataset, ...]
+    embeddings: tuple[ShardedDataset, ...]  # in the order of the captions; empty if the index is text-only
     config: IndexConfig
     duplicates: IndexedDuplicates | None = None
+    # For each captions dataset, the manifest (table of images and references) that it was generated from; None if it is
+    # missing, or if the index contains no references.
     manifests: tuple[ManifestShards | None, ...] = ()
-    shards: tuple[InputShard, ...] = ()
-    base: IndexDescription | None = None
-    added: tuple[int, ...] = ()
-    removed: int = 0
-    pending: int = 0
-    layout: VectorLayout | None = None
-    replaced_layout: VectorLayout | None = None
-    overwritten: str | None = None
+    shards: tuple[InputShard, ...] = ()  # all shards of the index, in the order of their rows
+    base: IndexDescription | None = None  # version whose files are reused; None to build the index from scratch
+    added: tuple[int, ...] = ()  # positions in `shards` of the shards that `base` does not contain
+    removed: int = 0  # number of shards that only `base` contains
+    pending: int = 0  # number of unfinished shards; the index keeps the rows that `base` contains
+    layout: VectorLayout | None = None  # None if the index is text-only
+    replaced_layout: VectorLayout | None = None  # layout of the existing index if it does not suit the number of rows
+    overwritten: str | None = None  # creation time of the index that is replaced because of `overwrite`
 
     @cached_property
     def fingerprint(self) -> str:
@@ -138,11 +122,7 @@ class IndexBuild:
             write_trained_index(self.layout, sample, path)
 
     def add_shard(self, position: int) -> None:
-        """Writes the rows and the partial vector index of the shard `shards[position]`.
-
-        Raises:
-            DatasetError: the captions and embeddings of the shard cover different images, or have changed.
-        """
+        """Writes the rows and the partial vector index of the shard `shards[position]`."""
         if self._read_result(position) is not None:
             return
         shard = self.shards[position]

@@ -53,21 +53,13 @@ class IndexConfig:
 
 @dataclass(frozen=True)
 class VectorLayout:
-    """The Faiss index type and parameters of an index's vectors.
-
-    Attributes:
-        dimension: dimension of the vectors.
-        encoding: encoding of the vectors in the syntax of Faiss's index factory: `Flat`, `SQ8` or `PQn` (n bytes).
-        nlist: number of inverted lists; 1 for `Flat`.
-        nprobe: number of inverted lists to search per query.
-        rows: number of rows that the layout was chosen for.
-    """
+    """The Faiss index type and parameters of an index's vectors."""
 
     dimension: int
-    encoding: str
-    nlist: int
-    nprobe: int
-    rows: int
+    encoding: str  # in the syntax of Faiss's index factory: `Flat`, `SQ8` or `PQn` (n bytes)
+    nlist: int  # number of inverted lists; 1 for `Flat`
+    nprobe: int  # number of inverted lists to search per query
+    rows: int  # number of rows that the layout was chosen for
 
     @classmethod
     def choose(cls, config: IndexConfig, rows: int, dimension: int) -> "VectorLayout":

@@ -43,13 +43,7 @@ Shard = tuple[ShardedDataset, int]
 
 @dataclass(frozen=True)
 class DuplicateSummary:
-    """Counts of images, duplicates and groups of duplicates.
-
-    Attributes:
-        images: number of images.
-        groups: number of groups of two or more images.
-        duplicates: number of images in groups, without the kept image of each group.
-    """
+    """Counts of images, groups of two or more images, and duplicates: images that are not the kept one of a group."""
 
     images: int
     groups: int
@@ -132,11 +126,7 @@ def find_duplicates(
 def read_duplicate_summary(
     embeddings: Addresses, duplicates: str | os.PathLike[str], threshold: float
 ) -> DuplicateSummary | None:
-    """Returns the counts that `find_duplicates` wrote. Returns None if they are missing or out of date.
-
-    Raises:
-        DatasetError: `embeddings` are not complete embeddings datasets.
-    """
+    """Returns the counts that `find_duplicates` wrote. Returns None if they are missing or out of date."""
     inputs = _open_inputs(embeddings)
     if not Folder(duplicates).exists(DESCRIPTION_FILE):
         return None

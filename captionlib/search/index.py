@@ -110,7 +110,8 @@ class Index:
     BM25 for text, the inner product for vectors, and the reciprocal rank fusion score for hybrid searches.
 
     Every search takes `limit`, the maximum number of rows, `offset`, the number of rows to skip, and `where`, a
-    `Filter` or SQL condition that selects the images to search.
+    `Filter` or SQL condition that selects the images to search. Methods with an `image_id` raise QueryError if the
+    image is not in the index.
 
     A build publishes a new version of the index, and an open index switches to it between searches. Use `snapshot` for
     several searches of the same version.
@@ -127,7 +128,7 @@ class Index:
         self._ranker = ranker
         self._cache = cache
         self._refresh_seconds = refresh_seconds
-        self._refresh_lock = threading.Lock()
+        self._refresh_lock = threading.RLock()  # `try_refresh` calls `refresh`
         self._logged_error = ""
         self._checked_at = time.monotonic()
         self._index_file_version = self._read_index_file_version()
@@ -168,14 +169,22 @@ class Index:
             CheckpointError: a different ranker computed the embeddings; the previous version stays open.
         """
         with self._refresh_lock:
-            return self._refresh()
+            index_file_version = self._read_index_file_version()
+            if index_file_version == self._index_file_version:
+                return False
+            description = self._read_description()
+            has_changed = description.created != self.description.created
+            if has_changed:
+                self._version = self._open(description)
+            self._index_file_version = index_file_version
+            return has_changed
 
     def try_refresh(self) -> None:
         """Calls `refresh` and logs errors. Does nothing if another thread is refreshing the index."""
         if not self._refresh_lock.acquire(blocking=False):
             return
         try:
-            self._refresh()
+            self.refresh()
             self._logged_error = ""
         except (CaptionlibError, OSError) as error:
             if str(error) != self._logged_error:
@@ -184,17 +193,6 @@ class Index:
         finally:
             self._checked_at = time.monotonic()
             self._refresh_lock.release()
-
-    def _refresh(self) -> bool:
-        index_file_version = self._read_index_file_version()
-        if index_file_version == self._index_file_version:
-            return False
-        description = self._read_description()
-        has_changed = description.created != self.description.created
-        if has_changed:
-            self._version = self._open(description)
-        self._index_file_version = index_file_version
-        return has_changed
 
     def _read_index_file_version(self) -> str:
         """Returns a string that changes with every new version; empty if the index no longer exists."""
@@ -346,11 +344,7 @@ class Index:
 
     @_on_one_version
     def get_image(self, image_id: str) -> dict[str, Any]:
-        """Returns the row of one image.
-
-        Raises:
-            QueryError: the image is not in the index.
-        """
+        """Returns the row of one image."""
         row: dict[str, Any] = self._version.rows.take(np.array([self._find_row(image_id)])).to_pylist()[0]
         return row
 
@@ -360,9 +354,6 @@ class Index:
 
         The references are None if the index has none. The attention weights, `[tokens, positions]`, are None if the
         captions were generated without them.
-
-        Raises:
-            QueryError: the image is not in the index.
         """
         return self._version.details.read(self._find_row(image_id))
 
@@ -417,20 +408,12 @@ class Index:
 
     @_on_one_version
     def find_dataset(self, image_id: str) -> IndexedDataset:
-        """Returns the captions dataset that contains an image.
-
-        Raises:
-            QueryError: the image is not in the index.
-        """
+        """Returns the captions dataset that contains an image."""
         return self.description.captions[self._find_dataset(image_id)]
 
     @_on_one_version
     def find_source(self, image_id: str) -> str:
-        """Returns the name of the source of an image; see `sources`.
-
-        Raises:
-            QueryError: the image is not in the index.
-        """
+        """Returns the name of the source of an image; see `sources`."""
         return self.sources[self._find_dataset(image_id)]
 
     def _find_dataset(self, image_id: str) -> int:

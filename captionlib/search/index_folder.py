@@ -32,7 +32,7 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.shards.markers import compute_checksum, from_json, to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.facet_groups import FacetGroup
+from captionlib.search.filters import FacetGroup
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, convert_full_disk_errors
 from captionlib.storage.retries import convert_os_errors
 
@@ -67,29 +67,17 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class IndexedDataset:
-    """A dataset that an index was built from.
-
-    Attributes:
-        folder: path or URL of the dataset.
-        fingerprint: hash of everything that determines the rows of the dataset.
-        shards: number of shards (Parquet files) of the complete dataset.
-        config: configuration that the dataset was written with, such as the encoder and the captioner.
-    """
+    """A dataset that an index was built from."""
 
     folder: str
-    fingerprint: str
-    shards: int
-    config: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str  # hash of everything that determines the rows of the dataset
+    shards: int  # number of shards (Parquet files) of the complete dataset
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the dataset, such as the encoder and the captioner
 
 
 @dataclass(frozen=True)
 class IndexedDuplicates:
-    """A dataset of duplicates, which are left out of the index or marked; see `IndexConfig`.
-
-    Attributes:
-        folder: path or URL of the dataset.
-        checksum: content checksum of the dataset.
-    """
+    """A dataset of duplicates, which are left out of the index or marked; see `IndexConfig`."""
 
     folder: str
     checksum: str
@@ -97,28 +85,16 @@ class IndexedDuplicates:
 
 @dataclass(frozen=True)
 class InputShard:
-    """A finished shard of the captions, and the embeddings of the same images.
+    """A finished shard of the captions, and the checksums of all its inputs, which are empty if they do not exist."""
 
-    Attributes:
-        dataset: position of the dataset among the datasets of the index.
-        shard: index of the shard in the dataset.
-        rows: number of captioned images, excluding duplicates that are left out.
-        captions: checksum of the captions file.
-        embeddings: checksum of the embeddings file; empty if the index is text-only.
-        duplicates: hash of the duplicates that are left out or marked; empty if there are none.
-        failures: checksum of the failures file of the captions; empty if there is none.
-        manifest: checksum of the shard of the manifest (table of images) that contains the reference captions; empty
-            if it is not available.
-    """
-
-    dataset: int
-    shard: int
-    rows: int
+    dataset: int  # position of the dataset among the datasets of the index
+    shard: int  # number of the shard in the dataset
+    rows: int  # number of captioned images, excluding duplicates that are left out
     captions: str
     embeddings: str
-    duplicates: str = field(default="", kw_only=True)
+    duplicates: str = field(default="", kw_only=True)  # of the duplicates that are left out or marked
     failures: str = field(default="", kw_only=True)
-    manifest: str = field(default="", kw_only=True)
+    manifest: str = field(default="", kw_only=True)  # of the table of images, which contains the reference captions
 
     @property
     def content(self) -> tuple[str, ...]:
@@ -137,42 +113,23 @@ class IndexedShard(InputShard):
 
 @dataclass(frozen=True)
 class IndexDescription:
-    """The content of `index.json`.
+    """The content of `index.json`. A text-only index has no `embeddings`, `layout`, `vectors` and `trained`."""
 
-    Attributes:
-        fingerprint: hash of everything that determines the search results.
-        created: time of the build, in UTC. It identifies a version: no two builds have the same time.
-        config: configuration of the build.
-        captions: the captions datasets.
-        embeddings: the embeddings datasets, in the order of the captions; empty if the index is text-only.
-        duplicates: the duplicates that are left out or marked; None if no duplicates are known.
-        layout: type of the vector index; None if the index is text-only.
-        shards: the indexed shards, in the order of their rows.
-        groups: groups of rows with the same values of all facets, such as split and source. The text index contains the
-            group number of each row.
-        captions_count: number of searchable captions.
-        vectors_count: number of searchable vectors.
-        text: folder of the text index.
-        vectors: file of the vector index; empty if the index is text-only.
-        trained: file of the trained vector index without vectors; empty if the index is text-only.
-        previous: files that only the previous version uses.
-    """
-
-    fingerprint: str
-    created: str
+    fingerprint: str  # hash of everything that determines the search results
+    created: str  # time of the build, in UTC; it identifies the version
     config: IndexConfig
     captions: tuple[IndexedDataset, ...]
-    embeddings: tuple[IndexedDataset, ...]
+    embeddings: tuple[IndexedDataset, ...]  # in the order of the captions
     layout: VectorLayout | None
-    shards: tuple[IndexedShard, ...]
-    groups: tuple[FacetGroup, ...]
-    captions_count: int
-    vectors_count: int
-    text: str
-    vectors: str
-    trained: str
-    previous: tuple[str, ...] = ()
-    duplicates: IndexedDuplicates | None = None
+    shards: tuple[IndexedShard, ...]  # in the order of their rows
+    groups: tuple[FacetGroup, ...]  # the text index contains the number of the group of each row
+    captions_count: int  # number of searchable captions
+    vectors_count: int  # number of searchable vectors
+    text: str  # folder of the text index
+    vectors: str  # file of the vector index
+    trained: str  # file of a vector index with trained centroids and no vectors
+    previous: tuple[str, ...] = ()  # files that only the previous version uses
+    duplicates: IndexedDuplicates | None = None  # that are left out or marked
 
     @property
     def files(self) -> list[str]:
@@ -193,11 +150,7 @@ class IndexDescription:
 
 
 def read_description(folder: Folder) -> IndexDescription | None:
-    """Reads the description of an index; returns None if the folder has none.
-
-    Raises:
-        DatasetError: the description is damaged or has a different format version.
-    """
+    """Reads the description of an index; returns None if the folder has none."""
     address = folder.address(INDEX_FILE)
     try:
         content: dict[str, Any] = from_json(folder.read(INDEX_FILE))
@@ -262,12 +215,7 @@ def compute_hash(path: Path) -> str:
 
 
 def check_hash(path: Path, name: str, address: str) -> Path:
-    """Checks that the content of `path` has the checksum in `name`, its name in the index. Returns `path`.
-
-    Raises:
-        DatasetError: the checksums differ.
-        FileNotFoundError: the file does not exist.
-    """
+    """Checks that the content of `path` has the checksum in `name`, its name in the index. Returns `path`."""
     if compute_hash(path) != Path(name).stem.rpartition("-")[-1]:
         raise _damage_error(address)
     return path

@@ -44,19 +44,13 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Compares the numbers of images in each shard of two datasets.
-
-    Raises:
-        DatasetError: the datasets cover different images.
-    """
+    """Raises DatasetError if the numbers of images in a shard differ."""
     if captions.shards != embeddings.shards:
         problem = f"the captions have {captions.shards} shards, the embeddings have {embeddings.shards}"
         raise _mismatch_error(captions, embeddings, problem)
     caption_markers, embedding_markers = captions.read_markers(), embeddings.read_markers()
     for shard in sorted(caption_markers.keys() & embedding_markers.keys()):
-        in_captions, in_embeddings = (
-            markers[shard].rows + markers[shard].failures for markers in (caption_markers, embedding_markers)
-        )
+        in_captions, in_embeddings = caption_markers[shard].images, embedding_markers[shard].images
         if in_captions != in_embeddings:
             problem = (
                 f"{part_name(shard)} has {in_captions} images in the captions, but {in_embeddings} in the embeddings"
@@ -65,11 +59,7 @@ def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -
 
 
 def check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:
-    """Checks that the same ranker (dual encoder for image-text retrieval) computed all embeddings.
-
-    Raises:
-        DatasetError: different rankers computed them.
-    """
+    """Raises DatasetError if different rankers (image-text retrieval models) computed the embeddings."""
     for dataset in embeddings[1:]:
         first, other = (
             (str(each.config.get("ranker", "")), each.schema.field("embedding").type.list_size)
@@ -85,11 +75,7 @@ def check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:
 
 @contextmanager
 def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[pq.ParquetFile]:
-    """Opens the file of a shard, after verifying its checksum. The open file stays readable if the shard is replaced.
-
-    Raises:
-        DatasetError: the shard has a different checksum, or does not exist.
-    """
+    """Opens a shard after verifying its checksum. The open file stays readable if the shard is replaced."""
     name = f"{part_name(shard)}.parquet"
     with scratch_folder() as temporary:
         path = temporary / name

@@ -31,11 +31,7 @@ _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
 def read_sentences(path: str) -> list[str]:
-    """Reads the sentences for `ImageQueryModels.rank_sentences` from a text file, one per line.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """Reads the sentences for `ImageQueryModels.rank_sentences` from a text file, one per line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -44,15 +40,10 @@ def read_sentences(path: str) -> list[str]:
 
 
 class ImageQueryModels:
-    """Embeds and captions images. Thread-safe. As a context manager, it stops the decoder processes on exit.
+    """Embeds images with a ranker (image-text retrieval model), and captions them with a captioner. Thread-safe.
 
-    Args:
-        ranker: a dual encoder for image-text retrieval. Without it, images cannot be embedded.
-        captioner: folder of a captioner, or an address such as `hf:FOLDER`. If None, images cannot be captioned.
-        weights: weights file of the image encoder, if the models do not contain its weights.
-        device: device of the models, such as `cuda`.
-        image_decoding: limits for decoding image files.
-        generation: settings for generating captions.
+    As a context manager, it stops the decoder processes on exit. `captioner` is a folder, or an address such as
+    `hf:FOLDER`. `weights` is the weights file of the image encoder, if the models do not contain its weights.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.
@@ -117,11 +108,7 @@ class ImageQueryModels:
         return vector
 
     def rank_sentences(self, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:
-        """Returns the columns sentence and score, the similarity to the vector of an image, best first.
-
-        Raises:
-            QueryError: there is no ranker, or `sentences` is empty.
-        """
+        """Returns the columns sentence and score, the similarity to the vector of an image, best first."""
         if self._ranker is None:
             raise QueryError("ranking sentences requires the ranker that computed the embeddings")
         if not sentences:

@@ -100,11 +100,7 @@ def write_failures(path: Path, failures: pa.Table) -> None:
 
 
 def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
-    """Maps an Arrow file into memory and yields its batches, with all columns of `ROW_SCHEMA`.
-
-    Raises:
-        DatasetError: the file is missing or invalid.
-    """
+    """Maps an Arrow file into memory and yields its batches, with all columns of `ROW_SCHEMA`."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         for index in range(reader.num_record_batches):
@@ -202,11 +198,7 @@ class DetailStore:
         self._checked: set[int] = set()
 
     def read(self, row: int) -> dict[str, Any]:
-        """Returns the details of a row.
-
-        Raises:
-            DatasetError: the file is damaged.
-        """
+        """Returns the details of a row."""
         index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         path, file = self._paths[index], self._files[index]
         if index not in self._checked and not hashlib.sha256(file).hexdigest().startswith(path.stem):

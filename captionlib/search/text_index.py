@@ -55,9 +55,6 @@ def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) 
 
     The index is always built from scratch. Captions that are removed from an existing index would remain in its files
     and in the word counts that determine BM25 scores.
-
-    Raises:
-        StorageError: a file cannot be written.
     """
     try:
         _write_text_index(path, language, rows)
@@ -108,11 +105,7 @@ def _make_analyzer(language: str) -> tantivy.TextAnalyzer:
 
 
 class TextIndex:
-    """An open text index. This class is thread-safe. `language` must be the one that the index was written with.
-
-    Raises:
-        DatasetError: the folder is not a text index.
-    """
+    """An open text index. This class is thread-safe. `language` must be the one that the index was written with."""
 
     def __init__(self, path: Path, language: str) -> None:
         try:

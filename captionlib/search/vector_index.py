@@ -152,9 +152,6 @@ class VectorIndex:
     """An open, memory-mapped vector index. This class is thread-safe. A query runs on one thread.
 
     `rows` is the number of rows of the whole index, including rows without a vector.
-
-    Raises:
-        DatasetError: the file is invalid or has a different layout.
     """
 
     def __init__(self, path: Path, layout: VectorLayout, rows: int) -> None:
@@ -185,7 +182,12 @@ class VectorIndex:
         if not min(limit, searchable_count):
             return Hits.empty()
         depth = min(limit + 1, searchable_count)
-        selector, _bitmap = self._make_selector(matching)
+        selector = None
+        if matching is not None:
+            mask = np.zeros(self._rows, np.bool_)
+            mask[matching] = True
+            bitmap = np.packbits(mask, bitorder="little")  # the selector points to it, so it must stay alive
+            selector = faiss.IDSelectorBitmap(bitmap)
         hits = self._search_lists(vector, depth, searchable_count, selector)
         # Ties are ordered by row number, so search deeper while rows that tie with the last hit may be missing.
         while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable_count:
@@ -220,12 +222,3 @@ class VectorIndex:
                 self._index.reconstruct_from_offset(list_id, int(positions[0]), faiss.swig_ptr(vector))
                 return vector / max(float(np.linalg.norm(vector)), 1e-12)
         return None
-
-    def _make_selector(self, matching: RowNumbers | None) -> tuple[Any, Any]:
-        """Returns a Faiss filter and its bitmap. The filter points to the bitmap, so the caller must keep it alive."""
-        if matching is None:
-            return None, None
-        mask = np.zeros(self._rows, np.bool_)
-        mask[matching] = True
-        bitmap = np.packbits(mask, bitorder="little")
-        return faiss.IDSelectorBitmap(bitmap), bitmap

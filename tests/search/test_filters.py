@@ -8,11 +8,10 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import QueryError
-from captionlib.search import facet_groups
+from captionlib.search import filters
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
-from captionlib.search.facet_groups import FacetGroup, FacetGrouper
-from captionlib.search.filters import Facets, Filter, name_sources
+from captionlib.search.filters import FacetGroup, FacetGrouper, Facets, Filter, name_sources
 from captionlib.search.index import Index, open_index
 from captionlib.search.rows import ROW_SCHEMA
 
@@ -122,7 +121,7 @@ def test_duplicates_are_marked_with_the_kept_image(index: Index) -> None:
 
 
 def test_many_groups_are_merged_by_year(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 2)
+    monkeypatch.setattr(filters, "_MAX_GROUPS", 2)
     months = [f"{2020 + number // 12}-{1 + number % 12:02d}-15" for number in range(48)]
     table = pa.table({"split": [""] * 48, "modified": pa.array(months).cast(pa.timestamp("s"))})
     rows = [
@@ -141,7 +140,7 @@ def test_month_that_is_merged_into_its_year_can_be_searched_but_not_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captions = write_captions(tmp_path, "phone", 40).folder.uri
-    monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 1)
+    monkeypatch.setattr(filters, "_MAX_GROUPS", 1)
     build = plan_build(captions, None, tmp_path / "index", IndexConfig())
     for position in build.added:
         build.add_shard(position)

@@ -25,10 +25,8 @@ _UNTRACKED_BYTES = 2**29  # memory that DuckDB does not count, such as Arrow bat
 def run_query(open_rows: OpenRows, memory_bytes: int, timeout_seconds: float) -> Iterator[pa.RecordBatchReader]:
     """Runs a query in a child process and streams its rows.
 
-    Args:
-        open_rows: starts the query. The child process calls it.
-        memory_bytes: limit on DuckDB's memory. The child is killed if it allocates 512 MiB more.
-        timeout_seconds: limit on the total time that this process waits for rows.
+    The child is killed if it allocates 512 MiB more than `memory_bytes`, which is the limit on DuckDB's memory, or if
+    this process waits for rows longer than `timeout_seconds` in total.
 
     Raises:
         QueryError: the query exceeds a limit. Reading the rows may also raise it.

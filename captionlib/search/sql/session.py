@@ -96,11 +96,7 @@ class SqlSession:
         return self.stream(sql, parameters).read_all()
 
     def find_matching(self, where: str) -> frozenset[str]:
-        """Returns the ids of the images that match a SQL condition over the columns of the view.
-
-        Raises:
-            QueryError: the condition is invalid or fails.
-        """
+        """Returns the ids of the images that match a SQL condition over the columns of the view."""
         view = self.view.replace('"', '""')
         try:
             with _raise_query_errors(self.view):
@@ -196,11 +192,7 @@ def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limit
 
 
 def connect(limits: SqlLimits, spill_folder: str) -> duckdb.DuckDBPyConnection:
-    """Opens an isolated in-memory database that spills large intermediate results to a folder.
-
-    Raises:
-        ConfigError: DuckDB rejects the limits.
-    """
+    """Opens an isolated in-memory database that spills large intermediate results to a folder."""
     config: dict[str, Any] = {**_ISOLATION, "memory_limit": limits.memory, "temp_directory": spill_folder}
     if limits.threads is not None:
         config["threads"] = limits.threads
