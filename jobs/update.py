@@ -204,8 +204,14 @@ def _index(collection: Collection, failed: Container[str], run: RunConfig) -> di
     from pipelines.build_index import build_index
 
     config = collection.config
-    sources = [source for source in config.sources if source.name not in failed or _has_captions(collection, source)]
-    collection = replace(collection, config=replace(config, sources=tuple(sources)))
+    existing = collection.find_datasets()
+    needed = [collection.captions, *([collection.embeddings] if config.ranker else [])]
+    sources = tuple(
+        source
+        for source in config.sources
+        if source.name not in failed or all(get_address(source) in existing for get_address in needed)
+    )
+    collection = replace(collection, config=replace(config, sources=sources))
     try:
         _, index = build_index(
             collection.list_captions(),
@@ -221,12 +227,6 @@ def _index(collection: Collection, failed: Container[str], run: RunConfig) -> di
         return {_INDEX: error}
     click.echo(f"{collection.index}: {index.captions_count:,} captions")
     return {}
-
-
-def _has_captions(collection: Collection, source: SourceConfig) -> bool:
-    """Returns whether a source has the datasets that an index is built from. They may be incomplete."""
-    needed = {collection.captions(source), *([collection.embeddings(source)] if collection.config.ranker else [])}
-    return needed <= set(collection.find_datasets())
 
 
 def _deduplicate(collection: Collection, progress: bool) -> str | None:

@@ -139,20 +139,15 @@ class IndexBuild:
             files = {
                 "rows_file": publish_path(self.folder, local / "rows", "rows/", ".arrow"),
                 "details_file": publish_path(self.folder, local / "details", "details/", ".arrow"),
-                "failures_file": self._publish_failures(shard, local / "failures"),
+                "failures_file": "",
             }
+            if failures := captions.read_failures(shard.shard):
+                write_failures(local / "failures", failures)
+                files["failures_file"] = publish_path(self.folder, local / "failures", "failures/", ".arrow")
             if self.embeddings:
                 self._write_partial_index(position, caption_file, kept, local)
         # The shard is done when this file exists.
         self.folder.write(self._result_file(position), to_json_with_checksum(files))
-
-    def _publish_failures(self, shard: InputShard, path: Path) -> str:
-        """Returns the name of the published file; empty if the shard has no failures (unreadable images)."""
-        failures = self.captions[shard.dataset].read_failures(shard.shard)
-        if not failures:
-            return ""
-        write_failures(path, failures)
-        return publish_path(self.folder, path, "failures/", ".arrow")
 
     def _read_result(self, position: int) -> dict[str, str] | None:
         """Returns the files of a shard; None if the shard is not done, a file is missing or the result is damaged."""
@@ -295,22 +290,20 @@ class IndexBuild:
         return check_hash(fetch_path(self.folder, name, local / name), name, self.folder.address(name))
 
     def _check_unique_ids(self, files: Sequence[Path], shards: Sequence[IndexedShard]) -> None:
-        duplicate = find_repeated_id(files)
-        if duplicate is not None:
-            datasets = {
-                shard.dataset
-                for file, shard in zip(files, shards, strict=True)
-                if any(pc.any(pc.equal(rows["image_id"], duplicate.image_id)).as_py() for rows in read_rows(file))
-            }
-            folders = " and ".join(self.captions[dataset].folder.uri for dataset in sorted(datasets))
-            raise DuplicateIdError(
-                f"expected one row per image id in {folders}, got {duplicate.rows} with {duplicate.image_id!r}; "
-                + (
-                    "remove the image from all datasets but one"
-                    if len(datasets) > 1
-                    else "write this dataset again from images with different ids"
-                )
-            )
+        repeated = find_repeated_id(files)
+        if repeated is None:
+            return
+        image_id, count = repeated
+        datasets = {
+            shard.dataset
+            for file, shard in zip(files, shards, strict=True)
+            if any(pc.any(pc.equal(rows["image_id"], image_id)).as_py() for rows in read_rows(file))
+        }
+        folders = " and ".join(self.captions[dataset].folder.uri for dataset in sorted(datasets))
+        advice = "write this dataset again from images with different ids"
+        if len(datasets) > 1:
+            advice = "remove the image from all datasets but one"
+        raise DuplicateIdError(f"expected one row per image id in {folders}, got {count} with {image_id!r}; {advice}")
 
     def _read_current(self) -> IndexDescription | None:
         try:
@@ -464,8 +457,9 @@ def _apply_duplicates(
     kept_images = _read_kept_images(build.duplicates)
     if not kept_images:
         return list(shards)
-    is_unchanged = base is not None and base.duplicates == build.duplicates
-    indexed = {shard.captions: shard for shard in base.shards} if base is not None and is_unchanged else {}
+    indexed = {}
+    if base is not None and base.duplicates == build.duplicates:
+        indexed = {shard.captions: shard for shard in base.shards}
     changed = []
     for shard in shards:
         if shard.captions in indexed:

@@ -185,12 +185,7 @@ class Facets:
 
 
 def name_sources(folders: Sequence[str]) -> list[str]:
-    """Returns the shortest part of each folder's path that distinguishes it from the others.
-
-    Example:
-        >>> name_sources(["/data/holidays/phone/captions", "/data/holidays/camera/captions"])
-        ['phone', 'camera']
-    """
+    """Returns the shortest distinct parts of paths: `a` and `b` for `/data/a/captions` and `/data/b/captions`."""
     parts = [folder.rstrip("/").split("/") for folder in folders]
     while len(parts) > 1 and all(len(each) > 1 for each in parts) and len({each[-1] for each in parts}) == 1:
         parts = [each[:-1] for each in parts]

@@ -45,6 +45,7 @@ __all__ = [
     "InputShard",
     "check_hash",
     "compute_hash",
+    "damage_error",
     "fetch_locally",
     "fetch_path",
     "hash_json",
@@ -165,7 +166,7 @@ def read_description(folder: Folder) -> IndexDescription | None:
             "build the index again with --overwrite"
         )
     if content.pop("checksum", None) != hash_json(content):
-        raise _damage_error(address)
+        raise damage_error(address)
     del content["kind"], content["format_version"]
     try:
         return build_config(IndexDescription, content, origin=address)
@@ -217,7 +218,7 @@ def compute_hash(path: Path) -> str:
 def check_hash(path: Path, name: str, address: str) -> Path:
     """Checks that the content of `path` has the checksum in `name`, its name in the index. Returns `path`."""
     if compute_hash(path) != Path(name).stem.rpartition("-")[-1]:
-        raise _damage_error(address)
+        raise damage_error(address)
     return path
 
 
@@ -309,7 +310,7 @@ def user_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captionlib"
 
 
-def _damage_error(address: str) -> DatasetError:
+def damage_error(address: str) -> DatasetError:
     return DatasetError(
         f"{address} is damaged: its content does not match its checksum; build the index again with --overwrite"
     )

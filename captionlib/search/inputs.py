@@ -160,9 +160,7 @@ def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
 
     The captions may have been generated from a features dataset that was extracted from the manifest. If some of these
     datasets are local and others remote, the manifest is ignored, because not every machine can read all of them.
-
-    Raises:
-        DatasetError: one of these datasets exists, but cannot be read.
+    Raises DatasetError if a dataset exists, but cannot be read.
     """
     markers = [captions.require_markers()]
     dataset = captions
@@ -183,12 +181,7 @@ def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
 
 @dataclass(frozen=True)
 class ManifestShards:
-    """A manifest, and the checksums of its shards.
-
-    Attributes:
-        dataset: the manifest.
-        checksums: checksums by shard number. Shards that have changed since the captions were generated are omitted.
-    """
+    """A manifest, and the checksums of the shards that have not changed since the captions were generated."""
 
     dataset: ShardedDataset
     checksums: Mapping[int, str]
@@ -221,8 +214,7 @@ def match_embeddings_to_captions(
 ) -> npt.NDArray[np.int64]:
     """Returns, for each embedding of a shard, the row of its caption, `[embeddings]`; -1 if captioning failed.
 
-    Raises:
-        DatasetError: an image is in one dataset, but has neither a row nor a recorded failure in the other.
+    Raises DatasetError if an image has neither a row nor a recorded failure in one of the datasets.
     """
     captioned, embedded = map(_read_image_ids, (caption_file, embedding_file))
     indices = pc.fill_null(pc.index_in(embedded, value_set=captioned), -1)

@@ -45,6 +45,9 @@ class ImageQueryModels:
     As a context manager, it stops the decoder processes on exit. `captioner` is a folder, or an address such as
     `hf:FOLDER`. `weights` is the weights file of the image encoder, if the models do not contain its weights.
 
+    A method raises QueryError if the model that it needs is missing, and DecodeError if the file is not an image or
+    exceeds the limits.
+
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.
         ConfigError: the encoder cannot be loaded.
@@ -94,12 +97,7 @@ class ImageQueryModels:
         return self._caption_encoder is not None
 
     def embed(self, content: bytes) -> npt.NDArray[np.float32]:
-        """Returns the embedding of an image file, `[dimension]`, scaled to unit length.
-
-        Raises:
-            DecodeError: the file is not an image, or exceeds the limits.
-            QueryError: there is no ranker.
-        """
+        """Returns the embedding of an image file, `[dimension]`, scaled to unit length."""
         if self._embedding_encoder is None or self._ranker is None:
             raise QueryError("searching by image requires the ranker that computed the embeddings")
         images = self._encode(self._embedding_encoder, content)
@@ -123,10 +121,6 @@ class ImageQueryModels:
         """Returns candidate captions for an image file, best first, in the columns caption, log_prob and tokens.
 
         With a ranker, the table also has the column image_text_score.
-
-        Raises:
-            DecodeError: the file is not an image, or exceeds the limits.
-            QueryError: there is no captioner.
         """
         if self._caption_encoder is None:
             raise QueryError("captioning an image requires a captioner")

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import duckdb
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns, captions_schema
 from captionlib.errors import DatasetError, QueryError
+from captionlib.search.index_folder import damage_error
 from captionlib.search.sql.session import SqlLimits, connect, restrict_connection
 from captionlib.search.sql.statements import check_condition, check_reads_only, to_query_error
 
@@ -72,13 +73,6 @@ DETAILS_BATCH_ROWS = 256
 _MAX_SLICED_ROWS = 100  # up to this many rows, slicing each row is much faster than `take`
 
 
-class RepeatedId(NamedTuple):
-    """An image id, and the number of rows that have it."""
-
-    image_id: str
-    rows: int
-
-
 def write_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as writer:
         for batch in batches:
@@ -118,16 +112,14 @@ def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         start += batch.num_rows
 
 
-def find_repeated_id(paths: Iterable[Path]) -> RepeatedId | None:
-    """Returns an image id that occurs in several rows of the files, or None. Spills to disk if needed."""
+def find_repeated_id(paths: Iterable[Path]) -> tuple[str, int] | None:
+    """Returns an image id that occurs in several rows of the files, and their number. Spills to disk if needed."""
     ids = pa.schema([ROW_SCHEMA.field("image_id")])
     batches = (batch.select(ids.names) for path in paths for batch in read_rows(path))
     with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(SqlLimits(), spill)) as connection:
         connection.register("images", pa.RecordBatchReader.from_batches(ids, batches))
-        found = connection.execute(
-            "SELECT image_id, count(*) FROM images GROUP BY image_id HAVING count(*) > 1 LIMIT 1"
-        ).fetchone()
-    return None if found is None else RepeatedId(*found)
+        sql = "SELECT image_id, count(*) FROM images GROUP BY image_id HAVING count(*) > 1 LIMIT 1"
+        return cast("tuple[str, int] | None", connection.execute(sql).fetchone())
 
 
 class RowStore:
@@ -183,12 +175,8 @@ class RowStore:
 class DetailStore:
     """The details of all rows of an index; see `DETAILS_SCHEMA`. This class is thread-safe.
 
-    The files are mapped into memory, so they stay readable after a build removes them. A file is compared with its
-    checksum when it is first read.
-
-    Args:
-        paths: the files, whose names are the first characters of their checksums.
-        first_rows: the row number of the first row of each file.
+    The files are mapped into memory, so they stay readable after a build removes them. The name of a file begins with
+    its checksum, which is verified when the file is first read. `first_rows` are the numbers of the files' first rows.
     """
 
     def __init__(self, paths: Sequence[Path], first_rows: Sequence[int]) -> None:
@@ -202,9 +190,7 @@ class DetailStore:
         index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         path, file = self._paths[index], self._files[index]
         if index not in self._checked and not hashlib.sha256(file).hexdigest().startswith(path.stem):
-            raise DatasetError(
-                f"{path} is damaged: its content does not match its checksum; build the index again with --overwrite"
-            )
+            raise damage_error(str(path))
         self._checked.add(index)
         batch_index, position = divmod(row - int(self._first_rows[index]), DETAILS_BATCH_ROWS)
         details: dict[str, Any] = pa.ipc.open_file(file).get_batch(batch_index).slice(position, 1).to_pylist()[0]
@@ -214,8 +200,7 @@ class DetailStore:
 class FailureStore:
     """The images without a caption, with the reasons. This class is thread-safe.
 
-    Args:
-        files: the path of each file, and the source (name of the captions dataset) of the images in it.
+    `files` contains the path of each file, and the source (name of the captions dataset) of its images.
     """
 
     def __init__(self, files: Iterable[tuple[Path, str]]) -> None:

@@ -1,7 +1,6 @@
 """Full-text search over captions with Tantivy, ranked by BM25.
 
-A query is a list of words and "phrases". `+` before a word or phrase requires it, and `-` excludes it. The last phrase
-need not be closed.
+A query is a list of words and "phrases". `+` before a word or phrase requires it, and `-` excludes it.
 """
 
 import re

@@ -45,15 +45,10 @@ class RowMove(NamedTuple):
 
 @dataclass(frozen=True)
 class Hits:
-    """The rows that match a query, best first.
+    """The rows that match a query, best first."""
 
-    Attributes:
-        rows: `[hits] int64`, row numbers in the index.
-        scores: `[hits] float32`, descending unless sorted by a different field.
-    """
-
-    rows: RowNumbers
-    scores: npt.NDArray[np.float32]
+    rows: RowNumbers  # `[hits]`
+    scores: npt.NDArray[np.float32]  # `[hits]`, descending unless sorted by a different field
 
     def __len__(self) -> int:
         return len(self.rows)

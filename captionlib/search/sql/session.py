@@ -60,16 +60,11 @@ class SqlLimits:
 
 
 class SqlSession:
-    """One or more datasets of the same kind, opened for SQL by `open_sql`.
-
-    Attributes:
-        view: name of the view over the rows, which is the kind of the datasets, such as `captions`.
-        folders: paths or URLs of the datasets, for error messages.
-    """
+    """One or more datasets of the same kind, opened for SQL by `open_sql`."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, datasets: Sequence[ShardedDataset]) -> None:
-        self.view = datasets[0].kind
-        self.folders = " and ".join(dataset.folder.uri for dataset in datasets)
+        self.view = datasets[0].kind  # the name of the view over the rows is the kind, such as `captions`
+        self.folders = " and ".join(dataset.folder.uri for dataset in datasets)  # for error messages
         self._connection = connection
 
     def stream(self, sql: str, parameters: Sequence[Any] = ()) -> pa.RecordBatchReader:
@@ -124,19 +119,17 @@ def open_sql(
     A view with the name of the kind, such as `captions`, contains the rows of all datasets. The view `failures`
     contains the images that could not be processed. Both contain only finished shards (Parquet files).
 
-    Args:
-        folders: the datasets.
-        kind: expected kind; None for any.
-        limits: resources that the queries may use.
-        duplicates: dataset of groups of similar images. Only the kept image of each group is in the view.
-        mark_duplicates: keep the rows of all images, and add the column `duplicate_of`. It contains the id of the kept
-            image of the group, or null if the image is not a duplicate.
+    `kind` is the expected kind; None for any. `duplicates` is a dataset of groups of similar images: the view contains
+    only the kept image of each group. With `mark_duplicates`, it contains all images, and a column `duplicate_of` with
+    the id of the kept image, or null if the image is not a duplicate.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
         ConfigError: DuckDB rejects the limits.
     """
-    datasets = _open_datasets(folders, kind)
+    first, *others = list_addresses(folders)
+    datasets = [open_dataset(first, kind)]
+    datasets += [open_dataset(folder, datasets[0].kind) for folder in others]
     data_files, failure_files = _list_files(datasets)
     with (
         tempfile.TemporaryDirectory(prefix="captionlib-") as spill_folder,
@@ -155,14 +148,6 @@ def open_sql(
             _create_view(connection, "failures", list(failure_files), [FAILURES_SCHEMA])
         with _interrupt_on_ctrl_c(connection):
             yield SqlSession(connection, datasets)
-
-
-def _open_datasets(folders: Addresses, kind: str | None) -> list[ShardedDataset]:
-    datasets: list[ShardedDataset] = []
-    for folder in list_addresses(folders):
-        # All datasets must be of the same kind as the first one.
-        datasets.append(open_dataset(folder, datasets[0].kind if datasets else kind))
-    return datasets
 
 
 def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limits: SqlLimits = SqlLimits()) -> pa.Table:

@@ -29,9 +29,6 @@ def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     The configuration of the connection already blocks access to files. This check also rejects functions that it does
     not block, such as `enable_logging(storage_path=...)`, and everything that reads settings, because they can contain
     secrets: DuckDB copies the password of a proxy from the environment.
-
-    Raises:
-        QueryError: the SQL is invalid, is not a SELECT, or uses a function or view that is not allowed.
     """
     try:
         statements = connection.extract_statements(sql)
@@ -75,12 +72,9 @@ def _check_views(node: dict[str, Any], system_views: Set[str], dataset_views: Se
 
 
 def check_condition(connection: duckdb.DuckDBPyConnection, condition: str) -> None:
-    """Checks that SQL is one expression, unlike `true) UNION (SELECT 1`, so that a statement can contain it.
+    """Raises duckdb.Error if SQL is not one expression, such as `true) UNION (SELECT 1`.
 
-    `check_reads_only` must still check the whole statement.
-
-    Raises:
-        duckdb.Error: the SQL is not an expression.
+    `check_reads_only` must still check the statement that contains it.
     """
     # The line break ends a comment at the end of the condition. The brackets reject `1) FROM a WHERE (1`.
     connection.extract_statements(f"SELECT [(\n{condition}\n)]")
