@@ -60,7 +60,4 @@ def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int, first
             raise
     torch.cuda.empty_cache()  # outside the handler, because the error's traceback keeps tensors alive
     half = count // 2
-    return [
-        *halve_on_out_of_memory(compute, half, first),
-        *halve_on_out_of_memory(compute, count - half, first + half),
-    ]
+    return [*halve_on_out_of_memory(compute, half, first), *halve_on_out_of_memory(compute, count - half, first + half)]

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captionlib.models.dropout import Dropout
-from captionlib.models.standardization import Standardization
+from captionlib.models.layers import Dropout, Standardization
 
 __all__ = ["Attention", "ImageGroups", "group_by_image"]
 

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captionlib.models.captioners.attention import ImageGroups, group_by_image
-from captionlib.models.dropout import Dropout
-from captionlib.models.standardization import Standardization
+from captionlib.models.layers import Dropout, Standardization
 
 __all__ = ["Transformer", "TransformerOutput"]
 

@@ -29,7 +29,9 @@ from captionlib.models.checkpoints.folder import (
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.encoders.top_layers import EncoderTop
+from captionlib.models.families.model import Arrays
 from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
+from captionlib.storage.folders import Folder
 
 __all__ = [
     "LoadedCaptioner",
@@ -61,30 +63,30 @@ class LoadedModel(Generic[Model, Config]):
     """A trained model and its metadata.
 
     Attributes:
+        folder: the folder of the checkpoint.
         kind: `captioner`, `ranker` or `language_model`.
         model: the network, in evaluation mode.
         vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
         encoder: description of the encoder that computed the training features; empty for a language model.
-        encoder_weights: path or URL of the encoder's weights file or model folder, if it can be found.
         provenance: the data and the software versions that the model was trained with.
         training: the training configuration and history.
         fingerprint: hash of everything that determines the model's output.
     """
 
+    folder: Folder
     kind: str
     model: Model
     vocabulary: Vocabulary
     config: Config
     encoder: Mapping[str, Any]
-    encoder_weights: str | None
     provenance: Mapping[str, Any]
     training: Mapping[str, Any]
     fingerprint: str
 
     def find_input_transform(self, weights: str | None) -> EncoderConfig:
         """Returns the configuration of the encoder; see `ImageModel.find_input_transform`."""
-        file = weights or self.encoder_weights
+        file = weights or find_encoder_file(self.folder, self.encoder, self.provenance)
         if file is None and self.encoder.get("weights") in LOCAL_WEIGHTS:
             raise missing_encoder_error(self.encoder, self.provenance)
         return EncoderConfig.from_description(self.encoder, file).resolve_paths()
@@ -141,9 +143,7 @@ class LoadedRanker(LoadedModel[RankerNetwork, RankerConfig]):
         return embeddings
 
     @torch.inference_mode()
-    def encode_images(
-        self, images: npt.NDArray[np.floating] | Sequence[npt.NDArray[np.floating]]
-    ) -> npt.NDArray[np.float32]:
+    def encode_images(self, images: Arrays) -> npt.NDArray[np.float32]:
         """Embeds images as unit vectors, `[images, size]`, from features of the encoder.
 
         Raises:
@@ -325,12 +325,12 @@ def _load(
         reason, _, _ = str(error).partition("\n")  # PyTorch's messages may end with a stack trace
         raise damaged_error(source, f"{type(error).__name__}: {reason}") from error
     return {
+        "folder": source,
         "kind": kind,
         "model": model.to(torch_device).eval(),
         "vocabulary": vocabulary,
         "config": config,
         "encoder": encoder,
-        "encoder_weights": find_encoder_file(source, encoder, checkpoint.provenance),
         "provenance": checkpoint.provenance,
         "training": checkpoint.training,
         "fingerprint": checkpoint.fingerprint,

@@ -33,9 +33,8 @@ LOCAL_WEIGHTS = ("file", "folder")
 def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> str | None:
     """Returns the path or URL of the encoder's weights file or model folder, or None if there is none.
 
-    Looks for `encoder.safetensors` in the checkpoint's folder, and then for the path that `provenance` (the record of
-    the training data) contains. If that path does not exist, looks for its file name in the checkpoint's folder. The
-    content is not verified.
+    Looks in the checkpoint's folder for `encoder.safetensors` and for a file with the recorded name, and then at the
+    recorded path, which is in `provenance` (the record of the training data). The content is not verified.
     """
     if encoder.get("weights") not in LOCAL_WEIGHTS:
         return None
@@ -44,11 +43,11 @@ def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Ma
     recorded = provenance.get(ENCODER_ADDRESS)
     if not isinstance(recorded, str) or not recorded:
         return None
+    name = recorded.rstrip("/").rsplit("/", 1)[-1]
+    if folder.exists(name):
+        return folder.address(name)
     is_address = Path(recorded).is_absolute() or "://" in recorded  # otherwise only a file name
-    if is_address and _exists(recorded):
-        return recorded
-    name = recorded.rsplit("/", 1)[-1]
-    return folder.address(name) if folder.exists(name) else None
+    return recorded if is_address and _exists(recorded) else None
 
 
 def missing_encoder_error(encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> ConfigError:

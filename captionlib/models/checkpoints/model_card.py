@@ -178,8 +178,7 @@ def _collect_recipe(config: Mapping[str, Any], training: Mapping[str, Any]) -> d
     resolved = dict(training.get("resolved", {}))
     for name in ("features", "manifest", "source", "init_from_fingerprint", "captioner", "ranker", "model"):
         resolved.pop(name, None)  # described in other sections, or part of the architecture
-    recipe: dict[str, Any] = strip_paths({"architecture": dict(config.get("architecture", {})), **resolved})
-    return recipe
+    return {"architecture": config.get("architecture", {}), **resolved}
 
 
 def _render_validation_scores(training: Mapping[str, Any]) -> Iterator[str]:

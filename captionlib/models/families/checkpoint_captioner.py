@@ -28,7 +28,6 @@ class CheckpointCaptioner:
     """The captioner of a checkpoint; implements `CaptionModel`."""
 
     def __init__(self, folder: str) -> None:
-        self._folder = folder
         self._loaded = load_captioner(folder)
         self.fingerprint = self._loaded.fingerprint
         self.encoder: Mapping[str, Any] = self._loaded.encoder
@@ -51,12 +50,12 @@ class CheckpointCaptioner:
             "decoding": to_dict(config.decoding),
             "dtype": config.dtype,
             "attention_maps": config.attention_maps,
-            "datastore": read_datastore_fingerprint(self._folder, self._loaded) if uses_datastore else None,
+            "datastore": read_datastore_fingerprint(self._loaded.folder, self._loaded) if uses_datastore else None,
         }
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
         _require_no_prompt(config)
-        datastore = read_datastore(self._folder, self._loaded) if config.decoding.rerank.neighbors else None
+        datastore = read_datastore(self._loaded.folder, self._loaded) if config.decoding.rerank.neighbors else None
         model, vocabulary = self._loaded.model, self._loaded.vocabulary
         decoder = Decoder(model, config.decoding, getattr(torch, config.dtype), vocabulary, datastore)
 
@@ -85,10 +84,8 @@ class CheckpointCaptioner:
         if nonempty:
             device = next(model.parameters()).device
             features = torch.from_numpy(np.array(images, np.float32)).to(device)  # a copy, which is writable
-            image_indices = torch.tensor(
-                [index for index, per_image in enumerate(ids) for each in per_image if each], device=device
-            )
-            scores = model(features, pad_sentences(nonempty).to(device), image_indices)
+            image_indices = [index for index, per_image in enumerate(ids) for each in per_image if each]
+            scores = model(features, pad_sentences(nonempty).to(device), torch.tensor(image_indices, device=device))
             np.add.at(log_probs, scores.sentences.cpu().numpy(), scores.log_probs.double().cpu().numpy())
         sums = iter(log_probs.tolist())
         return [[(next(sums), len(each) + 1) if each else (0.0, 0) for each in per_image] for per_image in ids]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
@@ -15,7 +16,7 @@ from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.shards.markers import compute_checksum, compute_fingerprint
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.families.model import Arrays
-from captionlib.storage.retries import convert_os_errors
+from captionlib.storage.retries import convert_os_errors, find_file_type
 
 __all__ = ["WHOLE_IMAGE", "ModelFolder", "find_preprocessing", "prepare_pixels", "require_pixels"]
 
@@ -40,9 +41,9 @@ class ModelFolder:
 
     def __init__(self, location: str) -> None:
         self.location = location
-        with convert_os_errors(f"hf:{location}"):
-            self.is_local = Path(location).is_dir()
-            self.path = Path(location) if self.is_local else _download(location)
+        self.is_local = find_file_type(LocalFileSystem(), location) == "directory"
+        self.path = Path(location) if self.is_local else _download(location)
+        with convert_os_errors(str(self.path)):
             names = sorted(path.name for path in self.path.iterdir())
         if not any(name.endswith(".safetensors") for name in names):
             others = [name for name in names if name.endswith(_OTHER_WEIGHTS)]

@@ -33,7 +33,7 @@ class ImageModel(Protocol):
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """`ImageEncoder.description` of the encoder whose features are the input, or `describe_pixel_input`."""
+        """`ImageEncoder.description` of the input's encoder, or `describe_pixel_input` if the input is pixels."""
 
     def find_input_transform(self, weights: str | None) -> InputTransform:
         """Returns the transform from images to the input of the model.

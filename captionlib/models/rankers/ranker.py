@@ -20,9 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from captionlib.config import configclass
 from captionlib.data.text.vocabulary import END, PAD
-from captionlib.models.dropout import Dropout
-from captionlib.models.normal_weights import sample_normal_weights
-from captionlib.models.standardization import Standardization
+from captionlib.models.layers import Dropout, Standardization, sample_normal_weights
 
 __all__ = ["RankerConfig", "RankerNetwork"]
 
@@ -120,13 +118,8 @@ def _build_recurrence(config: RankerConfig) -> nn.RNNBase | None:
     if config.sentence_encoder == "mean":
         return None
     cell = nn.LSTM if config.sentence_encoder == "lstm" else nn.GRU
-    return cell(
-        config.embedding_size,
-        config.hidden_size,
-        config.layers,
-        batch_first=True,
-        dropout=config.dropout if config.layers > 1 else 0.0,
-    )
+    dropout = config.dropout if config.layers > 1 else 0.0
+    return cell(config.embedding_size, config.hidden_size, config.layers, batch_first=True, dropout=dropout)
 
 
 def _append_end(sentences: Tensor) -> tuple[Tensor, Tensor]:
