@@ -47,10 +47,7 @@ class Scores:
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
-    """Computes scores from metrics, which have one row of statistics per image, in the order of `image_ids`.
-
-    Scores that are undefined for the whole set are omitted.
-    """
+    """Computes scores from metrics of these images. Scores that are undefined for the whole set are omitted."""
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
     overall: dict[str, float] = {}
@@ -74,8 +71,8 @@ def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: 
 def compare_scores(scores: Scores, baseline: Scores, config: BootstrapConfig) -> dict[str, tuple[float, float]]:
     """Returns the confidence interval of the difference `scores - baseline` of each score that both have.
 
-    Both must be scores of the same images in the same order, computed with this configuration. Both then use the same
-    resamples (paired bootstrap). Differences between images affect both scores alike and cancel out.
+    Both must be scores of the same images in the same order, computed with this configuration. They then use the same
+    resamples (paired bootstrap).
     """
     return {
         name: _compute_interval(resampled - baseline.resampled[name], config)

@@ -41,7 +41,7 @@ def tokenize_ptb(texts: Sequence[str]) -> list[str]:
 
 
 def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[np.float64]:
-    """Returns METEOR's counts for each caption and its best-matching reference. They can be summed over captions.
+    """Returns METEOR's counts, which can be summed, for each caption and its best-matching reference.
 
     Columns 0 and 1 count the words of the caption and of the reference, and columns 2 and 3 count their function words.
     Columns 4 to 19 count the matches of four kinds (exact, stem, synonym, paraphrase). Each kind has four columns: the
