@@ -1,7 +1,7 @@
 """Computes scores of a set of images and of each image, and confidence intervals by resampling images (bootstrap)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -31,19 +31,12 @@ class BootstrapConfig:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a set of captioned images. All mappings are keyed by the name of the score.
+    """Scores of a set of captioned images. All mappings are keyed by the name of the score."""
 
-    Attributes:
-        overall: the score of the whole set. For BLEU, METEOR and perplexity, this is not the mean over images.
-        per_image: the score of each image by image id; NaN if the score is undefined.
-        intervals: the lower and upper bounds of the confidence interval of the overall score.
-        resampled: the overall score of each resample, `[samples] float64`.
-    """
-
-    overall: Mapping[str, float]
-    per_image: Mapping[str, Mapping[str, float]]
-    intervals: Mapping[str, tuple[float, float]]
-    resampled: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict, compare=False)
+    overall: Mapping[str, float]  # for BLEU, METEOR and perplexity, this is not the mean over images
+    per_image: Mapping[str, Mapping[str, float]]  # by image id; NaN if undefined
+    intervals: Mapping[str, tuple[float, float]]  # bounds of the confidence interval of the overall score
+    resampled: Mapping[str, npt.NDArray[np.float64]]  # overall score of each resample, [samples]
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:

@@ -38,27 +38,16 @@ class ComparedScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of captions with baseline captions of the same images.
+    """A comparison of captions with baseline captions of the same images. Mappings are keyed by image id."""
 
-    Attributes:
-        names: display names of the captions and of the baseline.
-        predictions: the captions of the images that both have.
-        baseline: the captions of the baseline by image id.
-        scores: the scores of both, over the images with references; empty if there are no references.
-        cider: CIDEr of each caption by image id.
-        baseline_cider: CIDEr of each baseline caption by image id.
-        not_compared: number of images that the baseline lacks, and number of images that only the baseline has.
-        notes: messages about missing or unreliable scores.
-    """
-
-    names: tuple[str, str]
-    predictions: Sequence[Prediction]
+    names: tuple[str, str]  # of the captions and of the baseline
+    predictions: Sequence[Prediction]  # captions of the images that both have
     baseline: Mapping[str, Prediction]
-    scores: Sequence[ComparedScore]
+    scores: Sequence[ComparedScore]  # over the images with references
     cider: Mapping[str, float]
     baseline_cider: Mapping[str, float]
-    not_compared: tuple[int, int]
-    notes: Sequence[str]
+    not_compared: tuple[int, int]  # numbers of images that only the captions, and that only the baseline has
+    notes: Sequence[str]  # on missing or unreliable scores
 
     @property
     def wins_ties_losses(self) -> tuple[int, int, int]:

@@ -49,11 +49,7 @@ def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[
     chunks of adjacent matches. It is 0 if all words of both match in one chunk, because the score then has no penalty
     for fragmentation. Columns 21 and 22 count the matched words of both.
 
-    Args:
-        pairs: captions with their references, tokenized and joined by spaces.
-
-    Returns:
-        `[captions, 23] float64`.
+    Captions and references are tokenized and joined by spaces. The counts are `[captions, 23]`.
     """
     lines = [
         f" {_METEOR_SEPARATOR} ".join(["SCORE", *map(_remove_separators, references), _remove_separators(caption)])

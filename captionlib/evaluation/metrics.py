@@ -41,17 +41,11 @@ _MATCH_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 
 @dataclass(frozen=True)
 class Metric:
-    """Scores that are computed from statistics summed over images.
-
-    Attributes:
-        names: the names of the scores.
-        rows: the statistics of each image, `[images, statistics]`.
-        formula: maps sums of rows, `[..., statistics]`, to scores, `[..., len(names)]`; NaN if a score is undefined.
-    """
+    """Scores that are computed from statistics summed over images."""
 
     names: tuple[str, ...]
-    rows: Numbers
-    formula: Callable[[Numbers], Numbers]
+    rows: Numbers  # statistics of each image, [images, statistics]
+    formula: Callable[[Numbers], Numbers]  # sums of rows, [..., statistics], to scores, [..., names], NaN if undefined
 
 
 def compute_bleu(captions: Tokenized, references: Tokenized) -> Metric:

@@ -25,18 +25,11 @@ _BLOCK_QUERIES = 512  # queries whose similarities to all items are in memory at
 
 @dataclass(frozen=True)
 class RetrievalProtocol:
-    """Selects the images and references that are ranked together.
+    """Selects the images and references that are ranked together. By default, these are all images and references."""
 
-    Attributes:
-        images: the number of images to use, beginning with the first. If None, all images are used.
-        references_per_image: the number of references to use per image, beginning with the first. If None, all are
-            used.
-        fold_images: the number of images per fold; scores are averaged over folds. If None, there is a single fold.
-    """
-
-    images: int | None = None
-    references_per_image: int | None = None
-    fold_images: int | None = None
+    images: int | None = None  # number of images, beginning with the first
+    references_per_image: int | None = None  # likewise
+    fold_images: int | None = None  # images per fold; scores are means over folds
 
 
 PROTOCOLS: Mapping[str, RetrievalProtocol] = {

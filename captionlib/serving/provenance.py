@@ -39,13 +39,8 @@ def make_attention(
 ) -> Attention | None:
     """Returns the attention maps of a caption from its attention weights, `[tokens, positions]`.
 
-    Args:
-        weights: the attention weights.
-        config: the configuration of the captions dataset.
-        row: the row of the image in the index, with its width and height.
-
-    Returns:
-        None if there are no weights, the maps are not square, or the size of the image or the preprocessing is unknown.
+    They are None if there are no weights, the maps are not square, or the preprocessing (in `config`, the configuration
+    of the captions dataset) or the size of the image (in `row`) is unknown.
     """
     preprocessing = parse_preprocessing(config.get("encoder", {}))
     if preprocessing is None or not weights or not row["width"] or not row["height"]:
