@@ -41,7 +41,7 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
     """Calls `action` and returns its result.
 
     Retries temporary errors for two minutes, with exponential backoff of up to 15 seconds between attempts. `action`
-    must be idempotent. Error messages contain `address`, a path or URL.
+    must be idempotent.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -96,9 +96,6 @@ def find_file_type(fs: Any, path: str) -> str | None:
     """Returns `file`, `directory` or `other`, or None if there is no file. On the web, directories are lists of links.
 
     fsspec's `exists`, `isfile` and `isdir` instead take many failures of the storage for a missing file.
-
-    Raises:
-        StorageError: the storage failed or refused the request.
     """
 
     def request() -> str:

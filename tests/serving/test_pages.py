@@ -21,7 +21,7 @@ from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import BusyError
-from captionlib.search import facet_groups
+from captionlib.search import filters
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.search.index import open_index
@@ -532,7 +532,7 @@ def test_facets_have_counts_of_the_search(client: TestClient) -> None:
 
 
 def test_only_text_searches_need_facets_that_count_months(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 1)
+    monkeypatch.setattr(filters, "_MAX_GROUPS", 1)
     with TestClient(make_site(tmp_path)) as client:
         for parameters in ({"q": "dog", "mode": "sentence"}, {"q": "dog", "mode": "hybrid"}):
             address = f"/api/v1/search?{urlencode({**parameters, 'limit': 100})}"
