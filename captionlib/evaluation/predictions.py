@@ -105,13 +105,14 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
     """Reads captions, in order, from a complete captions dataset or a JSON file in COCO's or NeuralTalk's format.
 
     Raises:
-        DatasetError: the source has a different format, or contains two captions for one image.
+        DatasetError: the source does not exist, has a different format, or contains two captions for one image.
+        StorageError: the storage failed or refused the request.
     """
     address = os.fspath(source)
     if is_dataset(address):
         return _read_dataset(open_dataset(address, "captions").require_complete())
     location = locate(address)
-    if not location.fs.exists(location.path):
+    if location.find_type() is None:
         raise DatasetError(f"{address} does not exist; expected a captions dataset or a JSON file of results")
     document = load_json(location)
     if isinstance(document, list):

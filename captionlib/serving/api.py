@@ -23,7 +23,7 @@ from captionlib.serving.responses import (
     SearchMode,
     SearchResponse,
 )
-from captionlib.serving.service import MAX_QUERY_CHARACTERS, MAX_RESULTS, Search, SearchService
+from captionlib.serving.service import MAX_QUERY_CHARACTERS, MAX_RESULTS, Search, SearchService, read_cursor
 from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
 from captionlib.serving.uploads import Uploads
 
@@ -172,7 +172,7 @@ def search_images(
         raise HTTPException(400, f"mode {mode} is not available; expected {' or '.join(service.modes)}")
     exclude_duplicates = duplicates == "exclude"
     search = Search(q, mode, split or None, min_log_prob, sort, source or None, date or None, exclude_duplicates)
-    return service.search(search, cursor, limit)
+    return service.search(search, read_cursor(cursor, search), limit)
 
 
 @router.get(
@@ -196,7 +196,8 @@ def list_failures(
         int, Query(ge=1, le=MAX_RESULTS, description="Maximum number of images on a page.", examples=[100])
     ] = 100,
 ) -> FailuresResponse:
-    return service.find_failures(reason or None, source or None, cursor, limit)
+    reason, source = reason or None, source or None
+    return service.find_failures(reason, source, read_cursor(cursor, (reason, source)), limit)
 
 
 @router.get(

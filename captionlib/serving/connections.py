@@ -57,7 +57,7 @@ class LimitedConnection(H11Protocol):
             self._write_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self._headers_timer is None and self.waiting_since is not None:
+        if self._headers_timer is None:  # the first byte of a further request
             self._start_headers_timer()
         super().data_received(data)
 

@@ -41,7 +41,7 @@ class FairThreadPool:
 
     def close(self) -> None:
         """Waits for running functions to return."""
-        self._executor.shutdown(cancel_futures=True)
+        self._executor.shutdown()
 
     async def run(self, key: str, function: Callable[[], Result]) -> Result:
         """Waits for a turn, runs a function in a thread, and returns its result.

@@ -23,15 +23,7 @@ from captionlib.search.text_index import Sort, find_unclosed_phrase
 from captionlib.serving.api import DATE_PATTERN, ImageId, Service, ThumbnailStore, UploadQueue, read_state
 from captionlib.serving.exports import Exports
 from captionlib.serving.responses import FacetsResponse, Problem, SearchResult
-from captionlib.serving.service import (
-    MAX_OFFSET,
-    MAX_QUERY_CHARACTERS,
-    MAX_RESULTS,
-    Search,
-    SearchService,
-    make_cursor,
-    make_failures_cursor,
-)
+from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, MAX_RESULTS, Search, SearchService
 
 __all__ = ["Pages", "router"]
 
@@ -156,7 +148,7 @@ def show_search(
     # While the user types, a script requests only the results and sets `fragment`.
     page = min(page, _LAST_PAGE)
     first = (page - 1) * _PAGE_RESULTS
-    response = service.search(search, make_cursor(first, search), _PAGE_RESULTS)
+    response = service.search(search, first, _PAGE_RESULTS)
     is_home = search.is_empty
     shown = service.sample(_PAGE_RESULTS, search.filter) if is_home else response.results
     examples = [] if shown or is_home or page > 1 else service.sample(_EXAMPLES, Filter())
@@ -203,9 +195,7 @@ def show_failures(
     page: Annotated[int, Query(ge=1)] = 1,
 ) -> HTMLResponse:
     page = min(page, MAX_OFFSET // MAX_RESULTS)
-    first = (page - 1) * MAX_RESULTS
-    cursor = make_failures_cursor(first, reason or None, source or None)
-    response = service.find_failures(reason or None, source or None, cursor, MAX_RESULTS)
+    response = service.find_failures(reason or None, source or None, (page - 1) * MAX_RESULTS, MAX_RESULTS)
     return pages.render("failures.html", service=service, response=response, reason=reason, source=source, page=page)
 
 
@@ -277,21 +267,11 @@ def show_docs(pages: PageRenderer) -> HTMLResponse:
 
 @dataclass(frozen=True)
 class _Facet:
-    """A choice among the values of a facet.
-
-    Attributes:
-        name: name of the parameter in the URL.
-        label: displayed name of the facet.
-        unset_label: label of the choice that does not restrict the search.
-        selected: the chosen value; empty if there is none.
-        options: the values, their labels and the number of images with each; the number is None if it is unknown.
-    """
-
-    name: str
+    parameter: str  # in the URL
     label: str
-    unset_label: str
-    selected: str
-    options: Sequence[tuple[str, str, int | None]]
+    unset_label: str  # of the choice that does not restrict the search
+    selected: str  # value; empty if none
+    options: Sequence[tuple[str, str, int | None]]  # value, label, and number of images if known
 
 
 def _list_facets(service: SearchService, search: Search, counts: FacetsResponse | None) -> list[_Facet]:
@@ -306,7 +286,7 @@ def _list_facets(service: SearchService, search: Search, counts: FacetsResponse 
         _Facet("date", "File modified", "Any date", search.date or "", _list_dates(dates)),
     ]
     shown = [facet for facet in facets if facet.selected or len(facet.options) > 1]
-    if service.count_duplicates():
+    if service.index.count_facets().duplicates:
         options = [("exclude", "Without duplicates", counts.non_duplicates if counts else None)]
         selected = "exclude" if search.exclude_duplicates else ""
         shown.append(_Facet("duplicates", "Duplicates", "With duplicates", selected, options))

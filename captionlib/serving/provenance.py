@@ -15,10 +15,7 @@ _SHOWN_HASH_LENGTH = 12  # a model is shown as the first characters of the hash 
 
 
 def describe_provenance(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the models and settings in the configuration of a captions dataset, without paths.
-
-    The ranker is the image-text retrieval model that scored the captions.
-    """
+    """Returns the models and settings in the configuration of a captions dataset, without paths."""
     encoder, decoding = config.get("encoder", {}), config.get("decoding", {})
     model = str(encoder.get("model", "")).rstrip("/").rpartition("/")[2]  # the path of a model is private
     node = encoder.get("node")  # the layer of the network whose output is used
@@ -38,16 +35,15 @@ def describe_provenance(config: Mapping[str, Any]) -> dict[str, str]:
 def make_attention(
     weights: Sequence[Sequence[float]] | None, config: Mapping[str, Any], row: Mapping[str, Any]
 ) -> Attention | None:
-    """Returns the attention maps of a caption, and the part of the image that they cover.
+    """Returns the attention maps of a caption from its attention weights, `[tokens, positions]`.
 
     Args:
-        weights: the attention weights of the caption, `[tokens, positions]`, or None.
-        config: the configuration of the captions dataset, with the encoder's preprocessing.
+        weights: the attention weights.
+        config: the configuration of the captions dataset.
         row: the row of the image in the index, with its width and height.
 
     Returns:
-        The maps; None if there are no weights, the maps are not square, or the size of the image or the preprocessing
-        is unknown.
+        None if there are no weights, the maps are not square, or the size of the image or the preprocessing is unknown.
     """
     if not weights or not row["width"] or not row["height"]:
         return None

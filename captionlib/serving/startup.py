@@ -59,8 +59,8 @@ def load_app(config: AppConfig) -> FastAPI:
     _limit_allocator()
     limits = config.serving
     if config.ranker is None and config.captioner is None:
-        service = SearchService(open_index(config.index, refresh_seconds=None), limits)
-        return create_app(service, Path(config.thumbnails))
+        index = open_index(config.index, refresh_seconds=None)
+        return create_app(SearchService(index, limits), Path(config.thumbnails))
 
     from captionlib.models.families.ranker import open_ranker  # imports torch, which takes seconds
     from captionlib.models.inference.captioning import GenerationConfig

@@ -31,10 +31,7 @@ __all__ = ["ThumbnailSize", "Thumbnails", "create_thumbnails", "remove_thumbnail
 
 ThumbnailSize = Literal["small", "large"]
 
-_PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {
-    "small": SizeLimit(400),
-    "large": SizeLimit(1280),
-}
+_PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {"small": SizeLimit(400), "large": SizeLimit(1280)}
 _FAILURE_CACHE_SECONDS = 30.0
 _MAX_CACHED_FAILURES = 10_000
 _PRUNE_EVERY = 200  # created thumbnails
@@ -85,8 +82,6 @@ class Thumbnails:
 
     async def get(self, uri: str, size: ThumbnailSize) -> bytes:
         """Returns the thumbnail of an image. `uri` must come from a dataset, not from a visitor.
-
-        Concurrent calls for the same thumbnail fetch the image only once.
 
         Raises:
             ImageError: the image cannot be read; the error is cached for half a minute.

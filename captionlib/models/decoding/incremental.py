@@ -45,8 +45,8 @@ class DecoderState(NamedTuple):
         c: `[parents, hidden_size]` of each layer of an LSTM; for a Transformer, the values of the words so far; empty
             for an RNN.
         context: `[parents, attention_size]`, the last context vector; None without attention.
-        image_gates: `[parents, gates]`, the image's contribution to the gates of the next time step, or to the word
-            embedding of a Transformer; None if the image does not contribute.
+        image_projections: `[parents, gates]`, added to the gates of the next time step, or to the word embedding of a
+            Transformer; None if the image is not added.
         image: `[parents] int64`, the image of each parent; None without attention.
         annotations: `ImageState.annotations`; None without attention.
         parent: `[rows] int64`, the state row of each sentence; None if row i belongs to sentence i.
@@ -55,7 +55,7 @@ class DecoderState(NamedTuple):
     h: tuple[Tensor, ...]
     c: tuple[Tensor, ...]
     context: Tensor | None
-    image_gates: Tensor | None
+    image_projections: Tensor | None
     image: Tensor | None
     annotations: Tensor | None
     parent: Tensor | None = None
@@ -67,11 +67,11 @@ class DecoderState(NamedTuple):
         kept, parent = torch.unique(rows, return_inverse=True)
 
         h, c = (tuple(values.index_select(0, kept) for values in layers) for layers in (self.h, self.c))
-        context, image_gates, image = (
+        context, image_projections, image = (
             None if values is None else values.index_select(0, kept)
-            for values in (self.context, self.image_gates, self.image)
+            for values in (self.context, self.image_projections, self.image)
         )
-        return DecoderState(h, c, context, image_gates, image, self.annotations, parent)
+        return DecoderState(h, c, context, image_projections, image, self.annotations, parent)
 
     def gather(self, values: Tensor) -> Tensor:
         """Expands values from one row per parent, `[parents, ...]`, to one row per sentence, `[rows, ...]`."""
@@ -119,7 +119,7 @@ class IncrementalCaptioner:
             return
         (w_ih, _, b_ih, b_hh), *upper = layers = model.recurrence.all_weights
         self._word_gates = torch.addmm(b_ih + b_hh, model.word_vectors.weight, w_ih.t()).to(dtype)
-        self._feed_forward = [PackedLinear(w_ih, b_ih + b_hh, dtype) for w_ih, _, b_ih, b_hh in upper]
+        self._input_to_hidden = [PackedLinear(w_ih, b_ih + b_hh, dtype) for w_ih, _, b_ih, b_hh in upper]
         self._recurrent = [PackedLinear(w_hh, None, dtype) for _, w_hh, *_ in layers]
 
     @torch.inference_mode()
@@ -136,18 +136,18 @@ class IncrementalCaptioner:
     def initial_state(self, image_state: ImageState) -> DecoderState:
         """Returns the state before the first token, one row per image."""
         adds_image = self._model.config.image_input in ("first_step", "every_step")
-        image_gates = image_state.projection.to(self.dtype) if adds_image else None
+        image_projections = image_state.projection.to(self.dtype) if adds_image else None
         layers = self._model.config.layers
         states = image_state.state.to(self.dtype).unbind()
         h, c = states[:layers], states[layers:]
         if image_state.annotations is None:
-            return DecoderState(h, c, None, image_gates, None, None)
+            return DecoderState(h, c, None, image_projections, None, None)
         annotations = image_state.annotations.to(self.dtype)
         image = torch.arange(len(image_state.features), device=self.device)
         context = None
         if self._attention is not None:
             context, _ = self._attention(h[-1], annotations, group_by_image(image, len(annotations)))
-        return DecoderState(h, c, context, image_gates, image, annotations)
+        return DecoderState(h, c, context, image_projections, image, annotations)
 
     @torch.inference_mode()
     def begin(self, image_state: ImageState, prefix: Sequence[int] = ()) -> Hypotheses:
@@ -178,32 +178,32 @@ class IncrementalCaptioner:
 
     def _step_recurrence(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
         gates = self._word_gates.index_select(0, words)
-        if state.image_gates is not None:
-            gates += state.gather(state.image_gates)
+        if state.image_projections is not None:
+            gates += state.gather(state.image_projections)
         if self._attention is not None and state.context is not None:
             gates += state.gather(self._attention.to_gates(state.context))
         recurrent_gates = [state.gather(linear(h)) for linear, h in zip(self._recurrent, state.h, strict=True)]
-        h, c = step_layers(gates, recurrent_gates, [state.gather(c) for c in state.c], self._feed_forward)
-        image_gates = None  # from the second word on, only every_step adds the image
-        if self._model.config.image_input == "every_step" and state.image_gates is not None:
-            image_gates = state.gather(state.image_gates)
+        h, c = step_layers(gates, recurrent_gates, [state.gather(c) for c in state.c], self._input_to_hidden)
+        image_projections = None  # from the second word on, only every_step adds the image
+        if self._model.config.image_input == "every_step" and state.image_projections is not None:
+            image_projections = state.gather(state.image_projections)
         hidden, context, image = h[-1], None, None
         if self._attention is not None and state.image is not None and state.annotations is not None:
             image = state.gather(state.image)
             context, _ = self._attention(hidden, state.annotations, group_by_image(image, len(state.annotations)))
             hidden = hidden + self._attention.to_output(context)
-        return hidden, DecoderState(tuple(h), tuple(c), context, image_gates, image, state.annotations)
+        return hidden, DecoderState(tuple(h), tuple(c), context, image_projections, image, state.annotations)
 
     def _step_transformer(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
         assert self._transformer is not None
         embeddings = self._model.word_vectors.weight.index_select(0, words).to(self.dtype)
         image = None if state.image is None else state.gather(state.image)
-        image_gates = None if state.image_gates is None else state.gather(state.image_gates)  # added at every step
+        projections = None if state.image_projections is None else state.gather(state.image_projections)
         past = [*state.h, *state.c]
-        output = self._transformer(embeddings, [len(words)], past, state.annotations, image, state.parent, image_gates)
+        output = self._transformer(embeddings, [len(words)], past, state.annotations, image, state.parent, projections)
         layers = len(state.h)
         h, c = tuple(output.state[:layers]), tuple(output.state[layers:])
-        return output.hidden, DecoderState(h, c, None, image_gates, image, state.annotations)
+        return output.hidden, DecoderState(h, c, None, projections, image, state.annotations)
 
 
 @torch.inference_mode()
