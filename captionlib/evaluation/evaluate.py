@@ -45,7 +45,6 @@ class Evaluation:
 
     @property
     def captions(self) -> dict[str, str]:
-        """Captions by image id."""
         return {prediction.image_id: prediction.caption for prediction in self.predictions}
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,8 +124,8 @@ def evaluate_captions(
         metrics.append(measure_perplexity(checkpoint, features, references, device))
     evaluation = evaluate_predictions(predictions, training_references, metrics, bootstrap)
     if NOVEL not in evaluation.scores.overall:
-        no_references = f"the manifest has no references in split {' or '.join(train_splits)}"
-        reason = no_references if manifest else "no manifest was specified"
+        without_references = f"the manifest has no references in split {' or '.join(train_splits)}"
+        reason = without_references if manifest else "no manifest was specified"
         notes.append(f"the fraction of novel captions is omitted because {reason}")
     return replace(evaluation, notes=[*evaluation.notes, *notes])
 

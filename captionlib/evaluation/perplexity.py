@@ -33,11 +33,8 @@ def measure_perplexity(
     Args:
         checkpoint: folder or address of the captioner.
         images: a dataset of encoder features, or a manifest (list of images), whose images are encoded.
-        references: references by image id.
+        references: references by image id. The metric has one row per image, in the same order.
         device: auto, cpu, cuda or cuda:N.
-
-    Returns:
-        A metric with one row of statistics per image, in the order of `references`.
 
     Raises:
         CheckpointError: the folder contains no captioner, the captioner cannot score sentences, or the features
@@ -70,7 +67,6 @@ def measure_perplexity(
 
 
 def _read_referenced(dataset: ShardedDataset, references: Mapping[str, Sequence[str]]) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of the images that have references."""
     wanted = pa.array(references, pa.string())
     columns = ["image_id", "features"] if dataset.kind == "features" else list(MANIFEST_SCHEMA.names)
     for shard in range(dataset.shards):

@@ -141,11 +141,7 @@ class Facets:
         return None if len(selected) == len(self._groups) else selected
 
     def count(self, where: Filter, rows: npt.NDArray[np.int64] | None = None) -> FacetCounts:
-        """Counts images by facet. `rows` is the number of images in each group, `[groups]`; None for all images.
-
-        Raises:
-            QueryError: the date is not supported; see `supports_date`.
-        """
+        """Counts images by facet. `rows` is the number of images in each group, `[groups]`; None for all images."""
         tests = self._make_tests(where)
         total, non_duplicates, duplicates = 0, 0, 0
         splits, sources, months = Counter[str](), Counter[str](), Counter[str]()

@@ -162,11 +162,7 @@ class RowStore:
             yield from batch["uri"].to_pylist()
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
-        """Returns the numbers of the rows that match a SQL condition over `ROW_SCHEMA` and `row`, the row number.
-
-        Raises:
-            QueryError: the condition is invalid or fails.
-        """
+        """Returns the numbers of the rows that match a SQL condition over `ROW_SCHEMA` and `row`, the row number."""
         if self._filter is None:
             self._filter = _RowFilter(pa.Table.from_batches(number_rows(self._batches), pa.schema([_ROW, *ROW_SCHEMA])))
         return self._filter.find_matching(where, parameters)

@@ -132,9 +132,6 @@ class TextIndex:
 
         `matching` contains the row numbers to search, ascending; `groups` contains the facet groups to search. None
         does not restrict the search.
-
-        Raises:
-            QueryError: the query contains only stop words, or too many words and phrases.
         """
         parsed = self._restrict(self._parse(query), groups, min_log_prob)
         if matching is None:

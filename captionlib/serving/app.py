@@ -23,7 +23,7 @@ from captionlib.serving.problems import add_problem_type, make_problem, render_p
 from captionlib.serving.responses import InvalidParameter, Problem
 from captionlib.serving.service import CursorError, SearchService
 from captionlib.serving.thumbnails import Thumbnails
-from captionlib.serving.uploads import Uploads
+from captionlib.serving.uploads import create_upload_pool
 
 __all__ = ["create_app"]
 
@@ -36,7 +36,7 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
     """Creates the web application, which stores thumbnails in `thumbnail_folder`."""
     config = service.config
     thumbnails = Thumbnails(thumbnail_folder, config)
-    uploads = Uploads(config)
+    uploads = create_upload_pool(config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -30,9 +30,7 @@ class Exports:
     ) -> AsyncIterator[bytes]:
         """Returns the parts of a tar. Images that cannot be exported are listed in its last member, `__failures__`.
 
-        Args:
-            rows: rows of the index. The addresses of the images are not exported.
-            fetch: returns the bytes of the image at an address.
+        `fetch` returns the bytes of the image at an address. The addresses are not exported.
 
         Raises:
             BusyError: too many exports are running.

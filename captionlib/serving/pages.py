@@ -20,10 +20,11 @@ from captionlib.evaluation.pages import create_environment
 from captionlib.search.filters import Filter
 from captionlib.search.output import write_output
 from captionlib.search.text_index import Sort, find_unclosed_phrase
-from captionlib.serving.api import DATE_PATTERN, ImageId, Service, ThumbnailStore, UploadQueue, read_state
+from captionlib.serving.api import DATE_PATTERN, ImageId, Service, ThumbnailStore, UploadPool, read_state
 from captionlib.serving.exports import Exports
 from captionlib.serving.responses import FacetsResponse, Problem, SearchResult
 from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, MAX_RESULTS, Search, SearchService
+from captionlib.serving.uploads import process_upload
 
 __all__ = ["Pages", "router"]
 
@@ -125,11 +126,13 @@ def _read_search(
     return Search(
         query=q,
         mode=next((available for available in service.modes if available == mode), "text"),
-        split=split or None,
+        where=Filter(
+            split=split or None,
+            source=source or None,
+            date=date if date and re.fullmatch(DATE_PATTERN, date) else None,
+            exclude_duplicates=duplicates == "exclude",
+        ),
         sort=next((known for known in get_args(Sort) if known == sort), "relevance"),
-        source=source or None,
-        date=date if date and re.fullmatch(DATE_PATTERN, date) else None,
-        exclude_duplicates=duplicates == "exclude",
         similar_to=None if q.strip() else similar_to or None,
     )
 
@@ -150,7 +153,7 @@ def show_search(
     first = (page - 1) * _PAGE_RESULTS
     response = service.search(search, first, _PAGE_RESULTS)
     is_home = search.is_empty
-    shown = service.sample(_PAGE_RESULTS, search.filter) if is_home else response.results
+    shown = service.sample(_PAGE_RESULTS, search.where) if is_home else response.results
     examples = [] if shown or is_home or page > 1 else service.sample(_EXAMPLES, Filter())
     captions = [result.caption for result in shown]
     return pages.render(
@@ -241,7 +244,7 @@ async def show_image_search(
     service: Service,
     pages: PageRenderer,
     thumbnails: ThumbnailStore,
-    uploads: UploadQueue,
+    uploads: UploadPool,
     image: Annotated[UploadFile, File()],
 ) -> HTMLResponse:
     def search() -> HTMLResponse:
@@ -257,7 +260,7 @@ async def show_image_search(
             name=image.filename or "Uploaded image",
         )
 
-    return await uploads.process(request, search)
+    return await process_upload(uploads, request, search)
 
 
 @router.get("/docs")
@@ -280,15 +283,16 @@ def _list_facets(service: SearchService, search: Search, counts: FacetsResponse 
     Without counts, the facets only have the chosen values, so that a visitor can remove them.
     """
     splits, sources, dates = (counts.splits, counts.sources, counts.dates) if counts else ({}, {}, {})
+    where = search.where
     facets = [
-        _Facet("split", "Split", "All splits", search.split or "", _list_values(splits)),
-        _Facet("source", "Source", "All sources", search.source or "", _list_values(sources)),
-        _Facet("date", "File modified", "Any date", search.date or "", _list_dates(dates)),
+        _Facet("split", "Split", "All splits", where.split or "", _list_values(splits)),
+        _Facet("source", "Source", "All sources", where.source or "", _list_values(sources)),
+        _Facet("date", "File modified", "Any date", where.date or "", _list_dates(dates)),
     ]
     shown = [facet for facet in facets if facet.selected or len(facet.options) > 1]
     if service.index.count_facets().duplicates:
         options = [("exclude", "Without duplicates", counts.non_duplicates if counts else None)]
-        selected = "exclude" if search.exclude_duplicates else ""
+        selected = "exclude" if where.exclude_duplicates else ""
         shown.append(_Facet("duplicates", "Duplicates", "With duplicates", selected, options))
     return shown
 
@@ -336,10 +340,10 @@ def _format_search(search: Search, path: str = "/", **changes: Any) -> str:
     values = {
         "q": search.query,
         "mode": search.mode,
-        "split": search.split,
-        "source": search.source,
-        "date": search.date,
-        "duplicates": "exclude" if search.exclude_duplicates else "include",
+        "split": search.where.split,
+        "source": search.where.source,
+        "date": search.where.date,
+        "duplicates": "exclude" if search.where.exclude_duplicates else "include",
         "sort": search.sort,
         "similar_to": search.similar_to,
     }

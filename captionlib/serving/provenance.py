@@ -4,9 +4,11 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import DatasetError
-from captionlib.evaluation.image_display import build_image_display
+from captionlib.evaluation.image_display import make_attention_maps, parse_preprocessing
 from captionlib.serving.responses import Attention
 
 __all__ = ["describe_provenance", "make_attention"]
@@ -37,24 +39,17 @@ def make_attention(
 ) -> Attention | None:
     """Returns the attention maps of a caption from its attention weights, `[tokens, positions]`.
 
-    Args:
-        weights: the attention weights.
-        config: the configuration of the captions dataset.
-        row: the row of the image in the index, with its width and height.
-
-    Returns:
-        None if there are no weights, the maps are not square, or the size of the image or the preprocessing is unknown.
+    They are None if there are no weights, the maps are not square, or the preprocessing (in `config`, the configuration
+    of the captions dataset) or the size of the image (in `row`) is unknown.
     """
-    if not weights or not row["width"] or not row["height"]:
+    preprocessing = parse_preprocessing(config.get("encoder", {}))
+    if preprocessing is None or not weights or not row["width"] or not row["height"]:
         return None
     try:
-        display = build_image_display([{"image_id": "", "attention": weights}], config.get("encoder", {}))
+        maps = make_attention_maps(np.array(weights, np.float32))
     except DatasetError:  # the maps are not square
         return None
-    if display.preprocessing is None:
-        return None
-    crop = _find_crop(display.preprocessing, row["width"], row["height"])
-    maps = display.attention_maps[""]
+    crop = _find_crop(preprocessing, row["width"], row["height"])
     return Attention(maps=[base64.b64encode(each.tobytes()).decode() for each in maps], crop=crop)
 
 

@@ -7,7 +7,7 @@ import threading
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -63,33 +63,13 @@ class CursorError(QueryError):
 
 @dataclass(frozen=True)
 class Search:
-    """What a visitor searches for.
-
-    Attributes:
-        query: words, or a description of the images.
-        mode: what the query is compared with: words of captions (`text`), images (`sentence`), or both (`hybrid`).
-        split: dataset split of the images; None for all splits.
-        min_log_prob: minimum log-probability of a caption.
-        sort: order of the results in mode `text`.
-        source: name of the captions dataset of the images; None for all.
-        date: year or month in which the files of the images were last modified; None for all.
-        exclude_duplicates: whether to leave out images that are marked as duplicates.
-        similar_to: id of an image in the index, to find similar images. It is used only if there is no query.
-    """
+    """What a visitor searches for."""
 
     query: str = ""
     mode: SearchMode = "text"
-    split: str | None = None
-    min_log_prob: float | None = None
-    sort: Sort = "relevance"
-    source: str | None = None
-    date: str | None = None
-    exclude_duplicates: bool = False
-    similar_to: str | None = None
-
-    @property
-    def filter(self) -> Filter:
-        return Filter(None, self.split, self.min_log_prob, self.source, self.date, self.exclude_duplicates)
+    where: Filter = field(default_factory=Filter)
+    sort: Sort = "relevance"  # only in mode `text`
+    similar_to: str | None = None  # id of an image; only without a query
 
     @property
     def is_empty(self) -> bool:
@@ -103,11 +83,8 @@ class SearchService:
     Within the context, the service switches to a new version of the index within seconds after it is published. Exiting
     the context closes the models.
 
-    Args:
-        index: the index to search.
-        config: the limits of the web application.
-        models: a captioner, a ranker, or both. If None, searching by image is disabled.
-        sentences: sentences to compare with uploaded images. If empty, the captions of similar images are used.
+    Searching by image needs `models`: a captioner, a ranker, or both. Uploaded images are compared with `sentences` or,
+    by default, with the captions of similar images.
     """
 
     def __init__(
@@ -153,7 +130,7 @@ class SearchService:
 
     def search(self, search: Search, offset: int, limit: int) -> SearchResponse:
         """Searches the index. `offset` is the number of results to skip."""
-        query, where = search.query, search.filter
+        query, where = search.query, search.where
         response = SearchResponse(
             query=query,
             mode=search.mode,

@@ -93,7 +93,7 @@ def test_disconnected_client_is_recorded(
     async def disconnect(*_: object) -> None:
         raise ClientDisconnect
 
-    monkeypatch.setattr(client.app.state.uploads, "process", disconnect)  # type: ignore[attr-defined]
+    monkeypatch.setattr("captionlib.serving.api.process_upload", disconnect)
     assert client.post("/api/v1/image-search", files={"image": ("x.png", b"")}).status_code == 499
 
     async def end_without_response(*_: object) -> None:
