@@ -43,7 +43,7 @@ def score_sentences(
     is_token = torch.arange(width, device=pixels.device) < counts[:, None]
     compute_logits = _encode_images(model, pixels)
     sums: list[float] = []
-    for rows in torch.arange(len(ids), device=pixels.device).split(max(1, _MAX_TOKENS // width)):
+    for rows in torch.split(torch.arange(len(ids), device=pixels.device), max(1, _MAX_TOKENS // width)):
         log_probs = compute_logits(image_indices[rows], tokens[rows, :-1]).log_softmax(2)
         log_probs = log_probs.gather(2, tokens[rows, 1:, None])[:, :, 0]
         sums += log_probs.masked_fill(~is_token[rows], 0).sum(1).tolist()
