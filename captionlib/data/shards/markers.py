@@ -215,11 +215,7 @@ _MARKER, _PROGRESS, _TOTALS = TypeAdapter(Marker), TypeAdapter(ShardProgress), T
 
 
 def decode_marker(content: bytes) -> Marker:
-    """Reads the content of a marker file.
-
-    Raises:
-        ValueError: the content is damaged or not a marker.
-    """
+    """Decodes a marker. Raises ValueError if the content is damaged or not a marker."""
     marker = _MARKER.validate_python(from_json_with_checksum(content))
     if marker.finished:
         parse_time(marker.finished)
@@ -243,11 +239,7 @@ def encode_progress(progress: ShardProgress) -> bytes:
 
 
 def decode_progress(content: bytes) -> ShardProgress:
-    """Reads the content of a progress file.
-
-    Raises:
-        ValueError: the content is damaged.
-    """
+    """Decodes a progress file. Raises ValueError if the content is damaged."""
     progress = _PROGRESS.validate_python(from_json_with_checksum(content))
     parse_time(progress.started)
     parse_time(progress.updated)
@@ -255,11 +247,7 @@ def decode_progress(content: bytes) -> ShardProgress:
 
 
 def decode_totals(content: bytes) -> tuple[Totals, str]:
-    """Reads the content of `_SUCCESS`. Returns the totals and the fingerprint of the dataset.
-
-    Raises:
-        ValueError: the content is damaged or does not contain totals.
-    """
+    """Decodes `_SUCCESS`: the totals and the fingerprint of the dataset. Raises ValueError if it is damaged."""
     record = from_json_with_checksum(content)
     return _TOTALS.validate_python(record), str(record.get("fingerprint"))
 
@@ -316,11 +304,7 @@ def to_json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
 
 
 def from_json(content: str | bytes) -> Any:
-    """Decodes JSON.
-
-    Raises:
-        ValueError: the content is not JSON, or is nested more than 100 levels deep.
-    """
+    """Decodes JSON. Raises ValueError if the content is not JSON, or is nested more than 100 levels deep."""
     try:
         value = json.loads(content)
     except RecursionError as error:

@@ -41,8 +41,7 @@ class StageInput:
     def input_arguments(self) -> dict[str, Any]:
         """The arguments of `create_dataset` that record what the output of the stage was made from.
 
-        A sample is removed after the run, so an output that was made from it has no `source`. The `manifest_id` still
-        identifies the list of images.
+        A sample is removed after the run, so it is not recorded as `source`.
         """
         if self.limit is None:
             return {"source": self.dataset}
@@ -50,7 +49,7 @@ class StageInput:
 
     @property
     def config(self) -> dict[str, int]:
-        """Settings for the output's configuration, so that a run on all images does not resume one on a sample."""
+        """Settings for the configuration of the output, so that a run on all images does not resume one on a sample."""
         return {} if self.limit is None else {"sample": self.limit}
 
 

@@ -1,4 +1,4 @@
-"""Runs a stage (a step such as feature extraction) on one shard of a dataset. A repeated run gives the same rows.
+"""Runs a stage, a step such as feature extraction, on the shards of a dataset.
 
 A finished shard has a marker, the JSON file that records that the shard is complete.
 """
@@ -60,13 +60,10 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The caller processes the first before it requests the second.
 
-        Listing the files is fast, but reading the markers of many finished shards is slow. Therefore, the first list
-        contains the shards that lack a marker or a data file, and the second list contains the other shards to process.
-        If the input has changed since the outputs were created, or with `retry_failures` or `verify`, there is only one
-        list.
+        Listing files is fast, but reading the markers of many finished shards is slow. Therefore, the first list
+        contains the shards that lack a marker or a data file, and the second list the other shards to process.
         """
-        missing = self._find_missing()
-        if missing:
+        if missing := self._find_missing():
             yield missing
         if pending := self.pending_shards(missing):
             yield pending
@@ -78,10 +75,7 @@ class ShardJob:
         return self.unfinished_shards(processed)
 
     def unfinished_shards(self, processed: Collection[int] = ()) -> list[int]:
-        """Returns the sorted numbers of the shards that are unfinished, are stale, or have failures to retry.
-
-        Reads the markers of all shards except for those in `processed`, which are not returned.
-        """
+        """Returns those of `pending_shards` that are unfinished, are stale, or have failures to retry."""
         shards = sorted(set(range(self.source.shards)) - set(processed))
         if not shards:
             return []
@@ -94,9 +88,9 @@ class ShardJob:
         ]
 
     def _find_missing(self) -> list[int]:
-        """Returns the first list of `plan`; empty if shards with both files probably need processing too.
+        """Returns the first list of `plan`.
 
-        A cluster is started for each list, so all shards are in a single list then.
+        If shards with both files may need processing too, the first list is empty, so that a cluster is started once.
         """
         checksum = self.source.compute_content_checksum()
         if self.verify or self.retry_failures or any(output.source_checksum != checksum for output in self.outputs):

@@ -3,11 +3,11 @@
     folder/
       __update/ID/                    new shards: the same files as in a dataset
       __shards/part-00000.json        marker: records that a shard is complete, with the checksums of its files
-      _update.json                    journal: names the new shards; the update is committed once this file exists
+      _update.json                    journal: names the new shards
 
-First, the new shards are written to `__update`. Then the journal commits them. Then they are moved into place. If the
-process dies before the commit, the next update removes the new shards. If it dies after the commit, `open_dataset`
-moves the remaining shards. Several processes may do this at once, because moving a shard again has no effect.
+The new shards are written to `__update`, committed by writing the journal, and then moved into place. If the process
+dies before the commit, the next update removes the new shards. If it dies later, `open_dataset` moves the remaining
+shards. Several processes may do this at once, because moving a shard again has no effect.
 """
 
 import uuid
