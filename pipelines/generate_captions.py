@@ -84,7 +84,7 @@ def generate_captions(
     attention_positions = require_attention(captioner, os.fspath(checkpoint)) if config.attention_maps else None
     description = captioner.describe_generation(config)
     input_transform = choose_input_transform(dataset, captioner, weights, driver_device, run.threads_per_worker)
-    loaded_ranker = ranker_version = ranker_input_transform = None
+    loaded_ranker, ranker_version, ranker_input_transform = None, None, None
     ranker_config = {}
     if ranker is not None:
         loaded_ranker, ranker_version = SHARED_RANKERS.load_with_version(ranker)
