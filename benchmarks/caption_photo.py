@@ -33,7 +33,7 @@ def write_captioner(folder: Path) -> Path:
     encoder = load_encoder(EncoderConfig(weights=str(weights)), "cpu")
     words = tuple(f"word{number}" for number in range(WORDS))
     vocabulary = Vocabulary(words, (5,) * WORDS, unknown_count=0, sentence_count=WORDS)
-    model = CaptionerNetwork(CaptionerConfig(), encoder.size, len(vocabulary))
+    model = CaptionerNetwork(CaptionerConfig(), encoder.shape[0], len(vocabulary))
     provenance = {ENCODER_ADDRESS: str(weights)}
     save_captioner(folder / "captioner", model, vocabulary, encoder.description, provenance=provenance, training={})
     return folder / "captioner"

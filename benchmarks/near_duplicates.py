@@ -140,7 +140,7 @@ def train_once(output: Path, data: Path, encoder: Encoder, photographs: Images, 
         settings = PrepareConfig(check_images=False)
         prepare([str(data / "Flickr8k.token.txt")], output / "manifest", settings, progress=False)
         manifest = open_dataset(output / "manifest")
-        schema = features_schema(encoder.size, "float32")
+        schema = features_schema(encoder.shape[0], "float32")
         config = {"encoder": encoder.description}
         dataset = create_dataset(output / "features", "features", schema, config=config, source=manifest)
         positions = {name: at for at, name in enumerate(photographs.names)}

@@ -69,9 +69,8 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
         from captionlib.models.checkpoints.folder import describe_checkpoint  # imports torch, which is slow
 
         checkpoint = describe_checkpoint(folder)
-        click.echo(
-            _to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_format_values(checkpoint, "  ")])
-        )
+        lines = [f"{folder}: checkpoint", *_format_values(checkpoint, "  ")]
+        click.echo(_to_json(checkpoint) if as_json else "\n".join(lines))
         return
     if COLLECTION_FILE in names:
         raise DatasetError(
@@ -142,7 +141,6 @@ def _describe_dataset(report: DatasetReport, verified: bool) -> str:
 
 
 def _describe_job(job: JobReport) -> list[str]:
-    """Returns a line about the job that writes a dataset, or none if the dataset is complete."""
     if job.state == "complete":
         return []
     parts = [f"{job.images_done + job.images_in_progress:,}{f' of {job.images:,}' if job.images else ''} images"]
@@ -193,8 +191,7 @@ def _to_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
-def _format_values(values: Mapping[str, Any], indent: str = "") -> list[str]:
-    """Formats nested values as `key: value` lines."""
+def _format_values(values: Mapping[str, Any], indent: str) -> list[str]:
     lines = []
     for name, value in values.items():
         if isinstance(value, Mapping):

@@ -34,11 +34,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """Starts copying a tensor to host memory.
-
-    Returns:
-        The copy, and a function that waits until the copy is complete.
-    """
+    """Starts copying a tensor to host memory. Returns the copy, and a function that waits until it is complete."""
     if tensor.device.type != "cuda":
         return tensor, lambda: None
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)  # an unpinned copy would block
@@ -49,15 +45,10 @@ def copy_to_host_async(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
 
 
 def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int, first: int = 0) -> list[Result]:
-    """Computes a batch. If the device runs out of memory, computes each half of the batch separately, recursively.
-
-    Args:
-        compute: function that computes the results for a slice of the items.
-        count: number of items.
-        first: index of the first item.
+    """Computes `count` items. If the device runs out of memory, computes each half separately, recursively.
 
     Returns:
-        The results of all slices, in order.
+        The results of `compute` for consecutive slices.
 
     Raises:
         torch.OutOfMemoryError: a single item does not fit into the memory of the device.
@@ -69,7 +60,4 @@ def halve_on_out_of_memory(compute: Callable[[slice], Result], count: int, first
             raise
     torch.cuda.empty_cache()  # outside the handler, because the error's traceback keeps tensors alive
     half = count // 2
-    return [
-        *halve_on_out_of_memory(compute, half, first),
-        *halve_on_out_of_memory(compute, count - half, first + half),
-    ]
+    return [*halve_on_out_of_memory(compute, half, first), *halve_on_out_of_memory(compute, count - half, first + half)]

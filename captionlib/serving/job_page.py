@@ -40,14 +40,14 @@ def create_job_app(folder: str | os.PathLike[str], allowed_hosts: Sequence[str])
     return Starlette(
         routes=[Route("/", show_page), *(make_asset_route(*asset) for asset in _ASSETS.items())],
         middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False),
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts)),
             Middleware(SecurityHeaders),
         ],
     )
 
 
 class _Page:
-    """The page. It is rendered at most every 2 seconds, or less often if reading the dataset takes long."""
+    """Renders the page again only after 2 seconds, or later if reading the dataset takes long."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = folder

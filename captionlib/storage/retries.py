@@ -4,6 +4,7 @@ Object store clients give up after a second or two. The retries in this module c
 endpoint can restart, or a bucket can stop throttling its clients.
 """
 
+import errno
 import io
 import os
 import threading
@@ -13,10 +14,15 @@ from typing import Any, TypeVar
 
 from tenacity import RetryError, Retrying, retry_if_exception, stop_after_delay, wait_exponential, wait_random
 
-from captionlib.errors import StorageError
-from captionlib.storage.remote_errors import is_temporary_error
+from captionlib.errors import CaptionlibError, StorageError
+from captionlib.storage.remote_errors import (
+    get_http_status,
+    is_connection_error,
+    is_temporary_error,
+    is_timeout_error,
+)
 
-__all__ = ["RangedFile", "call_with_retries", "convert_os_errors"]
+__all__ = ["RangedFile", "call_with_retries", "convert_os_errors", "find_file_type"]
 
 Result = TypeVar("Result")
 
@@ -35,16 +41,26 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
     """Calls `action` and returns its result.
 
     Retries temporary errors for two minutes, with exponential backoff of up to 15 seconds between attempts. `action`
-    must be idempotent. Error messages contain `address`, a path or URL.
+    must be idempotent.
 
     Raises:
         FileNotFoundError: the file does not exist.
         NotADirectoryError: a part of the path is a file.
         StorageError: the storage refused the request, or failed with a temporary error for two minutes.
     """
+
+    def attempt() -> Result:
+        try:
+            return action()
+        except FileNotFoundError as error:  # fsspec raises it for every failure of a web server, not only for 404
+            cause = error.__cause__
+            if cause is not None and _is_server_failure(cause):
+                raise cause from None
+            raise
+
     try:
         with convert_os_errors(address):
-            return _retrying(action)
+            return _retrying(attempt)
     except RetryError as error:
         reason = error.last_attempt.exception()
         raise StorageError(
@@ -53,23 +69,50 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
         ) from reason
 
 
+def _is_server_failure(error: BaseException) -> bool:
+    return is_connection_error(error) or is_timeout_error(error) or get_http_status(error) not in (None, 404, 410)
+
+
 @contextmanager
 def convert_os_errors(address: str) -> Iterator[None]:
-    """Converts OSErrors that the block raises to StorageErrors whose messages contain `address`.
+    """Converts OSErrors and HTTP errors that the block raises to StorageErrors whose messages contain `address`.
 
     FileNotFoundError and NotADirectoryError are not converted.
-
-    Raises:
-        StorageError: the block raised any other OSError.
     """
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, CaptionlibError, RetryError):
         raise
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and get_http_status(error) is None:
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise StorageError(
-            f"{address} cannot be accessed: {error.strerror or error}; fix the problem and run the same command again"
+            f"{address} cannot be accessed: {reason}; fix the problem and run the same command again"
         ) from error
+
+
+def find_file_type(fs: Any, path: str) -> str | None:
+    """Returns `file`, `directory` or `other`, or None if there is no file. On the web, directories are lists of links.
+
+    fsspec's `exists`, `isfile` and `isdir` instead take many failures of the storage for a missing file.
+    """
+
+    def request() -> str:
+        fs.invalidate_cache()
+        try:
+            info = fs.info(path)
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # no file can have this name
+                raise FileNotFoundError(path) from None
+            raise
+        is_list_of_links = info.get("mimetype") == "text/html" and fs.isdir(path)
+        return "directory" if is_list_of_links else str(info["type"])
+
+    try:
+        return call_with_retries(path, request)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 class RangedFile(io.RawIOBase):

@@ -6,12 +6,10 @@ the encoder. The encoder has its own learning rate (1e-5 in neuraltalk2) and sta
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -35,8 +33,8 @@ from captionlib.models.encoders.weights import serialize_weights
 from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
 from captionlib.training.distributed import ProcessGroup, join_process_group
-from captionlib.training.initialization import require_other_folder
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
+from captionlib.training.initialization import describe_training_data, require_other_folder
+from captionlib.training.loop import TrainingConfig, prepare_run_folder, train
 
 __all__ = ["EncoderFinetuningConfig", "FinetuningConfig", "finetune_captioner"]
 
@@ -131,22 +129,18 @@ def finetune_captioner(
         group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
+        provenance = {
+            **describe_training_data(dataset, config.train_splits, config.validation_splits),
+            "init_from": {"checkpoint": config.init_from, "fingerprint": initial.fingerprint},
+        }
         settings = {
-            "manifest": dataset.compute_content_checksum(),
+            "manifest": provenance["manifest"],
             "world_size": group.world_size,
             "init_from_fingerprint": initial.fingerprint,
             **to_dict(config),
         }
-        provenance = {
-            "manifest": dataset.compute_content_checksum(),
-            "data": {
-                "training": _describe_rows(config.train_splits, training),
-                "validation": _describe_rows(config.validation_splits, validation),
-            },
-            "init_from": {"checkpoint": config.init_from, "fingerprint": initial.fingerprint},
-        }
         skipped = SkippedImages(folder, group.rank, len(training) + len(validation), config.max_failure_ratio)
-        seed_everything(config.training.seed)
+        torch.manual_seed(config.training.seed)
         with open_loader(config.loading, encoder.preprocessing) as load:
             objective = _make_objective(config, initial, encoder, provenance, training, validation, load, skipped)
             try:
@@ -155,12 +149,6 @@ def finetune_captioner(
                 skipped.write()
                 if len(skipped):
                     print(f"{skipped.describe()}: see {folder.address(FAILURES_FOLDER)}", file=sys.stderr)
-
-
-def _describe_rows(splits: Sequence[str], rows: pa.Table) -> dict[str, Any]:
-    """Describes the images of some splits for the checkpoint's provenance (the record of its training data)."""
-    captions = pc.sum(pc.list_value_length(rows["captions"])).as_py()
-    return {"splits": list(splits), "images": len(rows), "captions": captions}
 
 
 def _load_trainable_encoder(
@@ -201,7 +189,7 @@ def _make_objective(
     if config.best_by == "cider":
         cider = CiderValidation(validation_batches, validation["captions"].to_pylist(), vocabulary, config.decoding)
 
-    def save(output: Folder, model: ImageCaptioner, history: dict[str, Any]) -> None:
+    def save(output: Folder, history: dict[str, Any]) -> None:
         weights = model.encoder.export_weights()
         save_captioner(
             output,

@@ -29,7 +29,6 @@ STATE = "_training/state.pt"
 SETTINGS_FILE = "resolved.json"
 _RUN_FILES = {"_training", FAILURES_FOLDER, SETTINGS_FILE, METRICS, TENSORBOARD, CURVES, *CHECKPOINT_FILES}
 _CHANGEABLE = {"loading", "max_failure_ratio"}  # settings that may differ when a run is resumed
-# `unigram_patience`: epochs after which a run stops if its perplexity is not lower than that of a unigram model.
 _CHANGEABLE_TRAINING = {"patience", "unigram_patience", "checkpoint_interval_seconds"}
 
 
@@ -44,10 +43,8 @@ class RunState:
         data_wait_seconds: the time spent waiting for data.
         best_score: the best validation score, negated if higher is better.
         best_epoch: the index of the epoch with the best score; -1 before the first epoch has ended.
-        loss_total: the sum of the loss in the current epoch.
-        loss_count: the number of terms of `loss_total`.
-        reward_total: the sum of the rewards of the captions sampled in the current epoch.
-        reward_count: the number of captions that `reward_total` sums over.
+        loss_total: the sum of the loss in the current epoch, over `loss_count` terms; see `BatchLoss`.
+        reward_total: the sum of the rewards in the current epoch, of `reward_count` sampled captions.
         history: the metrics of each epoch.
     """
 
@@ -64,7 +61,7 @@ class RunState:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def complete_step(self, loss_total: float, loss_count: float, reward_total: float, reward_count: float) -> None:
-        """Adds the totals of one step, summed over all processes; see `BatchLoss`."""
+        """Adds the totals of one step, summed over all processes."""
         self.step += 1
         self.loss_total += loss_total
         self.loss_count += int(loss_count)
@@ -77,7 +74,6 @@ class RunState:
         return {**means, "reward": self.reward_total / self.reward_count} if self.reward_count else means
 
     def complete_epoch(self) -> None:
-        """Advances to the next epoch and resets the totals."""
         self.epoch, self.step = self.epoch + 1, 0
         self.loss_total, self.loss_count, self.reward_total, self.reward_count = 0.0, 0, 0.0, 0
 
@@ -100,10 +96,7 @@ def prepare_run_folder(output: Folder, overwrite: bool) -> None:
 
 
 def save_state(output: Folder, settings: Mapping[str, Any], state: RunState, state_dicts: Mapping[str, Any]) -> None:
-    """Writes or replaces the state of a run.
-
-    `settings` holds all settings of the run. `state_dicts` holds the states of the model, the optimizer and so on.
-    """
+    """Saves the state of a run. `state_dicts` holds the states of the model, the optimizer and so on."""
     with output.stage(STATE) as path:
         torch.save({"resolved": settings, "state": vars(state), **state_dicts}, path)
 
@@ -126,7 +119,6 @@ def load_state(output: Folder, settings: Mapping[str, Any]) -> tuple[RunState, d
 
 
 def _select_fixed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that must be the same when a run is resumed."""
     changeable = set(_CHANGEABLE_TRAINING)
     if settings["training"]["schedule"] != "cosine":  # the cosine schedule depends on the number of epochs
         changeable.add("epochs")
@@ -135,13 +127,11 @@ def _select_fixed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def get_rng_states(device: torch.device) -> dict[str, Tensor]:
-    """Returns the states of the random number generators that a model on this device uses."""
     states = {"cpu": torch.get_rng_state()}
     return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
 def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restores the states that `get_rng_states` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -35,7 +35,7 @@ CAPTIONER = ["min_count=1", "captioner.hidden_size=16", "captioner.embedding_siz
 MAPS = ["captioner.attention_size=16", "captioner.encoder_top=features.10.expand3x3_activation"]
 RANKER = ["min_count=1", "ranker.hidden_size=16", "ranker.embedding_size=16", "ranker.joint_embedding_size=16"]
 NARROW_BEAM = ["decoding.beam_width=6", "decoding.rerank.pool_size=6", "decoding.rerank.neighbors=4"]
-SQUEEZENET = ["encoder.model=squeezenet1_1", "encoder.weights=random:0", "encoder.dtype=float32"]
+SQUEEZENET = ["encoder.model=squeezenet1_1", "encoder.weights=random:0"]
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def shrink(command: Sequence[str]) -> list[str]:
         pooling = "none" if recipe == "flickr8k-pool4" else "mean"
         settings = [*SQUEEZENET, f"encoder.node={node}", f"encoder.pooling={pooling}"]
     elif name == "train-captioner":
-        settings = [*TRAINING, "training.precision=float32", "best_by=perplexity"]
+        settings = [*TRAINING, "best_by=perplexity"]
         settings += CAPTIONER if command[1] != "manifest" else []
         settings += MAPS if recipe in ("flickr8k-bag-of-words", "flickr8k-attention") else []
     elif name == "train-ranker":

@@ -1,6 +1,9 @@
 import errno
 import pickle
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from uuid import uuid4
 
@@ -8,9 +11,12 @@ import fsspec
 import pytest
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from tenacity import stop_after_attempt
 
 from captionlib.errors import ConfigError, StorageError
+from captionlib.storage import retries
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address, scratch_folder, stage_file, write_file
+from captionlib.storage.retries import find_file_type
 
 
 class RenamingFileSystem(DirFileSystem):
@@ -190,8 +196,61 @@ def test_unknown_protocol_is_rejected() -> None:
 def test_a_file_that_cannot_be_checked_is_not_missing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert not Folder(tmp_path / "file").exists("a")
-    with pytest.raises(StorageError, match=r"aaa cannot be accessed: File name too long"):
-        Folder(tmp_path).exists("a" * 300)
+    assert not Folder(tmp_path).exists("a" * 300)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StorageError, match=r"loop cannot be accessed: Too many levels of symbolic links"):
+        Folder(tmp_path).exists("loop")
+
+
+@pytest.fixture
+def web_server() -> Iterator[str]:
+    """The URL of a web server whose responses have the status that the path contains."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            status = int(self.path.rpartition("/")[2])
+            content = b'<a href="200">link</a>' if self.path.startswith("/links/") else b""
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html" if content else "image/jpeg")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content if self.command == "GET" else b"")
+
+        do_HEAD = do_GET  # noqa: N815 - the name that the server calls
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_only_404_and_410_of_a_web_server_mean_that_a_file_is_missing(
+    web_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retries._retrying, "stop", stop_after_attempt(1))
+    folder = Folder(web_server)
+    assert folder.exists("200")
+    assert not folder.exists("404")
+    assert not folder.exists("410")
+    with pytest.raises(StorageError, match=r"/403 cannot be accessed: 403, message='Forbidden'"):
+        folder.exists("403")
+    with pytest.raises(StorageError, match=r"/500: the storage failed .* 500, message='Internal Server Error'"):
+        folder.exists("500")
+    with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:1/a: the storage failed"):
+        Folder("http://127.0.0.1:1").exists("a")
+    with pytest.raises(StorageError, match=r"/403 cannot be accessed"):
+        folder.open("403")
+    with pytest.raises(StorageError, match=r"/403 cannot be accessed"):
+        folder.read("403")
+
+
+def test_web_page_with_links_is_a_directory(web_server: str) -> None:
+    fs = Folder(web_server).fs
+    assert find_file_type(fs, f"{web_server}/links/200") == "directory"
+    assert find_file_type(fs, f"{web_server}/200") == "file"
 
 
 @pytest.mark.parametrize("address", ["", Path("x\udce9")])

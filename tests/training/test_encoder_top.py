@@ -85,6 +85,14 @@ def test_captions_are_the_same_from_images_and_from_stored_maps(
     assert [row[2] for row in captions[0]] == pytest.approx([row[2] for row in captions[1]], abs=1e-3)
 
 
+def test_captioner_of_bfloat16_features_can_be_loaded(images: list[str], tmp_path: Path) -> None:
+    write_manifest(tmp_path / "manifest", images)
+    config = ExtractionConfig(EncoderConfig("squeezenet1_1", "features.2", "random:0", dtype="bfloat16"), batch_size=3)
+    extract_features(tmp_path / "manifest", tmp_path / "features", config, run=RUN)
+    weights = train(tmp_path / "features", tmp_path / "captioner")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
 def test_attention_maps_have_the_shape_of_the_encoder_top(maps: Path, tmp_path: Path) -> None:
     smaller = "features.5"  # 27 x 27 of 55 x 55
     config = replace(CONFIG, captioner=replace(CONFIG.captioner, attention_size=8, encoder_top=smaller))

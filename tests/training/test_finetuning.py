@@ -69,7 +69,7 @@ def finetune(
 
 
 def encoder_of(captioner: LoadedCaptioner) -> dict[str, Tensor]:
-    config = EncoderConfig.from_description(captioner.encoder, captioner.encoder_weights)
+    config = captioner.find_input_transform(None)
     return load_encoder(config, "cpu").network.export_weights()
 
 
@@ -106,12 +106,13 @@ def test_checkpoint_contains_the_finetuned_encoder(
 ) -> None:
     finetune(manifest, tmp_path / "tuned", replace(CONFIG, training=replace(CONFIG.training, epochs=1)))
     tuned = load_captioner(tmp_path / "tuned")
-    assert tuned.encoder_weights == str(tmp_path / "tuned" / "encoder.safetensors")
+    weights = str(tmp_path / "tuned" / "encoder.safetensors")
+    assert tuned.find_input_transform(None).weights == weights
     assert {name for name, value in tuned.encoder.items() if value != start.encoder[name]} == {
         "weights",
         "weights_sha256",
     }
-    whole = replace(ENCODER, weights=tuned.encoder_weights, missing_weights="random:5")  # not used
+    whole = replace(ENCODER, weights=weights, missing_weights="random:5")  # not used
     tuned.require_encoder(load_encoder(whole, "cpu").description)
     with pytest.raises(CheckpointError, match="weights_sha256"):
         tuned.require_encoder(start.encoder)

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from captionlib import __version__
 from captionlib.errors import ConfigError, FetchError
@@ -32,6 +33,7 @@ from captionlib.storage.file_systems import (
     split_protocol,
     strip_local_protocol,
 )
+from captionlib.storage.retries import find_file_type
 
 __all__ = [
     "IMAGE_PROTOCOLS",
@@ -39,7 +41,7 @@ __all__ = [
     "ImageAddress",
     "ImageFile",
     "image_exists",
-    "names_part_of_file",
+    "is_part_address",
     "open_image_file",
     "open_image_file_system",
     "open_regular_file",
@@ -96,14 +98,14 @@ def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) ->
     return ImageAddress(_parse_file(uri, protocols))
 
 
-def names_part_of_file(uri: str) -> bool:
+def is_part_address(uri: str) -> bool:
     """Returns whether an address has the form `FILE#bytes=...` or `FILE#row=...&column=...`."""
     return "#" in uri and bool(_ROW.fullmatch(uri) or _RANGE.fullmatch(uri))
 
 
 def _names_local_file(uri: str) -> bool:
     """Returns whether an address has the form of a part of a file, but is the path of an existing local file."""
-    return names_part_of_file(uri) and not split_protocol(uri)[0] and os.path.lexists(uri)
+    return is_part_address(uri) and not split_protocol(uri)[0] and os.path.lexists(uri)
 
 
 def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
@@ -217,11 +219,10 @@ def image_exists(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) -> bool:
 
     Raises:
         FetchError: the address is not allowed.
+        StorageError: the storage failed or refused the request.
     """
     file = parse_image_address(uri, protocols).file
     if file.protocol in ("http", "https"):
         return True
-    if file.protocol == "file":
-        return os.path.exists(file.url)  # noqa: PTH110  # unlike Path, returns False for names that are too long
-    fs, path = open_image_file_system(file)
-    return bool(fs.exists(path))
+    fs, path = (LocalFileSystem(), file.url) if file.protocol == "file" else open_image_file_system(file)
+    return find_file_type(fs, path) is not None

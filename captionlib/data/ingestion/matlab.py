@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +17,7 @@ from captionlib.data.sources.locations import locate
 from captionlib.errors import CaptionlibError, DatasetError, SubprocessError
 from captionlib.isolation import ProcessLimits, run_isolated
 from captionlib.storage.folders import scratch_folder
-from captionlib.storage.retries import convert_os_errors
+from captionlib.storage.retries import call_with_retries, convert_os_errors
 
 __all__ = ["open_matrix"]
 
@@ -37,28 +36,20 @@ _SCIPY_TYPE_BYTES = {"double": 8, "single": 4} | {
 
 @contextmanager
 def open_matrix(address: str, name: str) -> Iterator[npt.NDArray[Any]]:
-    """Opens a matrix of a MATLAB file as an array `[rows, columns]`.
+    """Opens the variable `name` of a MATLAB file as an array `[rows, columns]`, mapped into memory.
 
-    SciPy and HDF5 crash on some damaged files. Therefore a child process copies the matrix to a temporary file, which
-    is mapped into memory until the context exits.
-
-    Args:
-        address: path, or URL of a file to download.
-        name: variable name of the matrix.
+    SciPy and HDF5 crash on some damaged files, so a child process copies the matrix to a temporary file.
 
     Raises:
-        DatasetError: the file cannot be read, or has no numeric matrix with that name.
-        StorageError: the temporary file cannot be written.
+        DatasetError: the file is damaged, or has no numeric matrix with that name.
+        StorageError: the file cannot be read, or the temporary file cannot be written.
     """
-    location = locate(address)
-    if not location.fs.exists(location.path):
-        raise DatasetError(f"{address} does not exist; expected a MATLAB file")
+    location = locate(address).require("a MATLAB file")
     with scratch_folder() as scratch:
         path = Path(location.path)
         if not location.is_local:
             path = scratch / "matrix.mat"
-            with location.fs.open(location.path, "rb") as remote, path.open("wb") as local:
-                shutil.copyfileobj(remote, local)
+            call_with_retries(location.path, lambda: location.fs.get_file(location.path, str(path)))
         copy = scratch / "matrix"
         try:
             with run_isolated(

@@ -21,7 +21,7 @@ from captionlib.data.shards.markers import Totals, compute_checksum
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.data.sources.karpathy import read_rows_with_imgid
-from captionlib.data.sources.locations import locate
+from captionlib.data.sources.locations import locate, open_file
 from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import describe_value, is_unicode
 from captionlib.data.sources.versions import version_from_uri
@@ -88,9 +88,7 @@ def import_features(
     """
     config = config or ImportConfig()
     json_address, mat_address = os.fspath(dataset_json), os.fspath(features_mat)
-    location = locate(json_address)
-    if not location.fs.exists(location.path):
-        raise DatasetError(f"{json_address} does not exist; expected Karpathy's dataset.json")
+    location = locate(json_address).require("Karpathy's dataset.json")
     options = SourceOptions(image_root=config.image_root)
     rows_with_imgid = list(read_rows_with_imgid(location, options, SkipCounter(strict=True)))
     with open_matrix(mat_address, config.variable) as matrix:
@@ -124,8 +122,7 @@ def import_features(
 
 
 def _compute_checksum(address: str) -> str:
-    location = locate(address)
-    with location.fs.open(location.path, "rb") as file:
+    with open_file(locate(address)) as file:
         return compute_checksum(file)
 
 
@@ -134,8 +131,7 @@ def _check_orientation(
 ) -> None:
     """Checks that the matrix has a column, not a row, for each image.
 
-    If `dataset.json` lists only some of the images, neither dimension equals the number of images. In that case, the
-    matrix is rejected if its number of columns, but not its number of rows, is a common size of a network layer.
+    If `dataset.json` lists only some of the images, only the number of rows should be a common size of a network layer.
     """
     rows, columns = matrix.shape
     images = max((imgid for imgid, _ in rows_with_imgid if isinstance(imgid, int)), default=-1) + 1
@@ -180,10 +176,6 @@ def _find_columns(
 
 
 def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[str, Any]:
-    """Describes the encoder that computed the features, with a checksum of the features file.
-
-    A captioner rejects features whose description of the encoder differs from that of its training data.
-    """
     return {
         "model": config.model,
         "node": config.node,
@@ -197,7 +189,7 @@ def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[st
 def _read_vectors(
     matrix: npt.NDArray[Any], columns: npt.NDArray[np.int64], dtype: str, address: str
 ) -> npt.NDArray[np.floating]:
-    """Returns the columns as rows of an array `[columns, size]`. Each column is read once, in ascending order."""
+    """Returns an array `[columns, size]`. Each column is read once, in ascending order."""
     ascending, inverse = np.unique(columns, return_inverse=True)
     with np.errstate(over="ignore"):  # checked below
         vectors: npt.NDArray[np.floating] = matrix.T[ascending].astype(dtype)[inverse]

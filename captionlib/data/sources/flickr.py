@@ -10,10 +10,10 @@ from captionlib.data.sources.locations import (
     find_files,
     find_image_root,
     get_extension,
+    list_folder,
     locate,
     read_lines,
     resolve_uri,
-    scan_folder,
 )
 from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.values import parse_captions, parse_cell
@@ -31,10 +31,6 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
     Splits come from `options.split_files` or, by default, from the official split files in the folder of the captions,
     such as `Flickr_8k.trainImages.txt`. If split files are used, images that none of them lists are skipped.
-    See `captionlib.data.sources.rows.SourceReader` for the arguments.
-
-    Raises:
-        DatasetError: an image is in two splits.
     """
     for location in find_files(addresses, frozenset({".txt", ".token"})):
         split_files = {split: locate(file) for split, file in options.split_files.items()}
@@ -54,7 +50,7 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
 
 def _read_images(location: Location, skips: SkipCounter) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yields the name, the captions and the origin (file and first line, for error messages) of each image."""
+    """Yields the name, the captions and the origin (file and first line) of each image."""
     for name, group in groupby(_parse_lines(location, skips), key=lambda line: line[0]):
         lines = list(group)
         origin = f"{location.address}, line {lines[0][2]}"
@@ -84,16 +80,12 @@ def _parse_lines(location: Location, skips: SkipCounter) -> Iterator[tuple[str, 
 
 
 def _find_official_split_files(folder: Location) -> dict[str, Location]:
-    matches = [_OFFICIAL_SPLIT_FILE.fullmatch(name) for name in sorted(name for name, _, _ in scan_folder(folder))]
+    matches = [_OFFICIAL_SPLIT_FILE.fullmatch(name) for name in sorted(name for name, _, _ in list_folder(folder))]
     return {match["split"].lower(): folder.join(match[0]) for match in matches if match}
 
 
 def _read_splits(files: Mapping[str, Location]) -> dict[str, str]:
-    """Maps image names without extension to splits. Only some split files include the extension.
-
-    Raises:
-        DatasetError: an image is in two splits.
-    """
+    """Maps image names without extension to splits. Only some split files include the extension."""
     splits: dict[str, str] = {}
     for split, location in files.items():
         for line in read_lines(location):

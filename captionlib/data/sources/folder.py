@@ -1,13 +1,13 @@
 """Reads a folder or a glob of images, one directory at a time to limit memory."""
 
-import fnmatch
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from captionlib.data.images.addresses import names_part_of_file
+from captionlib.data.images.addresses import is_part_address
 from captionlib.data.images.formats import IMAGE_EXTENSIONS
+from captionlib.data.sources.globs import PathFilter, filter_files, filter_folders
 from captionlib.data.sources.locations import (
     Location,
     get_extension,
@@ -23,28 +23,21 @@ from captionlib.storage.file_systems import split_protocol
 
 __all__ = ["find_images", "read_folder"]
 
-PathFilter = Callable[[str], bool]
-
 _DELETED = "deleted while the folder was listed"
 
 
 def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images in folders and their subfolders, sorted by name. The id is the path relative to the folder.
 
-    Files with an image extension or without an extension become rows; they are not opened. Files with other extensions,
-    hidden files and folders, and special files are skipped. Symbolic links are followed unless they point to a parent
-    folder.
-    For a glob, ids are relative to the last folder before the first wildcard.
-    See `captionlib.data.sources.rows.SourceReader` for the arguments.
-
-    Raises:
-        DatasetError: a folder does not exist or cannot be read.
+    Images are files with an image extension or without an extension; they are not opened. Hidden files and folders are
+    skipped. Symbolic links are followed unless they point to a parent folder. For a glob, ids are relative to the last
+    folder before the first wildcard.
     """
     for location in itertools.chain.from_iterable(map(locate_all, addresses)):
         if is_glob(location):
             root, glob = split_glob(location)
-            names = _walk(root, _filter_files(glob), _filter_folders(glob), skips)
-        elif location.fs.isfile(location.path):
+            names = _walk(root, filter_files(glob), filter_folders(glob), skips)
+        elif location.find_type() == "file":
             root, names = location.parent, iter([(location.name, version_from_file(location))])
         else:
             root = location
@@ -52,7 +45,7 @@ def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
         for name, version in names:
             if _is_image_name(name, skips):
                 uri = f"{root.address}/{name}"
-                if names_part_of_file(uri) and not root.is_local:  # such as x.parquet#row=1&column=y
+                if is_part_address(uri) and not root.is_local:  # such as x.parquet#row=1&column=y
                     skips.reject_image("name that looks like the address of a part of a file", uri)
                     continue
                 yield ImageRecord(name, uri, options.default_split, (), uri, version)
@@ -67,7 +60,7 @@ def find_images(address: str) -> list[str]:
     if split_protocol(address)[0] in ("http", "https", "data"):
         return [address]
     skips = SkipCounter()
-    if not any(is_glob(location) or location.fs.isdir(location.path) for location in locate_all(address)):
+    if not any(is_glob(location) or location.find_type() == "directory" for location in locate_all(address)):
         return [address]
     images = [row.uri for row in read_folder([address], SourceOptions(), skips)]
     if not images:
@@ -89,7 +82,7 @@ def _is_image_name(name: str, skips: SkipCounter) -> bool:
 def _walk(
     root: Location, include_file: PathFilter, enter_folder: PathFilter, skips: SkipCounter
 ) -> Iterator[tuple[str, str]]:
-    """Yields file paths relative to `root`, with the version of each file (a string that changes with the file).
+    """Yields file paths relative to `root`, each with a version: a string that changes when the file changes.
 
     The files of a directory come first, sorted by name, and then the files in its subdirectories.
     """
@@ -103,11 +96,11 @@ def _walk(
                 continue
             files, folders = _list_names(root.join(folder), identity, skips)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and _was_deleted(root, folder, ancestors):
-                skips.count_ignored(_DELETED)
-                continue
-            reason = error.strerror or type(error).__name__
-            raise DatasetError(f"folder {root.join(folder).address} cannot be read: {reason}") from error
+            if not isinstance(error, FileNotFoundError) or not _was_deleted(root, folder, ancestors):
+                reason = error.strerror or type(error).__name__
+                raise DatasetError(f"folder {root.join(folder).address} cannot be read: {reason}") from error
+            skips.count_ignored(_DELETED)
+            continue
         prefix = f"{folder}/" if folder else ""
         yield from ((prefix + name, version) for name, version in files if include_file(prefix + name))
         ancestors = ancestors if identity is None else (*ancestors, identity)
@@ -125,8 +118,7 @@ def _identify(folder: Location) -> object | None:
 def _was_deleted(root: Location, folder: str, ancestors: Sequence[object]) -> bool:
     """Returns whether a missing directory was deleted. Otherwise, its disk was unmounted.
 
-    After a disk was unmounted, the nearest parent that exists is its mount point, whose device and inode then differ
-    from those of the disk's root directory. After a deletion, those of the nearest parent that exists are unchanged.
+    Unmounting a disk changes the device and inode of the nearest parent that exists, and deleting a directory does not.
     `ancestors` holds the identities of the parents of `folder` when they were listed, starting with `root`.
     """
     if not root.is_local:
@@ -163,39 +155,3 @@ def _list_names(
             else:
                 files.append((name, version))
     return sorted(files), sorted(folders)
-
-
-def _filter_files(glob: str) -> PathFilter:
-    """Returns a filter for paths that match a glob: `**` matches any number of folders, `*` any part of one name."""
-    parts = _split_parts(glob)
-    return lambda path: _matches(path.split("/"), parts)
-
-
-def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
-    if not parts:
-        return not names
-    if parts[0] == "**":
-        return any(_matches(names[start:], parts[1:]) for start in range(len(names)))
-    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
-
-
-def _filter_folders(glob: str) -> PathFilter:
-    """Returns a filter for folders that can contain matches of a glob. Other folders need not be listed."""
-    parts = _split_parts(glob)[:-1]
-
-    def can_contain_matches(folder: str) -> bool:
-        for depth, name in enumerate(folder.split("/")):
-            if depth >= len(parts):
-                return False
-            if parts[depth] == "**":
-                return True
-            if not fnmatch.fnmatchcase(name, parts[depth]):
-                return False
-        return True
-
-    return can_contain_matches
-
-
-def _split_parts(glob: str) -> list[str]:
-    parts = [part for part in glob.split("/") if part]
-    return [*parts, "*"] if parts[-1] == "**" else parts

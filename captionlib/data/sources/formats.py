@@ -29,35 +29,30 @@ from captionlib.data.sources.values import is_unicode, parse_json
 from captionlib.data.sources.versions import version_from_uri
 from captionlib.data.sources.webdataset import read_webdataset
 from captionlib.errors import ConfigError, DatasetError
+from captionlib.storage.retries import convert_os_errors
 
 __all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_format", "read_source"]
 
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """A supported format of input datasets.
-
-    Attributes:
-        read: function that yields the rows.
-        row_description: the parts of the source that rows are read from, for an error message.
-        references_images: whether the source contains image paths, which may be wrong, instead of images.
-    """
+    """A supported format of input datasets."""
 
     read: SourceReader
-    row_description: str
-    references_images: bool
+    row_description: str  # the parts of the source that rows are read from, for an error message
+    stores_image_paths: bool  # instead of images
 
 
 SOURCE_FORMATS: Mapping[str, SourceFormat] = {
     "folder": SourceFormat(
-        read_folder, "visible files with an image extension or no extension", references_images=False
+        read_folder, "visible files with an image extension or no extension", stores_image_paths=False
     ),
-    "coco": SourceFormat(read_coco, "entries of `images`", references_images=True),
-    "karpathy": SourceFormat(read_karpathy, "entries of `images`", references_images=True),
-    "flickr": SourceFormat(read_flickr, "lines `NAME.jpg#K<tab>caption` of images in a split", references_images=True),
-    "table": SourceFormat(read_tables, "rows below the header", references_images=True),
-    "webdataset": SourceFormat(read_webdataset, "NAME.jpg, NAME.png etc. in the tars", references_images=False),
-    "hf-parquet": SourceFormat(read_hf_parquet, "rows with a column of images", references_images=False),
+    "coco": SourceFormat(read_coco, "entries of `images`", stores_image_paths=True),
+    "karpathy": SourceFormat(read_karpathy, "entries of `images`", stores_image_paths=True),
+    "flickr": SourceFormat(read_flickr, "lines `NAME.jpg#K<tab>caption` of images in a split", stores_image_paths=True),
+    "table": SourceFormat(read_tables, "rows below the header", stores_image_paths=True),
+    "webdataset": SourceFormat(read_webdataset, "NAME.jpg, NAME.png etc. in the tars", stores_image_paths=False),
+    "hf-parquet": SourceFormat(read_hf_parquet, "rows with a column of images", stores_image_paths=False),
 }
 
 _PEEK_BYTES = 1 << 20
@@ -68,12 +63,6 @@ def read_source(
     source_format: str, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter
 ) -> Iterator[ImageRecord]:
     """Yields the rows of a source. Skips rows and captions that are not valid Unicode.
-
-    Args:
-        source_format: a key of `SOURCE_FORMATS`.
-        addresses: paths, URLs or globs.
-        options: how to read the source.
-        skips: counter of skipped items.
 
     Raises:
         ConfigError: an option does not apply to the source.
@@ -108,12 +97,7 @@ def read_source(
 
 
 def detect_common_format(addresses: Sequence[str]) -> str:
-    """Returns the common format of all sources: a key of `SOURCE_FORMATS`.
-
-    Raises:
-        ConfigError: the formats differ, or a format cannot be detected.
-        DatasetError: a source does not exist.
-    """
+    """Returns the common format of all sources: a key of `SOURCE_FORMATS`."""
     if not addresses:
         raise ConfigError("expected at least one source (path, URL or glob), got none")
     first_addresses: dict[str, str] = {}  # by format
@@ -128,20 +112,11 @@ def detect_common_format(addresses: Sequence[str]) -> str:
 
 
 def detect_format(address: str | os.PathLike[str]) -> str:
-    """Returns the format of a source: a key of `SOURCE_FORMATS`.
-
-    Raises:
-        ConfigError: the format cannot be detected.
-        DatasetError: the source does not exist.
-    """
+    """Returns the format of a source: a key of `SOURCE_FORMATS`."""
     location = locate_all(address)[0]
     if is_glob(location):
         return _detect_glob(location)
-    if location.fs.isdir(location.path):
-        return _detect_folder(location)
-    if not location.fs.exists(location.path):
-        raise DatasetError(f"{location.address} does not exist; expected a file, a folder or a glob")
-    return _detect_file(location)
+    return _detect_folder(location) if location.find_type() == "directory" else _detect_file(location.require())
 
 
 def _detect_glob(location: Location) -> str:
@@ -152,17 +127,17 @@ def _detect_glob(location: Location) -> str:
 
 
 def _detect_folder(folder: Location) -> str:
-    """Detects the format of a folder by its images, subfolders, tars and Parquet files. The default is `folder`."""
     parquet: Location | None = None
     has_tars = False
-    for name, kind, _ in scan_folder(folder):
-        if name.startswith((".", "_")):
-            continue
-        if kind == "directory" or get_extension(name) in IMAGE_EXTENSIONS:
-            return "folder"
-        has_tars = has_tars or _is_tar(name)
-        if get_extension(name) == ".parquet":
-            parquet = folder.join(name)
+    with convert_os_errors(folder.address):
+        for name, kind, _ in scan_folder(folder):
+            if name.startswith((".", "_")):
+                continue
+            if kind == "directory" or get_extension(name) in IMAGE_EXTENSIONS:
+                return "folder"
+            has_tars = has_tars or _is_tar(name)
+            if get_extension(name) == ".parquet":
+                parquet = folder.join(name)
     if has_tars:
         return "webdataset"
     return "folder" if parquet is None else _detect_parquet(parquet)

@@ -1,20 +1,20 @@
 """Finds and reads the files of an input dataset. Addresses are paths, URLs, globs or brace lists (`{a,b}.csv`)."""
 
 import contextlib
-import itertools
 import lzma
 import os
-import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from fsspec.implementations.local import LocalFileSystem
 
+from captionlib.data.sources.globs import expand_braces, filter_files, filter_folders, find_wildcard
 from captionlib.data.sources.values import parse_json
 from captionlib.errors import DatasetError
 from captionlib.storage.file_systems import open_decompressed, open_file_system, split_protocol
+from captionlib.storage.retries import call_with_retries, find_file_type
 
 __all__ = [
     "Location",
@@ -23,6 +23,7 @@ __all__ = [
     "get_extension",
     "get_uncompressed_extension",
     "is_glob",
+    "list_folder",
     "load_json",
     "locate",
     "locate_all",
@@ -35,24 +36,14 @@ __all__ = [
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
-_WILDCARD = re.compile(r"[*?\[]")
-_BRACES = re.compile(r"\{([^{}]*(?:,|\.\.)[^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-
 
 @dataclass(frozen=True)
 class Location:
-    """A file or a folder.
-
-    Attributes:
-        fs: fsspec file system.
-        path: path within `fs`.
-        address: absolute path or URL, for output and messages.
-    """
+    """A file or a folder on an fsspec file system."""
 
     fs: Any
-    path: str
-    address: str
+    path: str  # within `fs`
+    address: str  # absolute path or URL, for output and messages
 
     @property
     def is_local(self) -> bool:
@@ -66,17 +57,22 @@ class Location:
     def parent(self) -> "Location":
         return Location(self.fs, self.path.rpartition("/")[0], self.address.rpartition("/")[0])
 
+    def find_type(self) -> str | None:
+        """Returns `file`, `directory` or `other`, or None if the file does not exist."""
+        return find_file_type(self.fs, self.path)
+
+    def require(self, expected: str = "a file, a folder or a glob") -> "Location":
+        """Returns the location, or raises DatasetError if it does not exist."""
+        if self.find_type() is None:
+            raise DatasetError(f"{self.address} does not exist; expected {expected}")
+        return self
+
     def join(self, relative: str) -> "Location":
         return Location(self.fs, f"{self.path}/{relative}", f"{self.address}/{relative}") if relative else self
 
 
 def locate(address: str | os.PathLike[str]) -> Location:
-    """Resolves a path or a URL to a location, whether or not it exists.
-
-    Raises:
-        ConfigError: the address chains file systems with `::`, or its protocol is unknown, is not allowed, or needs a
-            package that is not installed; see `captionlib.storage.file_systems`.
-    """
+    """Resolves a path or a URL to a location, whether or not it exists. Raises ConfigError if it is not supported."""
     address = os.fspath(address)
     fs, path = open_file_system(address)
     if isinstance(fs, LocalFileSystem):
@@ -86,13 +82,9 @@ def locate(address: str | os.PathLike[str]) -> Location:
 
 
 def locate_all(address: str | os.PathLike[str]) -> list[Location]:
-    """Resolves an address to locations. Expands braces unless a file with exactly this name exists.
-
-    Raises:
-        ConfigError: an address is not supported; see `locate`.
-    """
-    location, expanded = locate(address), _expand_braces(os.fspath(address))
-    return [location] if len(expanded) == 1 or location.fs.exists(location.path) else list(map(locate, expanded))
+    """Resolves an address to locations. Expands braces unless a file with exactly this name exists."""
+    location, expanded = locate(address), expand_braces(os.fspath(address))
+    return [location] if len(expanded) == 1 or location.find_type() else list(map(locate, expanded))
 
 
 def resolve_uri(uri: str, root: str) -> str:
@@ -123,38 +115,19 @@ def get_uncompressed_extension(name: str) -> str:
 
 def is_glob(location: Location) -> bool:
     """Returns whether a path contains wildcards. HTTP URLs (`?` starts a query) and existing files are not globs."""
-    protocols = (location.fs.protocol,) if isinstance(location.fs.protocol, str) else location.fs.protocol
-    return bool(_WILDCARD.search(location.path)) and "http" not in protocols and not location.fs.exists(location.path)
+    is_web = split_protocol(location.address)[0] in ("http", "https")
+    return not is_web and find_wildcard(location.path) is not None and location.find_type() is None
 
 
 def split_glob(location: Location) -> tuple[Location, str]:
     """Splits a glob before its first wildcard: `images/*/a*.jpg` becomes `images` and `*/a*.jpg`."""
-    parts = location.path.split("/")
-    first = next(index for index, part in enumerate(parts) if _WILDCARD.search(part))
+    parts, first = location.path.split("/"), find_wildcard(location.path)
     pattern = "/".join(parts[first:])
     return Location(location.fs, "/".join(parts[:first]), location.address[: -len(pattern) - 1]), pattern
 
 
-def _expand_braces(address: str) -> list[str]:
-    """Expands `a{00..12}.tar` and `{train,val}.csv` as a shell does; leading zeros are kept."""
-    match = _BRACES.search(address)
-    if match is None:
-        return [address]
-    if span := _RANGE.fullmatch(match[1]):
-        first, last = span.groups()
-        width = len(first) if first.startswith("0") else 0
-        step = 1 if int(first) <= int(last) else -1
-        choices: Iterable[str] = (f"{number:0{width}d}" for number in range(int(first), int(last) + step, step))
-    else:
-        choices = match[1].split(",")
-    before, after = address[: match.start()], _expand_braces(address[match.end() :])
-    return [f"{before}{choice}{rest}" for choice, rest in itertools.product(choices, after)]
-
-
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """Yields the files at the given addresses.
-
-    A glob yields all matching files. A folder yields its files with one of `extensions`.
+    """Yields the files at the given addresses, and the files with one of `extensions` in folders.
 
     Raises:
         DatasetError: an address does not exist, or no file is found at it.
@@ -163,12 +136,10 @@ def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator
         for location in locate_all(address):
             if is_glob(location):
                 yield from _match_glob(location)
-            elif location.fs.isdir(location.path):
-                yield from _list_folder(location, extensions)
-            elif location.fs.exists(location.path):
-                yield location
+            elif location.find_type() == "directory":
+                yield from _find_in_folder(location, extensions)
             else:
-                raise DatasetError(f"{location.address} does not exist; expected a file, a folder or a glob")
+                yield location.require()
 
 
 def scan_folder(folder: Location) -> Iterator[tuple[str, str | None, Any]]:
@@ -191,15 +162,39 @@ def scan_folder(folder: Location) -> Iterator[tuple[str, str | None, Any]]:
 
 
 def _match_glob(location: Location) -> list[Location]:
-    root, _ = split_glob(location)
-    paths = sorted(location.fs.glob(location.path))
-    if not paths:
+    """Lists the files that match a glob. Raises StorageError if a folder cannot be listed; fsspec would skip it."""
+    root, glob = split_glob(location)
+    matches, may_contain_matches = filter_files(glob), filter_folders(glob)
+    found: list[str] = []
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        for name, kind, details in list_folder(root.join(folder)):
+            path = f"{folder}/{name}" if folder else name
+            if matches(path):
+                found.append(path)
+            is_link = root.is_local and details.is_symlink()  # may point to a parent folder
+            if kind == "directory" and not is_link and may_contain_matches(path):
+                pending.append(path)
+    if not found:
         raise DatasetError(f"{location.address}: no file matches")
-    return [root.join(path[len(root.path) + 1 :]) for path in paths]
+    return [root.join(path) for path in sorted(found)]
 
 
-def _list_folder(folder: Location, extensions: frozenset[str]) -> list[Location]:
-    files = (name for name, kind, _ in scan_folder(folder) if kind == "file" and not name.startswith((".", "_")))
+def list_folder(folder: Location) -> list[tuple[str, str | None, Any]]:
+    """Returns the entries of a folder; see `scan_folder`. The list is empty if the folder does not exist.
+
+    Raises:
+        StorageError: the storage failed or refused the request.
+    """
+    try:
+        return call_with_retries(folder.path, lambda: list(scan_folder(folder)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _find_in_folder(folder: Location, extensions: frozenset[str]) -> list[Location]:
+    files = (name for name, kind, _ in list_folder(folder) if kind == "file" and not name.startswith((".", "_")))
     matches = sorted(name for name in files if get_uncompressed_extension(name) in extensions)
     if not matches:
         raise DatasetError(f"{folder.address}: expected files with {' or '.join(sorted(extensions))}, got none")
@@ -246,9 +241,4 @@ def read_lines(location: Location) -> Iterator[str]:
 
 
 def load_json(location: Location) -> Any:
-    """Returns the content of a JSON file.
-
-    Raises:
-        DatasetError: the file cannot be read or parsed; see `parse_json`.
-    """
     return parse_json("".join(read_lines(location)), location.address)

@@ -13,26 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captionlib.models.dropout import Dropout
-from captionlib.models.standardization import Standardization
+from captionlib.models.layers import Dropout, Standardization
 
 __all__ = ["Attention", "ImageGroups", "group_by_image"]
 
 
 class ImageGroups(NamedTuple):
-    """Assigns rows (sentences) to the slots of an `[images, width]` grid. Rows of the same image share a line of slots.
+    """Places rows (sentences) in a padded `[images, width]` matrix, so that one product scores all rows of an image.
 
     Attributes:
-        slots: `[rows] int64`, the slot of each row: image * width + the index of the row within its image.
+        slots: `[rows] int64`, the index of each row in the flattened matrix.
         width: the largest number of rows per image.
     """
 
     slots: Tensor
     width: int
-
-    def head(self, rows: int) -> "ImageGroups":
-        """Returns the assignment of the first `rows` rows."""
-        return ImageGroups(self.slots[:rows], self.width)
 
 
 def group_by_image(image_of_row: Tensor, images: int) -> ImageGroups:
@@ -53,7 +48,7 @@ class Attention(nn.Module):
         channels: channels of the feature map.
         size: dimensions of an annotation vector.
         hidden_size: dimensions of the hidden state.
-        gates: total dimensions of the recurrence's gates, to which the projected context vector is added.
+        gates: dimensions of all gates of the recurrence.
         dropout: dropout probability of the annotation vectors.
     """
 
@@ -73,12 +68,7 @@ class Attention(nn.Module):
         return annotations
 
     def forward(self, hidden: Tensor, annotations: Tensor, groups: ImageGroups) -> tuple[Tensor, Tensor]:
-        """Attends from each row to the annotation vectors of its image.
-
-        Args:
-            hidden: `[rows, hidden_size]`, hidden states.
-            annotations: `[images, positions, size]`, annotation vectors.
-            groups: assigns the rows to the images.
+        """Attends from hidden states, `[rows, hidden_size]`, to annotation vectors, `[images, positions, size]`.
 
         Returns:
             Context vectors, `[rows, size]`, and attention weights, `[rows, positions] float32`, whose rows sum to 1.

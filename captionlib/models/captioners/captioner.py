@@ -29,10 +29,8 @@ from captionlib.models.captioners.attention import Attention
 from captionlib.models.captioners.packed_sequences import PackedSequences, pack_sequences
 from captionlib.models.captioners.recurrence import RecurrenceOutput, run_recurrence
 from captionlib.models.captioners.transformer import Transformer
-from captionlib.models.dropout import Dropout
 from captionlib.models.encoders.top_layers import EncoderTop
-from captionlib.models.normal_weights import sample_normal_weights
-from captionlib.models.standardization import Standardization
+from captionlib.models.layers import Dropout, Standardization, sample_normal_weights
 
 __all__ = ["CaptionerConfig", "CaptionerNetwork", "ImageState", "TokenLogProbs"]
 
@@ -125,13 +123,12 @@ class CaptionerConfig:
 
 
 class TokenLogProbs(NamedTuple):
-    """Log-probabilities of the tokens of given sentences. A token is a word, or the END after the last word.
+    """Log-probabilities of the tokens of given sentences, including the END of each.
 
     Attributes:
         log_probs: `[tokens] float32`, ln p(token | image, previous tokens).
         sentences: `[tokens] int64`, the index of each token's sentence.
-        mean_log_probs: `[tokens] float32`, the mean of ln p over the vocabulary, for label smoothing; None if not
-            requested.
+        mean_log_probs: `[tokens] float32`, the mean of ln p over the vocabulary, for label smoothing; may be None.
     """
 
     log_probs: Tensor
@@ -140,7 +137,7 @@ class TokenLogProbs(NamedTuple):
 
 
 class ImageState(NamedTuple):
-    """Encoded images: the input of the recurrence.
+    """Encoded images.
 
     Attributes:
         features: `[images, projection_input_size]`, the input of the projection; `[images, 0]` for a language model.
@@ -148,8 +145,8 @@ class ImageState(NamedTuple):
             state, depending on `image_input`; 0 for a language model, and for a Transformer without `every_step`.
         state: `[states, images, hidden_size]` before START: the h of each layer, then the c of each layer of an LSTM.
             For a Transformer, an empty cache of keys and values, `[2 * layers, images, 0, hidden_size]`.
-        annotations: `[images, positions, attention_size]`, annotation vectors; for a Transformer, the output of
-            `Transformer.annotate`; None without attention.
+        annotations: annotation vectors, `[images, positions, attention_size]`; for a Transformer, their keys and values
+            (`Transformer.annotate`); None without attention.
     """
 
     features: Tensor
@@ -160,8 +157,6 @@ class ImageState(NamedTuple):
 
 class CaptionerNetwork(nn.Module):
     """Computes log-probabilities of captions from image features. `Decoder` (decoding/decoder.py) generates captions.
-
-    The weights are initialized with PyTorch's global random number generator.
 
     Args:
         config: the architecture.
@@ -203,10 +198,8 @@ class CaptionerNetwork(nn.Module):
         else:
             self.recurrence = _create_recurrence(config)
         if config.image_input != "none" and (self.transformer is None or config.image_input == "every_step"):
-            output_sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
-            self.image_projection = nn.Linear(
-                self.projection_input_size, output_sizes.get(config.image_input, gates_size)
-            )
+            sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
+            self.image_projection = nn.Linear(self.projection_input_size, sizes.get(config.image_input, gates_size))
         self.attention: Attention | None = None
         if config.attention_size:
             self.attention = Attention(feature_size, config.attention_size, hidden_size, gates_size, config.dropout)
@@ -223,7 +216,7 @@ class CaptionerNetwork(nn.Module):
 
     @property
     def projection_input_size(self) -> int:
-        """Dimensions of the image projection's input, which are the features or their principal components."""
+        """Dimensions of the input of the image projection: the features or their principal components."""
         return self.feature_size if self.components is None else len(self.components)
 
     @property
@@ -233,7 +226,7 @@ class CaptionerNetwork(nn.Module):
 
     @property
     def attention_module(self) -> Attention | Transformer | None:
-        """The module that attends to the positions of a feature map; None without attention."""
+        """The module that attends to the positions of a feature map, if there is one."""
         is_language_model = self.config.image_input == "none"
         return self.attention if self.transformer is None or is_language_model else self.transformer
 
@@ -241,8 +234,6 @@ class CaptionerNetwork(nn.Module):
         self, features: Tensor, captions: Tensor, image_of_caption: Tensor, mean_log_probs: bool = False
     ) -> TokenLogProbs:
         """Computes the log-probability of each token of captions, given the image and the previous tokens.
-
-        Each image is encoded once, regardless of its number of captions. No computation is spent on padding.
 
         Args:
             features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder.
@@ -260,10 +251,7 @@ class CaptionerNetwork(nn.Module):
         return TokenLogProbs(log_probs, packed.sentences, logits.mean(1) - target_logits + log_probs)
 
     def attention_weights(self, features: Tensor, captions: Tensor, image_of_caption: Tensor) -> list[Tensor]:
-        """Computes the attention weights of each token of captions; the arguments are those of `forward`.
-
-        Returns:
-            `[tokens, positions] float32` per caption, END included; each row sums to 1.
+        """Returns attention weights, `[tokens, positions] float32` per caption, END included; see `forward`.
 
         Raises:
             CheckpointError: the captioner has no attention.
@@ -293,20 +281,16 @@ class CaptionerNetwork(nn.Module):
         return F.log_softmax(self.output(self.dropout(output.hidden)).float(), 1), output.state
 
     def predict_bag_of_words(self, features: Tensor) -> Tensor:
-        """Estimates which words occur anywhere in the captions of each image.
+        """Returns the log-probability of each word as the first token, `[images, vocabulary_size] float32`.
 
-        The estimate is the log-probability of each word as the first token, `[images, vocabulary_size] float32`. The
-        objective `bag_of_words` trains the first step to predict all words of the captions.
+        The objective `bag_of_words` trains the first time step to predict all words of the captions.
         """
         image_state = self.encode_images(features)
         images = torch.arange(len(features), device=features.device)
         return self.step(torch.full_like(images, END), image_state.state, image_state, images)[0]
 
     def encode_images(self, features: Tensor) -> ImageState:
-        """Encodes images.
-
-        Args:
-            features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder.
+        """Encodes images from features, `[images, feature_size]` or `[images, positions, channels]`.
 
         Raises:
             DatasetError: the captioner has attention, but the features are not feature maps.
@@ -328,7 +312,7 @@ class CaptionerNetwork(nn.Module):
         return self._encode_features((mean.sign() * mean.abs() ** (1 / self.config.feature_power))[None, None])
 
     def power_normalize(self, features: Tensor) -> Tensor:
-        """Raises the magnitudes of features to `feature_power`, and keeps the signs. This precedes standardization."""
+        """Raises the magnitudes of features to `feature_power`, and keeps the signs."""
         power = self.config.feature_power
         if power == 1:
             return features
@@ -377,25 +361,21 @@ class CaptionerNetwork(nn.Module):
         image_of_caption: Tensor,
         is_first: bool = True,
     ) -> RecurrenceOutput:
-        """Runs the layers over words, `[tokens] int64`. See `run_recurrence` for the arguments.
-
-        `is_first` is whether the words begin with START; if not, they continue the sentences of an earlier call.
-        """
-        projections = None  # of the image of each word's sentence: Wih v, or for a Transformer a part of the inputs
+        """Runs the layers over words, `[tokens] int64`, which begin with START if `is_first`; see `run_recurrence`."""
+        projections = None  # of the image of each word's sentence
         image_input = self.config.image_input
         if image_input == "every_step" or (image_input == "first_step" and is_first):
             projections = self.dropout(image_state.projection.index_select(0, image_of_caption))
             if image_input == "every_step":  # the longest sentences come first and reach the most time steps
                 projections = torch.cat([projections[:rows] for rows in batch_sizes])
         inputs = self.dropout(self.word_vectors(words))  # [tokens, embedding_size]
+        images = image_state.annotations, image_of_caption
         if self.transformer is not None:
-            output = self.transformer(
-                inputs, batch_sizes, state, image_state.annotations, image_of_caption, image=projections
-            )
+            output = self.transformer(inputs, batch_sizes, state, *images, image_projections=projections)
             final_state = torch.stack([values[: batch_sizes[-1]] for values in output.state])
             return RecurrenceOutput(output.hidden, final_state, output.attention_weights)
-        attention = (self.attention, image_state.annotations, image_of_caption)
-        return run_recurrence(self.recurrence, self.dropout, inputs, batch_sizes, state, projections, *attention)
+        recurrence = self.recurrence, self.dropout
+        return run_recurrence(*recurrence, inputs, batch_sizes, state, projections, self.attention, *images)
 
     def _encode_features(self, features: Tensor) -> ImageState:
         if self.transformer is not None:
@@ -438,9 +418,8 @@ class CaptionerNetwork(nn.Module):
     def _initialize_weights(self) -> None:
         """Initializes as NeuralTalk does, but with smaller weights for a layer with more than 100 inputs.
 
-        With weights from U(-0.1, 0.1), a projection of the thousands of features of fc7 would be so large that it would
-        outweigh the softmax bias (the log frequencies of the words) in the first predictions. An RNN multiplies
-        its state by Whh at each step; an orthogonal Whh keeps the length of the state.
+        With U(-0.1, 0.1), a projection of the thousands of features of fc7 would outweigh the softmax bias (the log
+        frequencies of the words) in the first predictions. An orthogonal Whh keeps the length of an RNN's state.
         """
         for name, parameter in self.named_parameters():
             if "bias" in name:
@@ -456,6 +435,4 @@ class CaptionerNetwork(nn.Module):
 def _create_recurrence(config: CaptionerConfig) -> nn.RNNBase:
     sizes = config.embedding_size, config.hidden_size, config.layers
     dropout = config.dropout if config.layers > 1 else 0.0
-    if config.cell == "lstm":
-        return nn.LSTM(*sizes, dropout=dropout)
-    return nn.RNN(*sizes, "relu", dropout=dropout)
+    return nn.LSTM(*sizes, dropout=dropout) if config.cell == "lstm" else nn.RNN(*sizes, "relu", dropout=dropout)

@@ -26,10 +26,8 @@ class ImageCaptioner(nn.Module):
     ) -> TokenLogProbs:
         """Computes the log-probability of each token; see `CaptionerNetwork.forward`.
 
-        `pixels` is `[images, crop_size, crop_size, 3] uint8`. `image_of_caption` is the index of the image of each
-        caption. With `mean_log_probs`, the mean log-probability over the vocabulary is also computed, for label
-        smoothing. In training mode, gradients flow into the encoder. In evaluation mode, features are rounded to the
-        dtype in which a features dataset stores them.
+        `pixels` is `[images, crop_size, crop_size, 3] uint8`. In evaluation mode, features are rounded to the dtype in
+        which a features dataset stores them.
         """
         features = self.encoder(pixels) if self.training else self.encoder.encode(pixels).float()
         log_probs: TokenLogProbs = self.captioner(features, captions, image_of_caption, mean_log_probs)

@@ -36,14 +36,9 @@ class LanguageModelConfig:
         self.to_captioner_config()
 
     def to_captioner_config(self) -> CaptionerConfig:
-        """Returns the configuration of the equivalent captioner.
-
-        Raises:
-            ConfigError: the fields contradict each other.
-        """
+        """Returns the configuration of the equivalent captioner. Raises ConfigError if fields contradict each other."""
         return CaptionerConfig(**vars(self), image_input="none", standardize_features=False)
 
 
 def build_language_model(config: LanguageModelConfig, vocabulary_size: int) -> CaptionerNetwork:
-    """Builds a language model with random weights, sampled by PyTorch's global random number generator."""
     return CaptionerNetwork(config.to_captioner_config(), 0, vocabulary_size)

@@ -1,7 +1,4 @@
-"""Converts sentences of different lengths to a padded matrix, and packs them without padding.
-
-No computation is spent on padding, so a packed batch may mix short and long sentences.
-"""
+"""Converts sentences of different lengths to a padded matrix, and packs them, so that no padding is computed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,9 +1,10 @@
 """The recurrent layers of a captioner, with the weights of `torch.nn.LSTM` or `torch.nn.RNN`.
 
-Each layer computes h_t = max(0, Wxh x_t + Whh h_{t-1} + b), or the LSTM equations. There may be any number of layers.
+Each layer computes h_t = max(0, Wxh x_t + Whh h_{t-1} + b), or the LSTM equations.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,12 @@ __all__ = ["RecurrenceOutput", "run_fused", "run_recurrence", "step_layers"]
 
 
 class RecurrenceOutput(NamedTuple):
-    """The result of running the layers over packed sentences.
+    """The output of the layers for packed sentences.
 
     Attributes:
         hidden: `[tokens, hidden_size]`, the last layer's h; with attention, plus the projected context vector.
         state: `[states, sentences that reach the last step, hidden_size]`: h of each layer, then c of each LSTM layer.
-            A Transformer captioner also returns this tuple, with a state of
-            `[states, sentences, steps, hidden_size]`: the keys of all layers, then the values of all layers.
+            For a Transformer, `[states, sentences, steps, hidden_size]`: keys of each layer, then values of each layer.
         attention_weights: `[tokens, positions] float32`; None without attention.
     """
 
@@ -38,15 +38,15 @@ def run_recurrence(
     inputs: Tensor,
     batch_sizes: list[int],
     state: Tensor,
-    image_gates: Tensor | None = None,
+    image_projections: Tensor | None = None,
     attention: Attention | None = None,
     annotations: Tensor | None = None,
     image_of_caption: Tensor | None = None,
 ) -> RecurrenceOutput:
     """Runs the recurrence over packed sentences.
 
-    The context vector of a time step is added to the output of this step and to the gates of the next step, with a
-    different projection for each.
+    Two projections of the context vector are added: one to the output of its time step, and one to the gates of the
+    next time step.
 
     Args:
         rnn: an `nn.LSTM`, or an `nn.RNN` with ReLU units.
@@ -55,41 +55,40 @@ def run_recurrence(
         batch_sizes: the number of sentences that reach each time step, in non-increasing order.
         state: `[states, sentences, hidden_size]` before the first time step: the h of each layer, then the c of each
             layer of an LSTM.
-        image_gates: `[rows, gates]`, for each of the first `rows` tokens, the projection of its sentence's image. It is
-            added to the gates of the first layer.
+        image_projections: `[rows, gates]`, added to the first layer's gates for each of the first `rows` tokens.
         attention: attention module, which requires the next two arguments; None for no attention.
         annotations: `[images, positions, attention_size]`, annotation vectors from `Attention.annotate`.
         image_of_caption: `[sentences] int64`, the row of `annotations` that each sentence attends to.
     """
     if attention is None or annotations is None or image_of_caption is None:
         attention = None
-        if inputs.is_cuda and image_gates is None:
+        if inputs.is_cuda and image_projections is None:
             return run_fused(rnn, inputs, batch_sizes, state)
     else:
         groups = group_by_image(image_of_caption, len(annotations))
     (w_ih, first_w_hh, b_ih, b_hh), *upper = layers = rnn.all_weights
     # The recurrent weight of the first layer is detached, because `_RecurrentWeights` computes its gradient.
     recurrent = [first_w_hh.detach().t(), *(w_hh.t() for _, w_hh, _, _ in upper)]
-    feed_forward = [_create_feed_forward(dropout, w_ih, b_ih + b_hh) for w_ih, _, b_ih, b_hh in upper]
+    input_to_hidden = [partial(_project_input, dropout, w_ih, b_ih + b_hh) for w_ih, _, b_ih, b_hh in upper]
     h, c = list(state[: len(layers)]), list(state[len(layers) :])
     previous: list[Tensor] = []  # h_{t-1} of the first layer for each time step
     hiddens, contexts, weights = [], [], []
     if attention is not None:
         context, _ = attention(h[-1], annotations, groups)
     all_gates = F.linear(inputs, w_ih, b_ih + b_hh)
-    if image_gates is not None:
-        rows = len(image_gates)
-        all_gates = torch.cat([all_gates[:rows] + image_gates, all_gates[rows:]])
+    if image_projections is not None:
+        rows = len(image_projections)
+        all_gates = torch.cat([all_gates[:rows] + image_projections, all_gates[rows:]])
     all_gates = _RecurrentWeights.apply(all_gates, first_w_hh, previous)
     for input_gates in torch.split(all_gates, batch_sizes):
         rows = len(input_gates)  # sentences that reach this time step
         previous.append(h[0][:rows].detach())
         gates = input_gates if attention is None else input_gates + attention.to_gates(context[:rows])
         recurrent_gates = [h_l[:rows] @ w_hh for h_l, w_hh in zip(h, recurrent, strict=True)]
-        h, c = step_layers(gates, recurrent_gates, [c_l[:rows] for c_l in c], feed_forward)
+        h, c = step_layers(gates, recurrent_gates, [c_l[:rows] for c_l in c], input_to_hidden)
         hiddens.append(h[-1])
         if attention is not None:
-            context, step_weights = attention(h[-1], annotations, groups.head(rows))
+            context, step_weights = attention(h[-1], annotations, groups._replace(slots=groups.slots[:rows]))
             contexts.append(context)
             weights.append(step_weights)
     hidden, state = torch.cat(hiddens), torch.stack([*h, *c])
@@ -102,12 +101,11 @@ class _RecurrentWeights(torch.autograd.Function):
     """Computes the gradient of the recurrent weights of the first layer with one matrix product for all time steps.
 
     Autograd would compute this gradient at every time step and sum the results, each as large as the weight matrix.
-    The forward pass returns the gates unchanged.
+    The forward pass returns the gates unchanged. The caller then appends h_{t-1} of each time step to `previous`.
     """
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, weight: Tensor, previous: list[Tensor]) -> Tensor:
-        """Takes the gates before Whh h_{t-1} is added, and a list to which the caller appends h_{t-1} of each step."""
         ctx.previous, ctx.dtype = previous, weight.dtype
         return gates.view_as(gates)
 
@@ -121,7 +119,7 @@ class _RecurrentWeights(torch.autograd.Function):
 
 
 def run_fused(rnn: nn.RNNBase, inputs: Tensor, batch_sizes: list[int], state: Tensor) -> RecurrenceOutput:
-    """Runs a recurrence without attention or image gates. Uses PyTorch's fused kernels, which are slow on a CPU."""
+    """Uses PyTorch's fused kernels, which are slow on a CPU and support no attention or image projections."""
     packed = PackedSequence(inputs, torch.tensor(batch_sizes))
     if isinstance(rnn, nn.LSTM):
         h, c = state.contiguous().chunk(2)
@@ -136,7 +134,7 @@ def step_layers(
     gates: Tensor,
     recurrent_gates: Sequence[Tensor],
     cells: Sequence[Tensor],
-    feed_forward: Sequence[Callable[[Tensor], Tensor]],
+    input_to_hidden: Sequence[Callable[[Tensor], Tensor]],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Computes one time step of all layers.
 
@@ -145,7 +143,7 @@ def step_layers(
             LSTM (ordered input, forget, cell, output), hidden_size for an RNN.
         recurrent_gates: Whh h_{t-1} of each layer, `[rows, gates]`; these tensors are overwritten.
         cells: c_{t-1} of each layer, `[rows, hidden_size]`; empty for an RNN.
-        feed_forward: one function per layer above the first; computes Wxh x + b from the h of the layer below.
+        input_to_hidden: for each layer above the first, the function Wxh x + b of the h of the layer below.
 
     Returns:
         h and c of each layer, `[rows, hidden_size]`; no c for an RNN.
@@ -153,8 +151,7 @@ def step_layers(
     new_h: list[Tensor] = []
     new_c: list[Tensor] = []
     for layer, recurrent in enumerate(recurrent_gates):
-        from_below = feed_forward[layer - 1](new_h[-1]) if layer else gates
-        total = recurrent.add_(from_below)
+        total = recurrent.add_(input_to_hidden[layer - 1](new_h[-1]) if layer else gates)
         if not cells:
             new_h.append(torch.relu(total))
             continue
@@ -165,5 +162,5 @@ def step_layers(
     return new_h, new_c
 
 
-def _create_feed_forward(dropout: nn.Module, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda h: F.linear(dropout(h), weight, bias)
+def _project_input(dropout: nn.Module, weight: Tensor, bias: Tensor, inputs: Tensor) -> Tensor:
+    return F.linear(dropout(inputs), weight, bias)

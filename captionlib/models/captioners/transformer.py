@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captionlib.models.captioners.attention import ImageGroups, group_by_image
-from captionlib.models.dropout import Dropout
-from captionlib.models.standardization import Standardization
+from captionlib.models.layers import Dropout, Standardization
 
 __all__ = ["Transformer", "TransformerOutput"]
 
@@ -33,7 +32,7 @@ _FEED_FORWARD_FACTOR = 4  # from the paper: the feed-forward network has `4 * si
 
 
 class TransformerOutput(NamedTuple):
-    """The result of running a Transformer over packed sentences.
+    """The output of a Transformer for packed sentences.
 
     Attributes:
         hidden: `[tokens, size]`, the normalized output of the last layer.
@@ -76,13 +75,9 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(projection)
 
     def annotate(self, maps: Tensor) -> Tensor:
-        """Computes the keys and values of feature maps for the cross-attention of each layer.
+        """Computes the keys of each layer's cross-attention, then the values of each layer.
 
-        Args:
-            maps: `[images, positions, channels]`.
-
-        Returns:
-            `[2 * layers, images, heads, positions, head_size]`, the keys of each layer, then the values of each layer.
+        Returns `[2 * layers, images, heads, positions, head_size]` for maps `[images, positions, channels]`.
         """
         annotations = self.dropout(torch.relu(self.annotation(self.standardization(maps))))
         projected: Tensor = self.image_keys_values(annotations)
@@ -97,7 +92,7 @@ class Transformer(nn.Module):
         annotations: Tensor | None,
         image_of_caption: Tensor | None,
         parent: Tensor | None = None,
-        image: Tensor | None = None,
+        image_projections: Tensor | None = None,
     ) -> TransformerOutput:
         """Runs the layers over packed sentences: all words at once, or one more word per sentence.
 
@@ -110,13 +105,13 @@ class Transformer(nn.Module):
             image_of_caption: `[sentences] int64`, the image that each sentence attends to; None for a language model.
             parent: `[sentences] int64`, the row of the state that each sentence continues; None if sentence i continues
                 row i.
-            image: `[tokens, size]`, the projected image of each token; None unless `image_input` is `every_step`.
+            image_projections: `[tokens, size]`, added to the embeddings; None unless `image_input` is `every_step`.
         """
         layout = _PaddedLayout.create(batch_sizes, state[0].shape[1], embeddings.device)
         size, layers = embeddings.shape[1], len(self.layers)
         hidden = embeddings * size**0.5 + _encode_positions(layout.positions, size).to(embeddings.dtype)
-        if image is not None:
-            hidden = hidden + image
+        if image_projections is not None:
+            hidden = hidden + image_projections
         groups = None
         if annotations is not None and image_of_caption is not None:
             groups = group_by_image(image_of_caption[layout.sentences], annotations.shape[1])
@@ -139,12 +134,12 @@ class Transformer(nn.Module):
 
 
 class _PaddedLayout(NamedTuple):
-    """Assigns packed tokens, which are ordered by time step, to the slots of a padded `[sentences, steps]` matrix.
+    """Places packed tokens, which are ordered by time step, in a padded `[sentences, steps]` matrix.
 
     Attributes:
         sentences: `[tokens] int64`, the sentence of each token.
         positions: `[tokens] int64`, the position of each token in its sentence.
-        slots: `[tokens] int64`, the slot of each token: sentence * steps + time step.
+        slots: `[tokens] int64`, the index of each token in the flattened matrix.
         shape: number of sentences and time steps.
     """
 
@@ -172,8 +167,6 @@ class _PaddedLayout(NamedTuple):
 
 
 class _Layer(nn.Module):
-    """Self-attention to the words, cross-attention to the image if `has_image`, and a feed-forward network."""
-
     def __init__(self, size: int, heads: int, dropout: float, has_image: bool) -> None:
         super().__init__()
         self.heads = heads
@@ -196,13 +189,7 @@ class _Layer(nn.Module):
         query, key, value = layout.pad(self.word_projections(self.word_norm(hidden))).chunk(3, 2)
         key = torch.cat([past_keys.to(key.dtype), key], 1)
         value = torch.cat([past_values.to(value.dtype), value], 1)
-        queries, keys, values = (self._split_heads(part) for part in (query, key, value))
-        # For 16 words in bfloat16 on a CPU, the backward pass of PyTorch's fused attention takes 9 times as long.
-        scores = (queries * queries.shape[3] ** -0.5) @ keys.transpose(2, 3)
-        if query.shape[1] > 1:  # this causal mask also excludes the padding after the last token of a sentence
-            future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, -torch.inf)
-        attended = torch.softmax(scores, 3, dtype=torch.float32).to(values.dtype) @ values
+        attended = _attend(*(self._split_heads(part) for part in (query, key, value)))
         attended = layout.pack(attended.transpose(1, 2).flatten(2))
         return hidden + self.dropout(self.word_output(attended)), key, value
 
@@ -211,8 +198,7 @@ class _Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Attends from each token to its image; also returns the attention weights, averaged over the heads.
 
-        `keys` and `values` are `[images, heads, positions, head_size]`. One matrix product scores all tokens of an
-        image.
+        `keys` and `values` are `[images, heads, positions, head_size]`.
         """
         images, heads, positions, head_size = keys.shape
         queries = self.image_query(self.image_norm(hidden)) * head_size**-0.5
@@ -232,6 +218,19 @@ class _Layer(nn.Module):
         inner = self.dropout(F.gelu(self.inner(self.inner_norm(hidden))))
         output: Tensor = hidden + self.dropout(self.inner_output(inner))
         return output
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Computes causal attention, `[sentences, heads, steps, head_size]`. A single query attends to all keys."""
+    is_causal = queries.shape[2] > 1  # the causal mask also excludes the padding after the end of a sentence
+    if is_causal and not torch.is_grad_enabled():  # sentences of validation can be long; this takes linear memory
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    # For 16 words in bfloat16 on a CPU, the backward pass of PyTorch's fused attention takes 9 times as long.
+    scores = (queries * queries.shape[3] ** -0.5) @ keys.transpose(2, 3)
+    if is_causal:
+        future = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    return torch.softmax(scores, 3, dtype=torch.float32).to(values.dtype) @ values
 
 
 def _encode_positions(position: Tensor, size: int) -> Tensor:

@@ -29,7 +29,9 @@ from captionlib.models.checkpoints.folder import (
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.encoders.top_layers import EncoderTop
+from captionlib.models.families.model import Arrays
 from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
+from captionlib.storage.folders import Folder
 
 __all__ = [
     "LoadedCaptioner",
@@ -61,54 +63,39 @@ class LoadedModel(Generic[Model, Config]):
     """A trained model and its metadata.
 
     Attributes:
+        folder: the folder of the checkpoint.
         kind: `captioner`, `ranker` or `language_model`.
         model: the network, in evaluation mode.
         vocabulary: the model's words, characters or subwords.
         config: the model's architecture.
         encoder: description of the encoder that computed the training features; empty for a language model.
-        encoder_weights: path or URL of the encoder's weights file or model folder; None if there is none, or if it
-            cannot be found.
         provenance: the data and the software versions that the model was trained with.
         training: the training configuration and history.
         fingerprint: hash of everything that determines the model's output.
     """
 
+    folder: Folder
     kind: str
     model: Model
     vocabulary: Vocabulary
     config: Config
     encoder: Mapping[str, Any]
-    encoder_weights: str | None
     provenance: Mapping[str, Any]
     training: Mapping[str, Any]
     fingerprint: str
 
     def find_input_transform(self, weights: str | None) -> EncoderConfig:
-        """Returns the configuration of the encoder whose features are the model's input.
-
-        `weights` is the path of the encoder's weights file, or None if the user did not specify one.
-
-        Raises:
-            ConfigError: the weights file is needed and cannot be found.
-        """
-        file = weights or self.encoder_weights
+        """Returns the configuration of the encoder; see `ImageModel.find_input_transform`."""
+        file = weights or find_encoder_file(self.folder, self.encoder, self.provenance)
         if file is None and self.encoder.get("weights") in LOCAL_WEIGHTS:
             raise missing_encoder_error(self.encoder, self.provenance)
         return EncoderConfig.from_description(self.encoder, file).resolve_paths()
 
     def to(self, device: torch.device) -> None:
-        """Moves the model to a device."""
         self.model.to(device)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Checks that features come from the same encoder as the features that this model was trained on.
-
-        Args:
-            description: description of the features' encoder, as a features dataset records it.
-
-        Raises:
-            CheckpointError: the encoders differ; the message lists the differing fields.
-        """
+        """Checks that `description` is that of the encoder of the training features; see `ImageModel`."""
         own, other = (json.loads(json.dumps(values)) for values in (self.encoder, description))  # tuples become lists
         if differences := describe_differences(own, other, ("expected", "got")):
             raise CheckpointError(
@@ -132,17 +119,15 @@ class LoadedLanguageModel(LoadedModel[CaptionerNetwork, LanguageModelConfig]):
 
 
 class LoadedRanker(LoadedModel[RankerNetwork, RankerConfig]):
-    """A trained ranker, which embeds sentences (text) and image features in a joint space."""
+    """A trained ranker; implements `RankingModel`."""
 
     sentence_template = None  # sentences are embedded as they are
 
     @property
     def size(self) -> int:
-        """Dimensions of the joint embedding space."""
         return self.config.joint_embedding_size
 
     def has_known_word(self, sentence: str) -> bool:
-        """Returns whether at least one word of the sentence is in the vocabulary."""
         return any(word != UNKNOWN for word in self.vocabulary.encode(sentence))
 
     @torch.inference_mode()
@@ -158,16 +143,11 @@ class LoadedRanker(LoadedModel[RankerNetwork, RankerConfig]):
         return embeddings
 
     @torch.inference_mode()
-    def encode_images(
-        self, images: npt.NDArray[np.floating] | Sequence[npt.NDArray[np.floating]]
-    ) -> npt.NDArray[np.float32]:
-        """Embeds images as unit vectors, `[images, size]`.
-
-        Args:
-            images: features from the encoder, `[images, feature_size]` or `[images, positions, feature_size]`.
+    def encode_images(self, images: Arrays) -> npt.NDArray[np.float32]:
+        """Embeds images as unit vectors, `[images, size]`, from features of the encoder.
 
         Raises:
-            CheckpointError: the features have a different shape.
+            CheckpointError: the features have a different shape than those of the encoder.
         """
         features = np.asarray(images)
         size = self.model.feature_size
@@ -202,7 +182,7 @@ def save_captioner(
     """Saves a captioner and returns its fingerprint. A checkpoint that is already in the folder is replaced.
 
     `encoder` is the description that the features dataset records. If the encoder was fine-tuned with the captioner,
-    `encoder_weights` is the content of its weights file. `provenance` and `training` are JSON values.
+    `encoder_weights` is the content of its weights file.
 
     Raises:
         CheckpointError: the vocabulary does not fit the model.
@@ -229,7 +209,6 @@ def load_captioner(folder: FolderLike, device: str = "cpu") -> LoadedCaptioner:
     """
 
     def build(config: CaptionerConfig, feature_size: int, vocabulary_size: int, identity: Identity) -> CaptionerNetwork:
-        # `encoder_top` consists of the encoder layers that are part of the captioner.
         encoder_top = None if config.encoder_top is None else EncoderTop(identity["encoder"], config.encoder_top)
         return CaptionerNetwork(config, feature_size, vocabulary_size, encoder_top)
 
@@ -287,12 +266,7 @@ def save_language_model(
 
 
 def load_language_model(folder: FolderLike, device: str = "cpu") -> LoadedLanguageModel:
-    """Loads a language model.
-
-    Raises:
-        CheckpointError: the checkpoint is missing, damaged or of a different kind.
-        ConfigError: the device does not exist.
-    """
+    """Loads a language model; see `load_captioner` for arguments and errors."""
 
     def build(config: LanguageModelConfig, _size: int, vocabulary_size: int, identity: Identity) -> CaptionerNetwork:
         if identity["layout"] not in get_args(TextLayout):
@@ -330,10 +304,10 @@ def _load(
 ) -> dict[str, Any]:
     """Returns the arguments of `LoadedModel`, and the entries of `Checkpoint.identity` with the given keys.
 
-    `build` creates the network from its configuration, feature size, vocabulary size and `Checkpoint.identity`.
+    `build` creates the network from configuration, feature size, vocabulary size and `Checkpoint.identity`.
     """
-    torch_device = resolve_device(device)
-    checkpoint = read_checkpoint(folder, kind)
+    torch_device, source = resolve_device(device), open_folder(folder)
+    checkpoint = read_checkpoint(source, kind)
     identity = checkpoint.identity
     try:
         with torch.random.fork_rng(devices=[]):  # initializing weights must not change the random state
@@ -349,14 +323,14 @@ def _load(
             attributes = {name: identity[name] for name in identity_keys}
     except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason, _, _ = str(error).partition("\n")  # PyTorch's messages may end with a stack trace
-        raise damaged_error(open_folder(folder), f"{type(error).__name__}: {reason}") from error
+        raise damaged_error(source, f"{type(error).__name__}: {reason}") from error
     return {
+        "folder": source,
         "kind": kind,
         "model": model.to(torch_device).eval(),
         "vocabulary": vocabulary,
         "config": config,
         "encoder": encoder,
-        "encoder_weights": find_encoder_file(open_folder(folder), encoder, checkpoint.provenance),
         "provenance": checkpoint.provenance,
         "training": checkpoint.training,
         "fingerprint": checkpoint.fingerprint,

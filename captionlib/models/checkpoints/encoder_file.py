@@ -1,18 +1,12 @@
-"""Finds the file with the weights of the encoder that a checkpoint was trained with. Does not import PyTorch.
-
-The provenance of a checkpoint is a record of the data and versions that the model was trained with.
-"""
+"""Finds the file with the weights of the encoder that a checkpoint was trained with. Does not import PyTorch."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
-
 from captionlib.data.shards.markers import from_json_with_checksum
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.families.registry import split_address
-from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.folders import Folder
 
 __all__ = [
@@ -39,14 +33,8 @@ LOCAL_WEIGHTS = ("file", "folder")
 def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> str | None:
     """Returns the path or URL of the encoder's weights file or model folder, or None if there is none.
 
-    Looks for `encoder.safetensors` in the checkpoint's folder, and then for the path that was recorded when the
-    features were extracted. If that path does not exist, looks for its file name in the checkpoint's folder. The
-    content is not verified.
-
-    Args:
-        folder: the checkpoint.
-        encoder: description of the encoder; see `Encoder`.
-        provenance: the data and versions that the model was trained with.
+    Looks in the checkpoint's folder for `encoder.safetensors` and for a file with the recorded name, and then at the
+    recorded path, which is in `provenance` (the record of the training data). The content is not verified.
     """
     if encoder.get("weights") not in LOCAL_WEIGHTS:
         return None
@@ -55,15 +43,14 @@ def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Ma
     recorded = provenance.get(ENCODER_ADDRESS)
     if not isinstance(recorded, str) or not recorded:
         return None
+    name = recorded.rstrip("/").rsplit("/", 1)[-1]
+    if folder.exists(name):
+        return folder.address(name)
     is_address = Path(recorded).is_absolute() or "://" in recorded  # otherwise only a file name
-    if is_address and _exists(recorded):
-        return recorded
-    name = recorded.rsplit("/", 1)[-1]
-    return folder.address(name) if folder.exists(name) else None
+    return recorded if is_address and _exists(recorded) else None
 
 
 def missing_encoder_error(encoder: Mapping[str, Any], provenance: Mapping[str, Any]) -> ConfigError:
-    """Returns the error for an encoder whose weights cannot be found."""
     recorded = provenance.get(ENCODER_ADDRESS)
     problem = f"{recorded}, which does not exist" if recorded else "whose path was not recorded"
     kind = "model folder" if encoder.get("weights") == "folder" else "weights file"
@@ -80,12 +67,9 @@ def not_a_checkpoint_error(folder: Folder) -> CheckpointError:
 def require_checkpoint_files(address: str, weights: str | None) -> None:
     """Checks that a checkpoint exists and that the weights of its encoder can be found, without loading them.
 
-    Commands call this function first, because importing PyTorch and loading models takes much longer. An address with
-    the prefix of a family (a provider of models), such as `hf:`, is not checked.
-
-    Args:
-        address: folder of a checkpoint, or an address with the prefix of a family.
-        weights: path of the encoder's weights file; None if the user did not specify one.
+    Commands call this function before they import PyTorch, which takes longer. An address with the prefix of a family
+    (a provider of models), such as `hf:`, is not checked. `weights` is the path of the encoder's weights file, if the
+    user specified it.
 
     Raises:
         CheckpointError: the folder is not a checkpoint.
@@ -111,5 +95,5 @@ def require_checkpoint_files(address: str, weights: str | None) -> None:
 
 def _exists(address: str) -> bool:
     """Returns whether a local file or folder exists. Remote files are assumed to exist, because checking takes time."""
-    fs, path = open_file_system(address)
-    return Path(path).exists() if isinstance(fs, LocalFileSystem) else True
+    target = Folder(address)
+    return not target.is_local or target.exists("")

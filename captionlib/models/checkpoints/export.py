@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from captionlib.config import describe_differences
-from captionlib.data.shards.markers import from_json_with_checksum, to_json, to_json_with_checksum
+from captionlib.data.shards.markers import to_json, to_json_with_checksum
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.checkpoints.encoder_file import (
     CONFIG,
@@ -15,19 +15,11 @@ from captionlib.models.checkpoints.encoder_file import (
     find_encoder_file,
     missing_encoder_error,
 )
-from captionlib.models.checkpoints.folder import (
-    CHECKPOINT_FILES,
-    DATASTORE,
-    TRAINING,
-    Checkpoint,
-    open_folder,
-    read_checkpoint,
-)
+from captionlib.models.checkpoints.folder import CHECKPOINT_FILES, DATASTORE, TRAINING, read_checkpoint, read_config
 from captionlib.models.checkpoints.model_card import CARD, CardNotes, render_card, strip_paths
 from captionlib.models.encoders.encoder import EncoderConfig, pack_encoder_weights
 from captionlib.models.families.encoder import open_encoder
 from captionlib.models.families.registry import split_address
-from captionlib.storage.file_systems import open_file_system
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
 
 __all__ = ["export_checkpoint"]
@@ -48,8 +40,7 @@ def export_checkpoint(
         checkpoint: the folder of the checkpoint.
         output: the folder to write.
         weights: path of the encoder's weights file; required only if the file has moved.
-        with_encoder: include the weights of the encoder if they were loaded from a file. If False, the model card
-            contains the name of the file or model folder and the hash of the weights.
+        with_encoder: include the weights of the encoder if they were loaded from a file.
         with_datastore: include the datastore for reranking: features and captions of the training images.
         notes: what the model card says about license, data and scores.
 
@@ -60,8 +51,9 @@ def export_checkpoint(
         CheckpointError: `checkpoint` is not a checkpoint or is damaged, or `output` contains other files.
         ConfigError: the encoder's weights file is missing, or has different weights.
     """
-    source, target = open_folder(checkpoint), Folder(output)
-    config, verified = _read_config(source)
+    source, target = Folder(checkpoint), Folder(output)
+    config = read_config(source)
+    verified = read_checkpoint(source, str(config.get("kind")))
     contents: dict[str, bytes] = {}
     if with_encoder and (encoder := _read_encoder(source, config, weights)) is not None:
         contents[ENCODER] = encoder
@@ -85,15 +77,6 @@ def export_checkpoint(
     return sorted(contents)
 
 
-def _read_config(source: Folder) -> tuple[dict[str, Any], Checkpoint]:
-    """Returns the content of `config.json` as it is stored, and the verified checkpoint."""
-    try:
-        config = from_json_with_checksum(source.read(CONFIG))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        config = {}
-    return config, read_checkpoint(source, str(config.get("kind")))
-
-
 def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -> bytes | None:
     """Returns the content of the encoder's weights file, or None if the encoder was not loaded from a file."""
     encoder, provenance = config.get("encoder", {}), config["provenance"]
@@ -112,24 +95,17 @@ def _read_encoder(source: Folder, config: dict[str, Any], weights: str | None) -
         raise ConfigError(f"weights {file} are not those of the model's encoder: {'; '.join(lines)}")
     if not split_address(encoder_config.model)[0]:
         return pack_encoder_weights(encoder_config)
-    fs, path = open_file_system(file)
-    content: bytes = fs.cat_file(path)
-    return content
+    return Folder(file).read("")
 
 
 def _contains(target: Folder, contents: Mapping[str, bytes]) -> bool:
-    """Returns whether a folder already contains exactly these files, for example because an export is repeated."""
     return set(target.list()) - {TEMPORARY_FOLDER} == contents.keys() and all(
         target.read(name) == content for name, content in contents.items()
     )
 
 
 def _clear(target: Folder) -> None:
-    """Empties a folder that an interrupted export left. Such a folder lacks CONFIG, which is written last.
-
-    Raises:
-        CheckpointError: the folder contains other files.
-    """
+    """Removes the files of an interrupted export. Raises CheckpointError if the folder contains other files."""
     names = [name for name in target.list() if name != TEMPORARY_FOLDER]
     if others := sorted(set(names) - (CHECKPOINT_FILES - {CONFIG})):
         raise CheckpointError(f"{target.uri}: expected a new or empty folder, got files ({', '.join(others[:3])})")

@@ -27,12 +27,7 @@ from torch import Tensor
 from captionlib import __version__
 from captionlib.data.shards.markers import compute_fingerprint, from_json_with_checksum, to_json, to_json_with_checksum
 from captionlib.errors import CheckpointError
-from captionlib.models.checkpoints.encoder_file import (
-    CONFIG,
-    ENCODER,
-    WEIGHTS,
-    not_a_checkpoint_error,
-)
+from captionlib.models.checkpoints.encoder_file import CONFIG, ENCODER, WEIGHTS, not_a_checkpoint_error
 from captionlib.models.checkpoints.model_card import CARD, describe_vocabulary, render_card
 from captionlib.storage.folders import Folder
 
@@ -47,6 +42,7 @@ __all__ = [
     "describe_checkpoint",
     "open_folder",
     "read_checkpoint",
+    "read_config",
     "write_checkpoint",
 ]
 
@@ -90,17 +86,17 @@ def write_checkpoint(
 ) -> str:
     """Writes a checkpoint and returns its fingerprint. A checkpoint that is already in the folder is replaced.
 
-    All files are written under temporary names and then renamed, `config.json` last. If the encoder that `identity`
-    describes was fine-tuned with the model, `encoder_weights` is the content of its weights file.
+    If the encoder was fine-tuned with the model, `encoder_weights` is the content of its weights file.
     """
     # Cloned because safetensors rejects tensors that share memory, as tied weights do.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     weights = safetensors.torch.save(copies)
     digest = hashlib.sha256(weights).hexdigest()
+    fingerprint = _fingerprint(kind, identity, digest)
     config = {
         "kind": kind,
         "format_version": FORMAT_VERSION,
-        "fingerprint": _fingerprint(kind, identity, digest),
+        "fingerprint": fingerprint,
         "weights_sha256": digest,
         "provenance": provenance,
         **identity,
@@ -119,17 +115,12 @@ def write_checkpoint(
                 stack.enter_context(target.stage(name)).write_bytes(content)
     for name in (DATASTORE, *([ENCODER] if encoder_weights is None else [])):
         target.remove(name)  # belongs to the previous checkpoint
-    return str(config["fingerprint"])
+    return fingerprint
 
 
 def add_versions_and_time(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the versions of captionlib and PyTorch and the current time to the provenance."""
-    return {
-        **provenance,
-        "captionlib": __version__,
-        "torch": torch.__version__,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+    written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {**provenance, "captionlib": __version__, "torch": torch.__version__, "written": written}
 
 
 def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
@@ -139,9 +130,7 @@ def read_checkpoint(folder: FolderLike, kind: str) -> Checkpoint:
         CheckpointError: the checkpoint is missing, damaged or of a different kind.
     """
     source = open_folder(folder)
-    config = _read_json(source, CONFIG)
-    if config is None:
-        raise not_a_checkpoint_error(source)
+    config = read_config(source)
     if config.get("kind") != kind:
         got = config.get("kind", "one of unknown kind")
         raise CheckpointError(f"{source.uri}: expected a checkpoint of kind {kind}, got {got}")
@@ -178,8 +167,8 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
         CheckpointError: the checkpoint is missing or damaged.
     """
     source = open_folder(folder)
-    config = _read_json(source, CONFIG)
-    if config is None or "fingerprint" not in config:
+    config = read_config(source)
+    if "fingerprint" not in config:
         raise not_a_checkpoint_error(source)
     vocabulary = config.pop("vocabulary", {})
     training = _read_json(source, TRAINING) or {}
@@ -192,7 +181,6 @@ def describe_checkpoint(folder: FolderLike) -> dict[str, Any]:
 
 
 def open_folder(folder: FolderLike) -> Folder:
-    """Opens the folder at a path or URL; returns a `Folder` unchanged."""
     return folder if isinstance(folder, Folder) else Folder(folder)
 
 
@@ -200,14 +188,25 @@ def damaged_error(folder: Folder, reason: str) -> CheckpointError:
     return CheckpointError(f"checkpoint {folder.uri} is damaged: {reason}; copy it again, or train again")
 
 
+def read_config(folder: Folder) -> dict[str, Any]:
+    """Returns the content of `config.json`. The weights are not verified.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    config = _read_json(folder, CONFIG)
+    if config is None:
+        raise not_a_checkpoint_error(folder)
+    return config
+
+
 def _read_json(folder: Folder, name: str) -> dict[str, Any] | None:
     try:
-        content = from_json_with_checksum(folder.read(name))
+        return from_json_with_checksum(folder.read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise damaged_error(folder, f"{name}: {error}") from error
-    return content
 
 
 def _fingerprint(kind: str, identity: Mapping[str, Any], weights_sha256: str) -> str:

@@ -1,7 +1,6 @@
 """Model cards: the `README.md` of a checkpoint, in the format of Hugging Face.
 
-A card shows the training data, the recipe (training configuration) and the scores. A card may be published, so it
-contains file names, but no paths.
+A card may be published, so it contains file names, but no paths.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -72,15 +71,9 @@ class CardNotes:
 def render_card(
     config: Mapping[str, Any], training: Mapping[str, Any], has_encoder: bool, notes: CardNotes = CardNotes()
 ) -> bytes:
-    """Renders the card of a checkpoint.
+    """Renders the card of a checkpoint with the content of its `config.json` and `training.json`.
 
-    Args:
-        config: content of the checkpoint's `config.json`. Its `provenance` records the training data and the software
-            versions.
-        training: content of the checkpoint's `training.json`. Its `history` contains the metrics of each epoch, and
-            `resolved` contains all settings.
-        has_encoder: whether the checkpoint contains the weights of the encoder.
-        notes: license, data and scores.
+    `has_encoder` is whether the checkpoint contains the weights of the encoder.
     """
     kind = str(config["kind"])
     header = {"license": notes.license, "library_name": "captionlib", "pipeline_tag": _PIPELINES[kind]}
@@ -125,7 +118,6 @@ def strip_paths(values: Any) -> Any:
 
 
 def _summarize(config: Mapping[str, Any]) -> str:
-    """Describes the model in two sentences."""
     architecture, provenance = config.get("architecture", {}), config.get("provenance", {})
     tasks = {
         "captioner": "generates captions of images",
@@ -186,8 +178,7 @@ def _collect_recipe(config: Mapping[str, Any], training: Mapping[str, Any]) -> d
     resolved = dict(training.get("resolved", {}))
     for name in ("features", "manifest", "source", "init_from_fingerprint", "captioner", "ranker", "model"):
         resolved.pop(name, None)  # described in other sections, or part of the architecture
-    recipe: dict[str, Any] = strip_paths({"architecture": dict(config.get("architecture", {})), **resolved})
-    return recipe
+    return {"architecture": config.get("architecture", {}), **resolved}
 
 
 def _render_validation_scores(training: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Incremental decoding, one word per time step, with precomputed weights that make a step fast."""
+"""Incremental decoding: one word per time step, with precomputed weights that make a step fast."""
 
 import copy
 from collections.abc import Sequence
@@ -23,55 +23,39 @@ _MIN_PACKED_ROWS = 32  # with fewer rows oneDNN is not faster
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sentence of an n-best list.
+    """One sentence of an n-best list."""
 
-    Attributes:
-        token_ids: token ids without START and END, which have the same id.
-        log_prob: ln p(sentence | image), the sum over all tokens, without `length_penalty`.
-        token_count: number of tokens that `log_prob` sums over: the words, and END unless the sentence was truncated.
-    """
-
-    token_ids: list[int]
-    log_prob: float
-    token_count: int
+    token_ids: list[int]  # without END
+    log_prob: float  # ln p(sentence | image), the sum over all tokens, without `length_penalty`
+    token_count: int  # tokens that `log_prob` sums over: the words, and END unless the sentence was truncated
 
 
 class DecoderState(NamedTuple):
     """The state of partial sentences. A parent is a prefix whose state is stored once for all its extensions.
 
-    Attributes:
-        h: `[parents, hidden_size]` of each layer; for a Transformer, the keys of the words so far, `[parents, words,
-            hidden_size]`.
-        c: `[parents, hidden_size]` of each layer of an LSTM; for a Transformer, the values of the words so far; empty
-            for an RNN.
-        context: `[parents, attention_size]`, the last context vector; None without attention.
-        image_gates: `[parents, gates]`, the image's contribution to the gates of the next time step, or to the word
-            embedding of a Transformer; None if the image does not contribute.
-        image: `[parents] int64`, the image of each parent; None without attention.
-        annotations: `ImageState.annotations`; None without attention.
-        parent: `[rows] int64`, the state row of each sentence; None if row i belongs to sentence i.
+    For a Transformer, `h` has the keys of all words, `[parents, words, hidden_size]`, and `c` their values. Without
+    attention, `context`, `image` and `annotations` are None.
     """
 
-    h: tuple[Tensor, ...]
-    c: tuple[Tensor, ...]
-    context: Tensor | None
-    image_gates: Tensor | None
-    image: Tensor | None
-    annotations: Tensor | None
-    parent: Tensor | None = None
+    h: tuple[Tensor, ...]  # [parents, hidden_size] of each layer
+    c: tuple[Tensor, ...]  # [parents, hidden_size] of each layer of an LSTM; empty for an RNN
+    context: Tensor | None  # [parents, attention_size], the last context vector
+    image_projections: Tensor | None  # [parents, gates], added to the next gates, or word embedding of a Transformer
+    image: Tensor | None  # [parents] int64, the image of each parent
+    annotations: Tensor | None  # see `ImageState`
+    parent: Tensor | None = None  # [rows] int64, the state row of each sentence; None if row i belongs to sentence i
 
     def select(self, rows: Tensor) -> "DecoderState":
         """Returns the state of the given rows, `[count] int64`; repeated rows share a parent."""
         if self.parent is not None:
             rows = self.parent.index_select(0, rows)
         kept, parent = torch.unique(rows, return_inverse=True)
-
         h, c = (tuple(values.index_select(0, kept) for values in layers) for layers in (self.h, self.c))
-        context, image_gates, image = (
+        context, image_projections, image = (
             None if values is None else values.index_select(0, kept)
-            for values in (self.context, self.image_gates, self.image)
+            for values in (self.context, self.image_projections, self.image)
         )
-        return DecoderState(h, c, context, image_gates, image, self.annotations, parent)
+        return DecoderState(h, c, context, image_projections, image, self.annotations, parent)
 
     def gather(self, values: Tensor) -> Tensor:
         """Expands values from one row per parent, `[parents, ...]`, to one row per sentence, `[rows, ...]`."""
@@ -79,20 +63,13 @@ class DecoderState(NamedTuple):
 
 
 class Hypotheses(NamedTuple):
-    """Partial sentences, one per row.
+    """Partial sentences, one per row."""
 
-    Attributes:
-        log_prob: `[rows] float32`, log-probability of the words so far.
-        words: `[rows, 1 + words] int64`, END as the start token and the words so far.
-        state: state after all words except the last.
-    """
-
-    log_prob: Tensor
-    words: Tensor
-    state: DecoderState
+    log_prob: Tensor  # [rows] float32
+    words: Tensor  # [rows, 1 + words] int64; the first is END, which is also the start token
+    state: DecoderState  # after all words except the last
 
     def select(self, rows: Tensor) -> "Hypotheses":
-        """Returns the given rows, `[count] int64`."""
         return Hypotheses(self.log_prob[rows], self.words[rows], self.state.select(rows))
 
 
@@ -100,11 +77,7 @@ class IncrementalCaptioner:
     """A snapshot of a captioner that runs one word at a time. Later changes to the captioner's weights have no effect.
 
     For an RNN or LSTM, Wxh x + b of the first layer is precomputed for every word of the vocabulary, and Whh h is
-    computed once for all sentences with the same parent. A Transformer caches the keys and values of all words.
-
-    Args:
-        model: the captioner; the snapshot runs on its device.
-        dtype: dtype of the computation, float32 or bfloat16.
+    computed once for all sentences with the same parent.
     """
 
     @torch.inference_mode()
@@ -119,35 +92,33 @@ class IncrementalCaptioner:
             return
         (w_ih, _, b_ih, b_hh), *upper = layers = model.recurrence.all_weights
         self._word_gates = torch.addmm(b_ih + b_hh, model.word_vectors.weight, w_ih.t()).to(dtype)
-        self._feed_forward = [PackedLinear(w_ih, b_ih + b_hh, dtype) for w_ih, _, b_ih, b_hh in upper]
+        self._input_to_hidden = [PackedLinear(w_ih, b_ih + b_hh, dtype) for w_ih, _, b_ih, b_hh in upper]
         self._recurrent = [PackedLinear(w_hh, None, dtype) for _, w_hh, *_ in layers]
 
     @torch.inference_mode()
     def encode_images(self, features: Tensor) -> ImageState:
-        """Encodes images, `[images, *feature_shape]` on any device."""
         return self._model.encode_images(features.to(self.device, torch.float32))
 
     @torch.inference_mode()
     def encode_mean_features(self) -> ImageState:
-        """Encodes the mean features of the training images; see `CaptionerNetwork.encode_mean_features`."""
         return self._model.encode_mean_features()
 
     @torch.inference_mode()
     def initial_state(self, image_state: ImageState) -> DecoderState:
         """Returns the state before the first token, one row per image."""
         adds_image = self._model.config.image_input in ("first_step", "every_step")
-        image_gates = image_state.projection.to(self.dtype) if adds_image else None
+        image_projections = image_state.projection.to(self.dtype) if adds_image else None
         layers = self._model.config.layers
         states = image_state.state.to(self.dtype).unbind()
         h, c = states[:layers], states[layers:]
         if image_state.annotations is None:
-            return DecoderState(h, c, None, image_gates, None, None)
+            return DecoderState(h, c, None, image_projections, None, None)
         annotations = image_state.annotations.to(self.dtype)
         image = torch.arange(len(image_state.features), device=self.device)
         context = None
         if self._attention is not None:
             context, _ = self._attention(h[-1], annotations, group_by_image(image, len(annotations)))
-        return DecoderState(h, c, context, image_gates, image, annotations)
+        return DecoderState(h, c, context, image_projections, image, annotations)
 
     @torch.inference_mode()
     def begin(self, image_state: ImageState, prefix: Sequence[int] = ()) -> Hypotheses:
@@ -163,14 +134,9 @@ class IncrementalCaptioner:
 
     @torch.inference_mode()
     def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
-        """Runs one time step for one sentence per row.
+        """Returns the log-probabilities of the next words, `[rows, vocabulary_size] float32`, and the new state.
 
-        Args:
-            state: state of the sentences so far.
-            words: `[rows] int64`, the previous word of each sentence; END at the first time step.
-
-        Returns:
-            The log-probabilities of the next word, `[rows, vocabulary_size] float32`, and the new state.
+        `words` are the previous words, `[rows] int64`; END at the first time step.
         """
         step = self._step_recurrence if self._transformer is None else self._step_transformer
         hidden, state = step(state, words)
@@ -178,32 +144,32 @@ class IncrementalCaptioner:
 
     def _step_recurrence(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
         gates = self._word_gates.index_select(0, words)
-        if state.image_gates is not None:
-            gates += state.gather(state.image_gates)
+        if state.image_projections is not None:
+            gates += state.gather(state.image_projections)
         if self._attention is not None and state.context is not None:
             gates += state.gather(self._attention.to_gates(state.context))
         recurrent_gates = [state.gather(linear(h)) for linear, h in zip(self._recurrent, state.h, strict=True)]
-        h, c = step_layers(gates, recurrent_gates, [state.gather(c) for c in state.c], self._feed_forward)
-        image_gates = None  # from the second word on, only every_step adds the image
-        if self._model.config.image_input == "every_step" and state.image_gates is not None:
-            image_gates = state.gather(state.image_gates)
+        h, c = step_layers(gates, recurrent_gates, [state.gather(c) for c in state.c], self._input_to_hidden)
+        image_projections = None  # from the second word on, only every_step adds the image
+        if self._model.config.image_input == "every_step" and state.image_projections is not None:
+            image_projections = state.gather(state.image_projections)
         hidden, context, image = h[-1], None, None
         if self._attention is not None and state.image is not None and state.annotations is not None:
             image = state.gather(state.image)
             context, _ = self._attention(hidden, state.annotations, group_by_image(image, len(state.annotations)))
             hidden = hidden + self._attention.to_output(context)
-        return hidden, DecoderState(tuple(h), tuple(c), context, image_gates, image, state.annotations)
+        return hidden, DecoderState(tuple(h), tuple(c), context, image_projections, image, state.annotations)
 
     def _step_transformer(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
         assert self._transformer is not None
         embeddings = self._model.word_vectors.weight.index_select(0, words).to(self.dtype)
         image = None if state.image is None else state.gather(state.image)
-        image_gates = None if state.image_gates is None else state.gather(state.image_gates)  # added at every step
+        projections = None if state.image_projections is None else state.gather(state.image_projections)
         past = [*state.h, *state.c]
-        output = self._transformer(embeddings, [len(words)], past, state.annotations, image, state.parent, image_gates)
+        output = self._transformer(embeddings, [len(words)], past, state.annotations, image, state.parent, projections)
         layers = len(state.h)
         h, c = tuple(output.state[:layers]), tuple(output.state[layers:])
-        return output.hidden, DecoderState(h, c, None, image_gates, image, state.annotations)
+        return output.hidden, DecoderState(h, c, None, projections, image, state.annotations)
 
 
 @torch.inference_mode()
@@ -250,17 +216,11 @@ def _pack_linears(module: Module, dtype: torch.dtype) -> Module:
 
 
 class PackedLinear(nn.Module):
-    """Computes x W^T + b with a snapshot of W and b.
+    """A snapshot of a linear layer.
 
-    On a CPU, oneDNN multiplies many float32 rows by weights in its packed layout. This takes half the time of a BLAS
-    that does not use the processor's widest vector instructions. The class uses the operators that torch.compile
-    emits, because these accept and return tensors in the ordinary layout. Converting inputs and outputs would take
-    about 10% of the time of a beam search.
-
-    Args:
-        weight: W, `[outputs, inputs]`.
-        bias: b, `[outputs]`; None if there is no bias.
-        dtype: dtype of the computation.
+    On a CPU, oneDNN multiplies many float32 rows by weights in its packed layout, in half the time of a BLAS that does
+    not use the processor's widest vector instructions. The operators are those that torch.compile emits, because they
+    accept and return tensors in the ordinary layout.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -273,7 +233,6 @@ class PackedLinear(nn.Module):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Computes outputs `[rows, outputs]` from inputs `[rows, inputs]`."""
         if self._packed is None or len(rows) < _MIN_PACKED_ROWS:
             return rows @ self._transposed if self._bias is None else torch.addmm(self._bias, rows, self._transposed)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")

@@ -1,7 +1,4 @@
-"""Encoders, which compute features of images with PyTorch networks.
-
-This module loads networks of torchvision; `captionlib.models.families.encoder` also loads those of other libraries.
-"""
+"""Encoders, which compute features of images with PyTorch networks. `load_encoder` loads those of torchvision."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -90,10 +87,7 @@ class EncoderConfig:
     def from_description(cls, description: Mapping[str, Any], weights: str | None = None) -> "EncoderConfig":
         """Reconstructs the configuration of an encoder from its description.
 
-        Args:
-            description: the encoder's description, from a features dataset or a checkpoint.
-            weights: path of the encoder's weights file or model folder. Required if the weights came from a file or
-                folder, because the description contains only a hash of them.
+        `weights` is the path of the encoder's weights file or model folder, required if its weights came from one.
 
         Raises:
             ConfigError: the weights came from a file or folder and `weights` is None, or the features were imported.
@@ -130,7 +124,6 @@ class EncoderConfig:
         return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
 
     def override_preprocessing(self, preprocessing: Preprocessing) -> Preprocessing:
-        """Returns `preprocessing` with the configured `resize_size` and `decode_scale`."""
         return replace(
             preprocessing,
             resize_size=self.resize_size or preprocessing.resize_size,
@@ -147,15 +140,7 @@ class EncoderConfig:
 
 
 class Encoder:
-    """An encoder with loaded weights; `build_encoder` builds it. Implements the protocol `ImageEncoder`.
-
-    Attributes:
-        network: the network.
-        preprocessing: how to convert an image to the input of the network.
-        device: the device of the network.
-        shape: shape of the features of one image: `[size]`, or `[positions, channels]` for an unpooled feature map.
-        description: everything that determines the features, including a hash of the weights.
-    """
+    """An encoder with loaded weights; `build_encoder` builds it. Implements the protocol `ImageEncoder`."""
 
     def __init__(
         self,
@@ -184,27 +169,13 @@ class Encoder:
             "shape": self.shape,
         }
 
-    @property
-    def size(self) -> int:
-        """Number of values in the features of one image."""
-        return int(np.prod(self.shape))
-
     def encode(self, images: Pixels) -> npt.NDArray[np.floating]:
-        """Encodes a batch and waits for its features; see `encode_async`."""
         return self.encode_async(images)()
 
     def encode_async(self, images: Pixels) -> PendingFeatures:
-        """Starts encoding a batch. Batches that exceed the memory of the device are halved.
+        """Starts encoding a batch; see `ImageEncoder`. Batches that exceed the memory of the device are halved.
 
-        To keep a GPU busy, start the next batch before waiting for the features of the current one. Copies and
-        computation are queued in one CUDA stream.
-
-        Args:
-            images: `[batch, crop, crop, 3] uint8`, RGB.
-
-        Returns:
-            A function that waits for the features and returns them: `[batch, size]` or `[batch, positions, channels]`
-            of the stored dtype. It raises DatasetError if they overflow that dtype.
+        To keep a GPU busy, start the next batch before waiting for the features of the current one.
         """
         pixels = np.asarray(images)
         parts = halve_on_out_of_memory(lambda part: self._start_batch(pixels[part]), len(pixels))
@@ -249,14 +220,13 @@ def build_encoder(
     weights_hash: str,
     trainable: bool = False,
 ) -> Encoder:
-    """Builds an encoder from a network with loaded weights.
+    """Builds an encoder from a network with loaded weights, and moves it to `device`.
 
     Args:
         network: module that maps normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
             `[batch, size]` or `[batch, channels, height, width]`.
-        config: the configuration, which becomes part of the encoder's description.
-        preprocessing: how to convert an image to pixels, and the mean and standard deviation for normalization.
-            `config` overrides its `resize_size` and `decode_scale`.
+        config: becomes part of the encoder's description.
+        preprocessing: how to convert an image to pixels. `config` overrides its `resize_size` and `decode_scale`.
         device: device that the network is moved to.
         weights_hash: hash of everything that determines the network's output and is not part of `config`.
         trainable: see `EncoderNetwork`.
@@ -289,7 +259,12 @@ def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dic
         weights = {**sample_weights(network, config.missing_weights), **weights}
     else:
         config = replace(config, missing_weights="error")  # no weights were sampled
-    _check_shapes(weights, needed, config)
+    for name, tensor in needed.items():
+        if weights[name].shape != tensor.shape:
+            raise ConfigError(
+                f"weights {config.weights}: {name} has shape {list(weights[name].shape)}, but "
+                f"{config.model} expects {list(tensor.shape)}; these weights are for a different network"
+            )
     return weights, config
 
 
@@ -305,11 +280,8 @@ def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[
 def pack_encoder_weights(config: EncoderConfig) -> bytes:
     """Packs the tensors that an encoder needs, and its preprocessing, into the content of a safetensors file.
 
-    Tensors are stored in float16 if that changes no value.
-
-    Args:
-        config: configuration of a torchvision network with weights from a file. The file may contain more tensors than
-            the encoder needs.
+    The encoder must be a torchvision network with weights from a file. Tensors are stored in float16 if that changes
+    no value.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -330,12 +302,3 @@ def describe_preprocessing(preprocessing: Preprocessing | SizeLimit) -> dict[str
         if values.get(name) == default:  # omitted, so that the fingerprints of older datasets remain valid
             del values[name]
     return values
-
-
-def _check_shapes(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor], config: EncoderConfig) -> None:
-    for name, tensor in needed.items():
-        if weights[name].shape != tensor.shape:
-            raise ConfigError(
-                f"weights {config.weights}: {name} has shape {list(weights[name].shape)}, but "
-                f"{config.model} expects {list(tensor.shape)}; these weights are for a different network"
-            )

@@ -1,7 +1,6 @@
 """The top layers of an encoder, which are fine-tuned as part of a captioner.
 
-The lower layers are frozen, so their output is computed once and stored in a features dataset. A training step then
-computes only a few layers instead of a whole network.
+The lower layers are frozen, so their output is computed once and stored in a features dataset.
 """
 
 import math
@@ -27,9 +26,6 @@ class EncoderTop(EvalModeNetwork):
         encoder: `Encoder.description` of the encoder whose features are the input.
         node: node of the encoder's network whose output is returned.
 
-    Attributes:
-        shape: shape of the output for one image: `[positions, channels]`.
-
     Raises:
         ConfigError: the node does not follow the encoder's node, or the input or the output is not a feature map.
     """
@@ -41,12 +37,12 @@ class EncoderTop(EvalModeNetwork):
                 f"{encoder['shape']} from {encoder['model']} at {encoder['node']}; extract features with pooling none "
                 "at a node such as features.23 of vgg16, or leave captioner.encoder_top out"
             )
-        with torch.device("meta"):  # skips the initialization of weights that are loaded later
+        with torch.device("meta"), torch.no_grad():  # neither initializes weights nor computes features
             network = slice_network(encoder["model"], encoder["node"], node)
-        super().__init__(network.to_empty(device="cpu"), autocast=encoder["dtype"] == "bfloat16")
+            features = network(_to_grid(torch.zeros(1, *encoder["shape"])))["features"]
+        super().__init__(network.to_empty(device=torch.get_default_device()), encoder["dtype"] == "bfloat16")
         self._encoder, self._node = encoder, node
-        with torch.no_grad():
-            self.shape: list[int] = list(self(torch.zeros(1, *encoder["shape"])).shape[1:])
+        self.shape: list[int] = list(flatten_positions(features).shape[1:])
         if len(self.shape) != 2:
             raise ConfigError(
                 f"captioner.encoder_top: expected a node that outputs a feature map, got {node} with output shape "
@@ -55,8 +51,7 @@ class EncoderTop(EvalModeNetwork):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Computes the node's output from square feature maps, both `[images, positions, channels] float32`."""
-        side = math.isqrt(maps.shape[1])
-        return flatten_positions(self.run_network(maps.view(len(maps), side, side, -1).permute(0, 3, 1, 2)))
+        return flatten_positions(self.run_network(_to_grid(maps)))
 
     def load_weights(self, weights: str | None) -> None:
         """Loads the weights that these layers have in the encoder.
@@ -91,3 +86,9 @@ class EncoderTop(EvalModeNetwork):
                 "the file that extract-features used"
             )
         self.network.load_state_dict({name: tensors[name] for name in needed})
+
+
+def _to_grid(maps: Tensor) -> Tensor:
+    """Reshapes `[images, positions, channels]` to `[images, channels, side, side]`."""
+    side = math.isqrt(maps.shape[1])
+    return maps.view(len(maps), side, side, -1).permute(0, 3, 1, 2)

@@ -28,8 +28,8 @@ class Caption:
         log_prob: ln p(sentence | image), the sum over all tokens, without length penalty or reranking.
         token_count: number of tokens that `log_prob` sums over, including an end token.
         attention: attention weights of each token, `[token_count, positions] float16`; None if they are not computed.
-        image_text_score: cosine similarity of the embeddings of the sentence and the image; None if no ranker (dual
-            encoder for image-text retrieval) computed it.
+        image_text_score: cosine similarity of the embeddings of the sentence and the image from a ranker (dual
+            encoder for image-text retrieval); None if it is not computed.
     """
 
     text: str
@@ -71,7 +71,7 @@ class CaptionModel(ImageModel, Protocol):
 
 @runtime_checkable
 class SentenceScorer(Protocol):
-    """A captioner that can compute the perplexity of references. Not all families implement this protocol."""
+    """A captioner that can compute the probability of references. Not all families implement this protocol."""
 
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
         """Returns ln p(sentence | image) and the number of tokens of each sentence, as one list per image.
@@ -91,10 +91,6 @@ def open_captioner(address: str | os.PathLike[str], device: str = "cpu") -> Capt
         CheckpointError: the model is missing, damaged or of a different kind.
         ConfigError: the family or the device does not exist.
     """
-    return open_model("captioners", address, device, _load_checkpoint)
-
-
-def _load_checkpoint(folder: str) -> CaptionModel:
     from captionlib.models.families.checkpoint_captioner import CheckpointCaptioner
 
-    return CheckpointCaptioner(folder)
+    return open_model("captioners", address, device, CheckpointCaptioner)

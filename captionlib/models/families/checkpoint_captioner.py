@@ -1,6 +1,7 @@
-"""Implements `CaptionModel`, the interface of all captioners, for captioners that captionlib trains."""
+"""Implements `CaptionModel` for captioners that captionlib trains."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +25,9 @@ __all__ = ["CheckpointCaptioner"]
 
 
 class CheckpointCaptioner:
-    """The captioner in the folder of a checkpoint; implements `CaptionModel`."""
+    """The captioner of a checkpoint; implements `CaptionModel`."""
 
     def __init__(self, folder: str) -> None:
-        self._folder = folder
         self._loaded = load_captioner(folder)
         self.fingerprint = self._loaded.fingerprint
         self.encoder: Mapping[str, Any] = self._loaded.encoder
@@ -35,32 +35,27 @@ class CheckpointCaptioner:
         self.history: Sequence[Mapping[str, Any]] = self._loaded.training.get("history", [])
 
     def find_input_transform(self, weights: str | None) -> EncoderConfig:
-        """Returns the configuration of the encoder; see `ImageModel`."""
         return self._loaded.find_input_transform(weights)
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Checks that features come from the captioner's encoder; see `ImageModel`."""
         self._loaded.require_encoder(description)
 
     def to(self, device: torch.device) -> None:
-        """Moves the captioner to a device."""
         self._loaded.to(device)
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
-        """Describes decoding; see `CaptionModel`."""
         _require_no_prompt(config)
         uses_datastore = config.decoding.rerank.neighbors > 0
         return {
             "decoding": to_dict(config.decoding),
             "dtype": config.dtype,
             "attention_maps": config.attention_maps,
-            "datastore": read_datastore_fingerprint(self._folder, self._loaded) if uses_datastore else None,
+            "datastore": read_datastore_fingerprint(self._loaded.folder, self._loaded) if uses_datastore else None,
         }
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
-        """Builds a decoder; see `CaptionModel`."""
         _require_no_prompt(config)
-        datastore = read_datastore(self._folder, self._loaded) if config.decoding.rerank.neighbors else None
+        datastore = read_datastore(self._loaded.folder, self._loaded) if config.decoding.rerank.neighbors else None
         model, vocabulary = self._loaded.model, self._loaded.vocabulary
         decoder = Decoder(model, config.decoding, getattr(torch, config.dtype), vocabulary, datastore)
 
@@ -74,18 +69,14 @@ class CheckpointCaptioner:
             if config.attention_maps:
                 maps = compute_attention_maps(model, features, [candidates[0] for candidates in per_image])
                 for image_captions, attention in zip(captions, maps, strict=True):
-                    best = image_captions[0]
-                    image_captions[0] = Caption(best.text, best.log_prob, best.token_count, attention)
+                    image_captions[0] = replace(image_captions[0], attention=attention)
             return captions
 
         return generate
 
     @torch.inference_mode()
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
-        """Computes the log-probability and the number of tokens of each sentence; see `SentenceScorer`.
-
-        Words that are not in the vocabulary count as UNKNOWN.
-        """
+        """See `SentenceScorer`. Words that are not in the vocabulary count as UNKNOWN."""
         model, encode = self._loaded.model, self._loaded.vocabulary.encode
         ids = [[encode(text) for text in texts] for texts in sentences]
         nonempty = [each for per_image in ids for each in per_image if each]
@@ -93,10 +84,8 @@ class CheckpointCaptioner:
         if nonempty:
             device = next(model.parameters()).device
             features = torch.from_numpy(np.array(images, np.float32)).to(device)  # a copy, which is writable
-            image_indices = torch.tensor(
-                [index for index, per_image in enumerate(ids) for each in per_image if each], device=device
-            )
-            scores = model(features, pad_sentences(nonempty).to(device), image_indices)
+            image_indices = [index for index, per_image in enumerate(ids) for each in per_image if each]
+            scores = model(features, pad_sentences(nonempty).to(device), torch.tensor(image_indices, device=device))
             np.add.at(log_probs, scores.sentences.cpu().numpy(), scores.log_probs.double().cpu().numpy())
         sums = iter(log_probs.tolist())
         return [[(next(sums), len(each) + 1) if each else (0.0, 0) for each in per_image] for per_image in ids]

@@ -32,10 +32,7 @@ class ImageEncoder(Protocol):
         """Everything that determines the features, as JSON values; see `EncoderConfig.from_description`."""
 
     def encode_async(self, images: Pixels) -> PendingFeatures:
-        """Starts encoding a batch. The features of an image do not depend on the other images of the batch.
-
-        Args:
-            images: `[batch, crop, crop, 3] uint8`, RGB.
+        """Starts encoding images, `[batch, crop, crop, 3] uint8`. Their features must not depend on the batch.
 
         Returns:
             A function that waits for the features and returns them: `[batch, *shape]`, with the dtype
@@ -51,7 +48,7 @@ def open_encoder(config: EncoderConfig, device: str = "auto") -> ImageEncoder:
     """Loads an encoder of any family.
 
     Args:
-        config: the configuration. The prefix of `config.model` names the family; torchvision models have none.
+        config: the prefix of `config.model` names the family; torchvision models have none.
         device: auto, cpu, cuda or cuda:N.
 
     Raises:

@@ -1,12 +1,13 @@
 """Opens models in the format of Hugging Face Transformers, without running code that comes with a model."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers.image_processing_backends import TorchvisionBackend
@@ -15,46 +16,81 @@ from captionlib.data.images.decoding import Preprocessing, SizeLimit
 from captionlib.data.shards.markers import compute_checksum, compute_fingerprint
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.families.model import Arrays
+from captionlib.storage.retries import convert_os_errors, find_file_type
 
-__all__ = [
-    "WHOLE_IMAGE",
-    "find_preprocessing",
-    "fingerprint_files",
-    "load_part",
-    "load_weights",
-    "open_model_folder",
-    "prepare_pixels",
-    "require_pixels",
-    "require_weights",
-]
+__all__ = ["WHOLE_IMAGE", "ModelFolder", "find_preprocessing", "prepare_pixels", "require_pixels"]
 
 WHOLE_IMAGE = SizeLimit(2**31 - 1)
-"""Preprocessing that does not resize images. The model's own processor resizes them later."""
+"""Preprocessing of images that the model's own processor resizes."""
 
-Part = TypeVar("Part")
-
+# The files that loading a model may read.
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
 
 transformers.logging.set_verbosity_error()  # the warnings are for developers
 transformers.logging.disable_progress_bar()
 
 
-def open_model_folder(location: str) -> Path:
-    """Returns the local folder of a model; downloads it if `location` is `ORGANIZATION/NAME@REVISION`.
+class ModelFolder:
+    """The local folder of a model, which is downloaded if `location` is `ORGANIZATION/NAME@REVISION`.
 
     Raises:
         CheckpointError: the folder has no weights in safetensors format.
         ConfigError: the folder does not exist, or the model cannot be downloaded.
     """
-    folder = Path(location)
-    if not folder.is_dir():
-        folder = _download(location)
-    if not any(folder.glob("*.safetensors")):
-        others = [path.name for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern)]
-        got = f"{others[0]}, which could run code" if others else "none"
-        raise CheckpointError(f"hf:{location}: expected weights in safetensors files, got {got}; convert the weights")
-    return folder
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.is_local = find_file_type(LocalFileSystem(), location) == "directory"
+        self.path = Path(location) if self.is_local else _download(location)
+        with convert_os_errors(str(self.path)):
+            names = sorted(path.name for path in self.path.iterdir())
+        if not any(name.endswith(".safetensors") for name in names):
+            others = [name for name in names if name.endswith(_OTHER_WEIGHTS)]
+            got = f"{others[0]}, which could run code" if others else "none"
+            raise CheckpointError(
+                f"hf:{location}: expected weights in safetensors files, got {got}; convert the weights"
+            )
+
+    def load(self, auto_class: Any, **options: Any) -> Any:
+        """Loads a model, tokenizer or processor without running code that comes with the model.
+
+        Raises:
+            CheckpointError: the files are missing, damaged, or need code that comes with the model.
+        """
+        try:
+            return auto_class.from_pretrained(str(self.path), trust_remote_code=False, local_files_only=True, **options)
+        except Exception as error:  # Transformers raises many types of exceptions on damaged files
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[0][:300] if lines else type(error).__name__
+            raise CheckpointError(
+                f"hf:{self.location} cannot be loaded by transformers {transformers.__version__}: {reason}"
+            ) from error
+
+    def load_model(self, auto_class: Any) -> tuple[Any, list[str]]:
+        """Loads a model in evaluation mode, with float32 weights from safetensors files.
+
+        Returns:
+            The model, and the names of its tensors that the files lack. Transformers initializes them randomly.
+        """
+        options = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        model, report = self.load(auto_class, **options)
+        return model.eval(), sorted(report["missing_keys"])
+
+    def require_weights(self, missing: Collection[str]) -> None:
+        """Raises CheckpointError if `missing`, the names of tensors that the files lack, is not empty."""
+        if missing:
+            raise CheckpointError(
+                f"hf:{self.location}: the weights lack {len(missing)} tensors, among them {min(missing)}"
+            )
+
+    def compute_fingerprint(self) -> str:
+        """Returns a hash of the names and contents of the model's files."""
+        hashes = {}
+        for path in sorted({path for pattern in _FILES for path in self.path.glob(pattern)}):
+            with path.open("rb") as file:
+                hashes[path.name] = compute_checksum(file).removeprefix("sha256:")
+        return compute_fingerprint("hf", hashes)
 
 
 def _download(location: str) -> Path:
@@ -74,64 +110,8 @@ def _download(location: str) -> Path:
         ) from error
 
 
-def fingerprint_files(folder: Path) -> str:
-    """Returns a hash of the names and contents of all files that loading a model may read."""
-    hashes = {}
-    for path in sorted({path for pattern in _FILES for path in folder.glob(pattern)}):
-        with path.open("rb") as file:
-            hashes[path.name] = compute_checksum(file).removeprefix("sha256:")
-    return compute_fingerprint("hf", hashes)
-
-
-def load_part(location: str, load: Callable[..., Part], folder: Path, **options: Any) -> Part:
-    """Calls `load`, the `from_pretrained` method of a model, tokenizer or processor class, without running model code.
-
-    Raises:
-        CheckpointError: the model, tokenizer or processor is missing, damaged, or needs code that comes with the model.
-    """
-    try:
-        return load(str(folder), trust_remote_code=False, local_files_only=True, **options)
-    except Exception as error:  # Transformers raises many types of exceptions on damaged files
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0][:300] if lines else type(error).__name__
-        raise CheckpointError(
-            f"hf:{location} cannot be loaded by transformers {transformers.__version__}: {reason}"
-        ) from error
-
-
-def load_weights(location: str, load: Callable[..., Any], folder: Path) -> tuple[Any, list[str]]:
-    """Loads a model in evaluation mode, with float32 weights from safetensors files.
-
-    Returns:
-        The model, and the names of its tensors that the files lack. Transformers initializes these tensors randomly.
-
-    Raises:
-        CheckpointError: see `load_part`.
-    """
-    model, report = load_part(
-        location, load, folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-    )
-    return model.eval(), sorted(report["missing_keys"])
-
-
-def require_weights(location: str, missing: Collection[str]) -> None:
-    """Raises CheckpointError if `missing`, the names of tensors that a model's files lack, is not empty."""
-    if missing:
-        raise CheckpointError(f"hf:{location}: the weights lack {len(missing)} tensors, among them {min(missing)}")
-
-
 def require_pixels(address: str, expected: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-    """Checks that the input of a model is pixels.
-
-    Args:
-        address: address of the model, for the error message.
-        expected: result of `describe_pixel_input` for the model's preprocessing.
-        description: description of the actual input: `expected` if the input is pixels, or the description of the
-            encoder if the input is features.
-
-    Raises:
-        CheckpointError: the input is features.
-    """
+    """Raises CheckpointError if `description` is that of an encoder; `expected` is that of the model's pixel input."""
     if description != expected:
         raise CheckpointError(
             f"{address}: expected images, the input of this model, got features; specify the manifest that the "
@@ -140,12 +120,9 @@ def require_pixels(address: str, expected: Mapping[str, Any], description: Mappi
 
 
 def prepare_pixels(images: Arrays, preprocessing: Preprocessing | SizeLimit, processor: Any) -> Tensor:
-    """Normalizes images; returns `[images, 3, height, width] float32`.
+    """Normalizes images that were decoded with `preprocessing`; returns `[images, 3, height, width] float32`.
 
-    Args:
-        images: `[height, width, 3] uint8` each, decoded with `preprocessing`.
-        preprocessing: result of `find_preprocessing`.
-        processor: the model's image processor, which resizes the images if `preprocessing` is `WHOLE_IMAGE`.
+    The model's image processor resizes them if `preprocessing` is `WHOLE_IMAGE`.
     """
     if isinstance(preprocessing, SizeLimit):
         pixels: Tensor = processor(images=list(images), return_tensors="pt")["pixel_values"]
@@ -155,11 +132,7 @@ def prepare_pixels(images: Arrays, preprocessing: Preprocessing | SizeLimit, pro
 
 
 def find_preprocessing(processor: Any) -> Preprocessing | SizeLimit:
-    """Returns the preprocessing of a model, or `WHOLE_IMAGE` if only the model's own processor can prepare images.
-
-    Args:
-        processor: the model's image processor.
-    """
+    """Returns the preprocessing of an image processor, or `WHOLE_IMAGE` if captionlib's decoder cannot replace it."""
     size, crop = dict(processor.size or {}), dict(getattr(processor, "crop_size", None) or {})
     is_standard = isinstance(processor, TorchvisionBackend) and (
         type(processor)._preprocess is TorchvisionBackend._preprocess
@@ -175,14 +148,9 @@ def find_preprocessing(processor: Any) -> Preprocessing | SizeLimit:
     side = crop.get("height") if processor.do_center_crop else size.get("height", -1)
     square = {"height": side, "width": side}
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    interpolation = _name_interpolation(processor.resample)
+    interpolation = transformers.image_utils.PILImageResampling(int(processor.resample)).name.lower()
     if side and size == square and (not processor.do_center_crop or crop == square):
         return Preprocessing(side, side, interpolation, mean, std, stretch=True)
     if side and processor.do_center_crop and crop == square and list(size) == ["shortest_edge"]:
         return Preprocessing(size["shortest_edge"], side, interpolation, mean, std)
     return WHOLE_IMAGE
-
-
-def _name_interpolation(resample: Any) -> str:
-    name: str = transformers.image_utils.PILImageResampling(int(resample)).name.lower()
-    return name

@@ -18,14 +18,10 @@ from captionlib.models.devices import halve_on_out_of_memory
 from captionlib.models.families.captioner import Caption, GenerateCaptions
 from captionlib.models.families.huggingface import (
     WHOLE_IMAGE,
+    ModelFolder,
     find_preprocessing,
-    fingerprint_files,
-    load_part,
-    load_weights,
-    open_model_folder,
     prepare_pixels,
     require_pixels,
-    require_weights,
 )
 from captionlib.models.families.huggingface_scoring import score_sentences
 from captionlib.models.families.model import Arrays, describe_pixel_input
@@ -49,50 +45,43 @@ class HuggingFaceCaptioner:
     history: Sequence[Mapping[str, Any]] = ()
 
     def __init__(self, location: str) -> None:
-        folder = open_model_folder(location)
+        folder = ModelFolder(location)
         self._location = location
-        self._model, missing = load_weights(location, AutoModelForImageTextToText.from_pretrained, folder)
+        self._model, missing = folder.load_model(AutoModelForImageTextToText)
         # TrOCR and ViT-GPT2 files often lack the weights of the encoder's pooler, which captioners do not use.
-        require_weights(location, [name for name in missing if "pooler" not in name])
+        folder.require_weights([name for name in missing if "pooler" not in name])
         self._type = str(self._model.config.model_type)
-        image_processor = load_part(location, AutoImageProcessor.from_pretrained, folder)
-        self._tokenizer = load_part(location, AutoTokenizer.from_pretrained, folder)
+        image_processor = folder.load(AutoImageProcessor)
+        self._tokenizer = folder.load(AutoTokenizer)
         self._processor: Any = None
         self._preprocessing: Preprocessing | SizeLimit = find_preprocessing(image_processor)
         if self._type not in _PROMPT_OPTIONAL or isinstance(self._preprocessing, SizeLimit):
-            self._processor = load_part(location, AutoProcessor.from_pretrained, folder)
+            self._processor = folder.load(AutoProcessor)
             if not isinstance(self._processor, ProcessorMixin):  # the model has no processor for images and text
                 self._processor = image_processor
-            self._preprocessing = WHOLE_IMAGE  # the processor resizes the images
-        self.fingerprint = fingerprint_files(folder)
+            self._preprocessing = WHOLE_IMAGE
+        self.fingerprint = folder.compute_fingerprint()
         self.encoder = describe_pixel_input(self._preprocessing)
 
     def find_input_transform(self, weights: str | None) -> Preprocessing | SizeLimit:
-        """Returns the preprocessing; see `ImageModel`."""
         return self._preprocessing
 
     def require_encoder(self, description: Mapping[str, Any]) -> None:
-        """Rejects the features of an encoder, because the model takes pixels; see `ImageModel`."""
         require_pixels(f"hf:{self._location}", self.encoder, description)
 
     def to(self, device: torch.device) -> None:
         self._model.to(device)
 
     def describe_generation(self, config: "GenerationConfig") -> dict[str, Any]:
-        """Describes decoding and the prompt; see `CaptionModel`."""
-        self._check(config)
-        decoding = {
-            name: value
-            for name, value in to_dict(config.decoding).items()
-            if name not in (*_UNSUPPORTED, "diversity_penalty")
-        }
+        self._require_support(config)
+        ignored = {*_UNSUPPORTED, "diversity_penalty"}
+        decoding = {name: value for name, value in to_dict(config.decoding).items() if name not in ignored}
         if config.decoding.rerank.method != "none":
             decoding["rerank"] = to_dict(config.decoding.rerank)
         return {"decoding": decoding, "dtype": config.dtype, "prompt": config.prompt}
 
     def prepare(self, config: "GenerationConfig") -> GenerateCaptions:
-        """Converts the model to the configured dtype and prepares decoding; see `CaptionModel`."""
-        self._check(config)
+        self._require_support(config)
         dtype = getattr(torch, config.dtype)
         model = self._model if dtype == torch.float32 else copy.deepcopy(self._model).to(dtype)
         options = _map_decoding(config.decoding)
@@ -104,7 +93,8 @@ class HuggingFaceCaptioner:
                 name: value.to(model.device, dtype if value.is_floating_point() else None)
                 for name, value in self._prepare_inputs(images, config.prompt).items()
             }
-            with torch.inference_mode(), torch.random.fork_rng(_cuda_devices(model.device), enabled=is_sampling):
+            gpus = [model.device] if model.device.type == "cuda" else []
+            with torch.inference_mode(), torch.random.fork_rng(gpus, enabled=is_sampling):
                 if is_sampling:
                     torch.manual_seed(_derive_seed(image_ids[0], config.decoding.seed))
                 output = model.generate(**inputs, **options, return_dict_in_generate=True)
@@ -119,11 +109,7 @@ class HuggingFaceCaptioner:
         return generate
 
     def score_sentences(self, images: Arrays, sentences: Sequence[Sequence[str]]) -> list[list[tuple[float, int]]]:
-        """Computes the probability of references; see `SentenceScorer`.
-
-        Raises:
-            ConfigError: the model answers prompts.
-        """
+        """See `SentenceScorer`. Raises ConfigError if the model answers prompts."""
         if self._type not in _PROMPT_OPTIONAL:
             raise ConfigError(
                 f"hf:{self._location} answers prompts, and the perplexity of its answers is not supported; leave "
@@ -136,8 +122,7 @@ class HuggingFaceCaptioner:
 
         return [scores for part in halve_on_out_of_memory(score, len(images)) for scores in part]
 
-    def _check(self, config: "GenerationConfig") -> None:
-        """Raises ConfigError if the model does not support a setting."""
+    def _require_support(self, config: "GenerationConfig") -> None:
         default = DecodingConfig()
         for name in _UNSUPPORTED:
             if name == "rerank" and config.decoding.rerank.method == "image_text":
@@ -154,26 +139,20 @@ class HuggingFaceCaptioner:
             raise ConfigError(f"prompt: hf:{self._location} does not accept prompts; leave prompt out")
 
     def _prepare_inputs(self, images: Arrays, prompt: str | None) -> dict[str, Tensor]:
-        """Returns the arguments of `generate` for a batch of images."""
         if self._type in _PROMPT_OPTIONAL:
             inputs = {"pixel_values": prepare_pixels(images, self._preprocessing, self._processor)}
             if prompt is not None:
                 ids = self._tokenizer(prompt, add_special_tokens=False).input_ids
                 # GIT's prompts start with CLS. BLIP's `generate` replaces the first token and drops the last one.
-                ids = [
-                    self._tokenizer.cls_token_id,
-                    *ids,
-                    *([self._tokenizer.sep_token_id] if self._type == "blip" else []),
-                ]
+                end = [self._tokenizer.sep_token_id] if self._type == "blip" else []
+                ids = [self._tokenizer.cls_token_id, *ids, *end]
                 inputs["input_ids"] = torch.tensor([ids] * len(images))
                 inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             return inputs
         text = prompt or ""
         if self._processor.chat_template:
-            content = [{"type": "image"}, {"type": "text", "text": text}]
-            text = self._processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True
-            )
+            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+            text = self._processor.apply_chat_template([message], add_generation_prompt=True)
         batch = self._processor(
             images=[[image] for image in images] if self._processor.chat_template else list(images),
             text=[text] * len(images),
@@ -221,12 +200,12 @@ class HuggingFaceCaptioner:
 
 
 def load(location: str) -> HuggingFaceCaptioner:
-    """Loads a captioner from a folder or from `ORGANIZATION/NAME@REVISION`; see `open_captioner` for errors."""
     return HuggingFaceCaptioner(location)
 
 
 def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
     """Returns the arguments of `generate`, which override the model's own generation settings."""
+    is_sampling = config.strategy == "sample"
     options: dict[str, Any] = {
         "max_new_tokens": config.find_max_tokens("subwords"),
         "max_length": None,
@@ -234,29 +213,14 @@ def _map_decoding(config: DecodingConfig) -> dict[str, Any]:
         "no_repeat_ngram_size": config.no_repeat_ngram_size,
         "repetition_penalty": 1.0,
         "num_return_sequences": config.candidate_count,
-        "num_beams": config.beam_width,
-        "do_sample": False,
-        "length_penalty": config.length_penalty,
-        "output_scores": True,
+        "do_sample": is_sampling,
     }
-    if config.strategy == "sample":
-        options |= {
-            "do_sample": True,
-            "num_beams": 1,
-            "temperature": config.temperature,
-            "top_k": config.top_k or 0,
-            "top_p": config.top_p,
-        }
-    if options["num_beams"] == 1:
-        options |= {"output_scores": False, "output_logits": True}
-        del options["length_penalty"]
-    return options
+    if is_sampling:
+        options |= {"temperature": config.temperature, "top_k": config.top_k or 0, "top_p": config.top_p}
+    if is_sampling or config.beam_width == 1:
+        return {**options, "num_beams": 1, "output_logits": True}
+    return {**options, "num_beams": config.beam_width, "length_penalty": config.length_penalty, "output_scores": True}
 
 
 def _derive_seed(image_id: str, seed: int) -> int:
-    """Returns the seed of an image's samples."""
     return int.from_bytes(hashlib.sha256(f"{seed} {image_id}".encode()).digest()[:8], "big") >> 1
-
-
-def _cuda_devices(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []

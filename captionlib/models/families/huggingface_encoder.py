@@ -1,7 +1,6 @@
 """Image encoders from Hugging Face Transformers: vision transformers such as CLIP, SigLIP, DINOv2 and ViT."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,32 +10,20 @@ from transformers import AutoImageProcessor, AutoModel
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import CheckpointError, ConfigError
 from captionlib.models.encoders.encoder import Encoder, EncoderConfig, build_encoder
-from captionlib.models.families.huggingface import (
-    find_preprocessing,
-    fingerprint_files,
-    load_part,
-    load_weights,
-    open_model_folder,
-    require_weights,
-)
+from captionlib.models.families.huggingface import ModelFolder, find_preprocessing
 from captionlib.models.families.nodes import Node, check_node, select_class_token, to_feature_map
 
 __all__ = ["load"]
 
 
 class _VisionTower(nn.Module):
-    """The vision tower of a Transformers model. Computes the features that `node` selects; see `Node`."""
-
     def __init__(self, model: Any, node: Node, address: str) -> None:
         super().__init__()
         self.model = model
         self._node, self._address = node, address
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Computes features, `[batch, channels]` or `[batch, channels, height, width]`.
-
-        `pixels` is `[batch, 3, side, side]`, normalized.
-        """
+        """Computes features, `[batch, channels]` or `[batch, channels, height, width]`."""
         output = self.model(pixel_values=pixels)
         last = output.last_hidden_state
         if self._node == "pooled":
@@ -60,33 +47,34 @@ def load(location: str, config: EncoderConfig, device: torch.device) -> Encoder:
             f"encoder.weights: the folder of {address} contains the weights; omit encoder.weights and "
             "encoder.missing_weights"
         )
-    folder = open_model_folder(location)
-    preprocessing = find_preprocessing(load_part(location, AutoImageProcessor.from_pretrained, folder))
+    folder = ModelFolder(location)
+    preprocessing = find_preprocessing(folder.load(AutoImageProcessor))
     if not isinstance(preprocessing, Preprocessing):
         raise CheckpointError(
             f"{address}: expected an image processor that resizes images to one size, crops and normalizes them, got "
             "one that does not; use a different model"
         )
-    tower = _VisionTower(_load_tower(location, folder, node), node, address)
-    # A folder is identified by the hash of its files, not by its location.
-    is_local = Path(location).is_dir()
-    name = tower.model.config.model_type if is_local else location
-    config = replace(config, model=f"hf:{name}", weights="folder" if is_local else "hub")
-    return build_encoder(tower, config, preprocessing, device, fingerprint_files(folder))
+    tower = _VisionTower(_load_tower(folder, node), node, address)
+    # A local folder is identified by the hash of its files, not by its location.
+    name = tower.model.config.model_type if folder.is_local else location
+    config = replace(config, model=f"hf:{name}", weights="folder" if folder.is_local else "hub")
+    return build_encoder(tower, config, preprocessing, device, folder.compute_fingerprint())
 
 
-def _load_tower(location: str, folder: Path, node: Node) -> Any:
-    model, missing = load_weights(location, AutoModel.from_pretrained, folder)
+def _load_tower(folder: ModelFolder, node: Node) -> Any:
+    model, missing = folder.load_model(AutoModel)
     tower = getattr(model, "vision_model", model)
     if tower.main_input_name != "pixel_values":
-        raise CheckpointError(f"hf:{location}: expected a model with an image encoder, got {type(model).__name__}")
+        raise CheckpointError(
+            f"hf:{folder.location}: expected a model with an image encoder, got {type(model).__name__}"
+        )
     prefix = "" if tower is model else "vision_model."
     tower_missing = [name for name in missing if name.startswith(prefix)]
     missing_pooler = [name for name in tower_missing if "pooler" in name]
     if node == "pooled" and missing_pooler:
         raise ConfigError(
-            f"encoder.node: hf:{location} has no trained weights for pooled ({missing_pooler[0]}); use class_token or "
-            "feature_map"
+            f"encoder.node: hf:{folder.location} has no trained weights for pooled ({missing_pooler[0]}); "
+            "use class_token or feature_map"
         )
-    require_weights(location, set(tower_missing) - set(missing_pooler))
+    folder.require_weights(set(tower_missing) - set(missing_pooler))
     return tower

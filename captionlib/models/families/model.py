@@ -33,15 +33,12 @@ class ImageModel(Protocol):
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """`ImageEncoder.description` of the encoder whose features are the input.
-
-        If the input is pixels, there is no encoder, and this is the result of `describe_pixel_input`.
-        """
+        """`ImageEncoder.description` of the input's encoder, or `describe_pixel_input` if the input is pixels."""
 
     def find_input_transform(self, weights: str | None) -> InputTransform:
         """Returns the transform from images to the input of the model.
 
-        `weights` is the path of the encoder's weights file, if the user specified it.
+        `weights` is the path of the encoder's weights file. If it is None, the recorded path is used.
 
         Raises:
             ConfigError: the weights file is needed and cannot be found.
@@ -64,10 +61,7 @@ Model = TypeVar("Model", bound=ImageModel)
 def open_model(
     kind: ModelKind, address: str | os.PathLike[str], device: str, load_checkpoint: Callable[[str], Model]
 ) -> Model:
-    """Loads a model of a kind, such as `captioners`; see `open_captioner`.
-
-    If the address has the prefix of a family, the family loads the model; otherwise, `load_checkpoint` does.
-    """
+    """Loads a model of a family, or with `load_checkpoint` if the address has no prefix; see `open_captioner`."""
     prefix, location = split_address(address)
     torch_device = resolve_device(device)
     load: Callable[[str], Model] = find_family(kind, prefix) if prefix else load_checkpoint

@@ -1,7 +1,4 @@
-"""Converts the output of vision transformers and convolutional networks to features.
-
-`Node` selects the output that is used as features: the pooled vector, the class token or the feature map.
-"""
+"""Converts the output of vision transformers and convolutional networks to features."""
 
 from typing import Literal, cast, get_args
 
@@ -12,19 +9,15 @@ from captionlib.errors import ConfigError
 __all__ = ["Node", "check_node", "select_class_token", "to_feature_map"]
 
 Node = Literal["pooled", "class_token", "feature_map"]
-"""The kind of features.
+"""The output that is used as features.
 
-`pooled` is the pooled vector that the model outputs. `class_token` is the output of the class token. `feature_map` is
-the output of all positions of the image, without the class token and register tokens.
+`pooled` is the pooled vector. `class_token` is the output of the class token. `feature_map` is the output of all
+positions of the image, without the class token and register tokens.
 """
 
 
 def check_node(model: str, node: str) -> Node:
-    """Checks that `node` is the name of a node, and returns it. `model` identifies the model in error messages.
-
-    Raises:
-        ConfigError: there is no node of this name.
-    """
+    """Returns `node`, or raises ConfigError if there is no node of this name. `model` is for the error message."""
     if node not in get_args(Node):
         raise ConfigError(
             f"encoder.node: {model} has the nodes {', '.join(get_args(Node))}, got {node}; for example, pass "
@@ -34,11 +27,7 @@ def check_node(model: str, node: str) -> Node:
 
 
 def select_class_token(output: Tensor, model: str, has_class_token: bool) -> Tensor:
-    """Returns the class token, the first of `[batch, tokens, channels]`, as `[batch, channels]`.
-
-    Raises:
-        ConfigError: the model has no class token.
-    """
+    """Returns the first of `[batch, tokens, channels]`, or raises ConfigError if there is no class token."""
     if output.dim() != 3 or not has_class_token:
         raise ConfigError(f"encoder.node: {model} has no class token; use pooled or feature_map")
     return output[:, 0]
@@ -47,14 +36,8 @@ def select_class_token(output: Tensor, model: str, has_class_token: bool) -> Ten
 def to_feature_map(output: Tensor, model: str, height: int, width: int) -> Tensor:
     """Returns feature maps, `[batch, channels, height, width]`.
 
-    Args:
-        output: feature maps, or `[batch, tokens, channels]` in which the last tokens are the positions, row by row.
-        model: identifies the model in error messages.
-        height: number of rows of the feature map.
-        width: number of columns of the feature map.
-
-    Raises:
-        ConfigError: the output does not have `height * width` positions.
+    `output` is a batch of feature maps, or `[batch, tokens, channels]`, where the last tokens are the positions, row by
+    row. Raises ConfigError if there are fewer positions than `height * width`.
     """
     if output.dim() == 4:
         return output

@@ -1,9 +1,8 @@
 """Finds the family of a model by the prefix of its address, such as `hf` in `hf:Salesforce/blip@REVISION`.
 
-A family is a provider of models: an entry point of an installed package. Its name is the prefix. Its group is
-`captionlib.captioners`, `captionlib.encoders` or `captionlib.rankers` (dual encoders for image-text retrieval). An
-address without a prefix is the folder of a checkpoint that captionlib trained or, for encoders, the name of a
-torchvision model.
+A family is a provider of models. It is an entry point of an installed package, in the group `captionlib.captioners`,
+`captionlib.encoders` or `captionlib.rankers` (dual encoders for image-text retrieval). An address without a prefix is
+the folder of a checkpoint that captionlib trained or, for encoders, the name of a torchvision model.
 
 An address may end with options, such as `?template=a photo of {}`; each family defines its own.
 """
@@ -15,8 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from captionlib.errors import CaptionlibError, CheckpointError, ConfigError, suggest
-from captionlib.storage.file_systems import open_file_system
-from captionlib.storage.folders import resolve_address
+from captionlib.storage.folders import Folder, resolve_address
 
 __all__ = ["ModelKind", "find_family", "resolve_model_address", "split_address"]
 
@@ -33,17 +31,22 @@ def split_address(address: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def resolve_model_address(address: str | os.PathLike[str]) -> str:
-    """Makes the path of a local folder absolute, as `resolve_address` does, and keeps the prefix of the family."""
+    """Makes the path of a local folder absolute, and keeps the prefix of the family.
+
+    Raises:
+        StorageError: the local storage failed.
+    """
     prefix, location = split_address(address)
     if not prefix:
         return resolve_address(address)
-    folder, question_mark, options = location.partition("?")
-    fs, path = open_file_system(folder)
-    return f"{prefix}:{resolve_address(folder) if fs.exists(path) else folder}{question_mark}{options}"
+    path, question_mark, options = location.partition("?")
+    folder = Folder(path)
+    is_local_folder = folder.is_local and folder.exists("")  # not the name of a model
+    return f"{prefix}:{resolve_address(path) if is_local_folder else path}{question_mark}{options}"
 
 
 def find_family(kind: ModelKind, prefix: str) -> Callable[..., Any]:
-    """Returns the function that loads models of a family. That function raises CheckpointError if loading fails.
+    """Returns the function that loads models of a family. The function raises CheckpointError if loading fails.
 
     Raises:
         ConfigError: no installed package provides the family, or a package that the family needs is missing.
@@ -80,7 +83,6 @@ def find_family(kind: ModelKind, prefix: str) -> Callable[..., Any]:
 
 
 def _family_error(address: str, package: str, error: Exception) -> CheckpointError:
-    """Returns the error for a package whose code fails while it loads a model."""
     reason = str(error).strip().partition("\n")[0]
     return CheckpointError(
         f"{address}: the package {package}, which provides this family of models, failed with "

@@ -27,10 +27,7 @@ class _TimmNetwork(nn.Module):
         self._node, self._address = node, address
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Computes features, `[batch, channels]` or `[batch, channels, height, width]`.
-
-        `pixels` is `[batch, 3, side, side]`, normalized.
-        """
+        """Computes features, `[batch, channels]` or `[batch, channels, height, width]`."""
         output = self.model.forward_features(pixels)
         if self._node == "pooled":
             return {"features": self.model.forward_head(output, pre_logits=True).flatten(1)}

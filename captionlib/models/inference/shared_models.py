@@ -23,27 +23,13 @@ Model = TypeVar("Model", bound=ImageModel)
 
 @dataclass(frozen=True)
 class CheckpointVersion:
-    """A checkpoint, and the version of the checkpoint at the start of a run.
+    """A checkpoint, and the version of the checkpoint at the start of a run."""
 
-    Attributes:
-        folder: absolute path or URL of the checkpoint, or an address with a prefix, such as `hf:FOLDER`.
-        fingerprint: hash of everything that determines the model's output.
-    """
-
-    folder: str
-    fingerprint: str
+    folder: str  # absolute path or URL of the checkpoint, or an address with a prefix, such as `hf:FOLDER`
+    fingerprint: str  # of everything that determines the model's output
 
     def require_unchanged(self, part: str, expected: object, actual: object) -> None:
-        """Checks that a part of the checkpoint is the same as at the start of the run.
-
-        Args:
-            part: name of the part, for the error message.
-            expected: fingerprint or settings of the part at the start of the run.
-            actual: fingerprint or settings of the part that was loaded now.
-
-        Raises:
-            CheckpointError: `expected` and `actual` differ.
-        """
+        """Raises CheckpointError if a part of the checkpoint is not the same as at the start of the run."""
         if expected != actual:
             raise CheckpointError(
                 f"{self.folder}: expected the {part} that the run started with, {expected}, got {actual}; start again "
@@ -61,10 +47,7 @@ class CheckpointCache(Generic[Model]):
         self._device: torch.device | None = None  # device of the cached model; None if it has not been moved yet
 
     def load_with_version(self, folder: str | os.PathLike[str]) -> tuple[Model, CheckpointVersion]:
-        """Loads a model. Also returns its version, which workers pass to `get` to use the same weights.
-
-        The model is cached for pipeline stages that run in this process.
-        """
+        """Loads and caches a model. Also returns its version, which workers pass to `get` to use the same weights."""
         model = self._load(os.fspath(folder))
         checkpoint = CheckpointVersion(resolve_model_address(folder), model.fingerprint)
         with self._lock:
@@ -72,11 +55,7 @@ class CheckpointCache(Generic[Model]):
         return model, checkpoint
 
     def get(self, checkpoint: CheckpointVersion, device: str) -> Model:
-        """Returns this version of a model on a device; loads the model unless it is cached.
-
-        Raises:
-            CheckpointError: the checkpoint was replaced.
-        """
+        """Returns this version of a model on a device. Raises CheckpointError if the checkpoint was replaced."""
         torch_device = resolve_device(device)
         with self._lock:  # other threads wait while one loads
             if self._entry is None or self._entry[0] != checkpoint:

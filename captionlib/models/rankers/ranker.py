@@ -20,9 +20,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from captionlib.config import configclass
 from captionlib.data.text.vocabulary import END, PAD
-from captionlib.models.dropout import Dropout
-from captionlib.models.normal_weights import sample_normal_weights
-from captionlib.models.standardization import Standardization
+from captionlib.models.layers import Dropout, Standardization, sample_normal_weights
 
 __all__ = ["RankerConfig", "RankerNetwork"]
 
@@ -60,8 +58,6 @@ class RankerConfig:
 class RankerNetwork(nn.Module):
     """Embeds features and sentences as unit vectors. `LoadedRanker` (checkpoints/checkpoint.py) embeds plain text.
 
-    The weights are initialized with PyTorch's global random number generator.
-
     Args:
         config: the architecture.
         feature_size: dimensions of an image's feature vector.
@@ -95,13 +91,9 @@ class RankerNetwork(nn.Module):
         return F.normalize(self.image_projection(self.feature_dropout(features)), dim=1)
 
     def embed_sentences(self, sentences: Tensor) -> Tensor:
-        """Embeds sentences as unit vectors. Padding does not affect the result.
+        """Embeds sentences as unit vectors, `[sentences, joint_embedding_size]`.
 
-        Args:
-            sentences: `[sentences, longest] int64`, token ids without END, padded with `PAD`; sentences may be empty.
-
-        Returns:
-            `[sentences, joint_embedding_size]`.
+        `sentences` is `[sentences, longest] int64`: token ids without END, padded with `PAD`.
         """
         words, lengths = _append_end(sentences)
         inputs = self.dropout(self.word_vectors(words.clamp(min=0)))  # [sentences, longest + 1, embedding_size]
@@ -116,8 +108,7 @@ class RankerNetwork(nn.Module):
         packed = pack_padded_sequence(inputs, lengths.cpu(), batch_first=True, enforce_sorted=False)
         outputs, state = recurrence(packed)
         if self.config.pooling == "last":
-            final = state[0] if self.config.sentence_encoder == "lstm" else state
-            last: Tensor = final[-1]
+            last: Tensor = (state[0] if self.config.sentence_encoder == "lstm" else state)[-1]
             return last
         padded, _ = pad_packed_sequence(outputs, batch_first=True)
         return _pool(padded, lengths, self.config.pooling)
@@ -127,13 +118,8 @@ def _build_recurrence(config: RankerConfig) -> nn.RNNBase | None:
     if config.sentence_encoder == "mean":
         return None
     cell = nn.LSTM if config.sentence_encoder == "lstm" else nn.GRU
-    return cell(
-        config.embedding_size,
-        config.hidden_size,
-        config.layers,
-        batch_first=True,
-        dropout=config.dropout if config.layers > 1 else 0.0,
-    )
+    dropout = config.dropout if config.layers > 1 else 0.0
+    return cell(config.embedding_size, config.hidden_size, config.layers, batch_first=True, dropout=dropout)
 
 
 def _append_end(sentences: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
 """Tests of captioners with `cell: transformer`; the tests of decoding and training cover them as well."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captionlib.data.text.vocabulary import END, PAD
 from captionlib.errors import ConfigError
@@ -202,3 +204,27 @@ def test_initial_predictions_are_close_to_the_word_frequencies() -> None:
 def test_config_rejects_options_of_recurrent_cells(options: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CaptionerConfig(cell="transformer", **options)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for each in output if isinstance(output, tuple) else [output]:
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.numel())
+        return output
+
+
+def test_memory_of_a_long_sentence_without_gradients_is_linear() -> None:
+    config = LanguageModelConfig("transformer", layers=1, hidden_size=6, embedding_size=6, heads=3, dropout=0)
+    model = randomize(build_language_model(config, 7))
+    sentence = torch.randint(2, 7, (1, 1000))
+    arguments = torch.zeros(1, 0), sentence, torch.tensor([0])
+    with torch.no_grad(), LargestTensor() as largest:
+        scores = model(*arguments)
+    assert largest.elements <= 1001 * 4 * 6  # of the feed-forward network
+    torch.testing.assert_close(scores.log_probs, model(*arguments).log_probs)

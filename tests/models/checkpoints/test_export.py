@@ -12,9 +12,10 @@ import yaml
 from click.testing import CliRunner, Result
 
 from captionlib.data.shards.dataset import open_dataset
-from captionlib.errors import CheckpointError, ConfigError, DatasetError
+from captionlib.errors import CheckpointError, ConfigError, DatasetError, StorageError
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_captioner, load_ranker
+from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
 from captionlib.models.checkpoints.export import export_checkpoint
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from captionlib.models.inference.captioning import caption_images
@@ -57,12 +58,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory, images: list[str]) -> Path
 @pytest.fixture
 def moved(trained: Path, tmp_path: Path) -> Path:
     """A copy of the captioner on a machine without the weights file."""
-    config = json.loads((trained / "captioner" / "config.json").read_text())
     folder = shutil.copytree(trained / "captioner", tmp_path / "moved")
-    config["provenance"]["encoder_weights"] = str(tmp_path / "own.safetensors")
-    del config["crc32"]
-    (folder / "config.json").write_text(json.dumps(config))
+    record_weights_path(folder, str(tmp_path / "own.safetensors"))
     return folder
+
+
+def record_weights_path(folder: Path, path: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["provenance"]["encoder_weights"] = path
+    config.pop("crc32", None)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def run_command(*arguments: str | Path) -> Result:
@@ -128,6 +133,18 @@ def test_update_and_query_report_a_missing_weights_file(moved: Path, images: lis
         assert "specify its path with --weights" in str(run_command(*command).exception)
 
 
+def test_a_failure_of_the_storage_is_not_a_missing_weights_file(moved: Path) -> None:
+    (weights := moved.parent / "loop.pth").symlink_to("loop.pth")
+    message = r"loop\.pth cannot be accessed: Too many levels of symbolic links"
+    with pytest.raises(StorageError, match=message):
+        require_checkpoint_files(str(moved), str(weights))
+    record_weights_path(moved, str(weights))
+    captioner = load_captioner(moved)  # does not need the weights file
+    with pytest.raises(StorageError, match=message):
+        captioner.find_input_transform(None)
+    assert captioner.find_input_transform("own.safetensors").weights.endswith("/own.safetensors")
+
+
 def test_a_wrong_weights_option_and_a_missing_checkpoint_are_reported(moved: Path, images: list[str]) -> None:
     result = run_command("caption", images[0], "-c", moved, "--weights", "nowhere.pth")
     assert isinstance(result.exception, ConfigError)
@@ -146,7 +163,7 @@ def test_an_exported_captioner_works_without_the_weights_file(trained: Path, ima
     assert str(trained).encode() not in text
     elsewhere = (tmp_path / "shared").rename(tmp_path / "elsewhere")
     assert load_captioner(elsewhere).fingerprint == load_captioner(trained / "captioner").fingerprint
-    assert load_captioner(elsewhere).encoder_weights == f"{elsewhere}/encoder.safetensors"
+    assert load_captioner(elsewhere).find_input_transform(None).weights == f"{elsewhere}/encoder.safetensors"
     assert caption(images[0], elsewhere) == caption(images[0], trained / "captioner")
     tensors = safetensors.torch.load_file(elsewhere / "encoder.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}

@@ -44,6 +44,15 @@ def test_output_equals_that_of_the_whole_encoder(dtype: Any) -> None:
     np.testing.assert_allclose(output.detach().numpy(), expected, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_allocates_no_memory_on_the_meta_device(dtype: Any) -> None:
+    encoder = load_encoder(dataclasses.replace(BEFORE, dtype=dtype), "cpu")
+    with torch.device("meta"):
+        encoder_top = EncoderTop(encoder.description, NODE)
+    assert encoder_top.shape == EncoderTop(encoder.description, NODE).shape
+    assert all(parameter.is_meta for parameter in encoder_top.parameters())
+
+
 def test_accepts_crops_of_a_map() -> None:
     encoder = load_encoder(BEFORE, "cpu")
     encoder_top = load(encoder.description)

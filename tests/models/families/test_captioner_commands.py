@@ -80,6 +80,40 @@ def test_probabilities_of_sentences_equal_those_of_a_pass_over_the_whole_sentenc
     assert scores[0][1][0] != scores[1][0][0], "the probability depends on the image"
 
 
+def test_tokens_of_a_batch_of_sentences_are_limited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = open_captioner(f"hf:{folder}")
+    pixels = [np.full((tiny_models.SIDE, tiny_models.SIDE, 3), value, np.uint8) for value in (0, 200)]
+    sentences = [[*SENTENCES, "a dog"], [" ".join(["dog"] * 15), *SENTENCES]]
+    expected = score(captioner, pixels, sentences)
+    monkeypatch.setattr("captionlib.models.families.huggingface_scoring._MAX_TOKENS", 40)
+    sizes: list[int] = []
+    model = captioner._model  # type: ignore[attr-defined]
+    decoder = model if folder.name == "git" else model.text_decoder if folder.name == "blip" else model.decoder
+    decoder.get_output_embeddings().register_forward_pre_hook(
+        lambda _module, arguments: sizes.append(arguments[0].shape[:2].numel())
+    )
+    for per_image, other in zip(score(captioner, pixels, sentences), expected, strict=True):
+        assert per_image == [(pytest.approx(log_prob, abs=1e-4), count) for log_prob, count in other]
+    assert len(sizes) > 1
+    assert max(sizes) <= (80 if folder.name == "git" else 40)  # GIT also computes logits of the positions of the image
+
+
+def test_references_without_words_are_not_scored(folder: Path) -> None:
+    pixels = [np.zeros((tiny_models.SIDE, tiny_models.SIDE, 3), np.uint8)] * 2
+    captioner = open_captioner(f"hf:{folder}")
+    assert score(captioner, pixels, [[""], []]) == [[(0, 0)], []]
+    (empty, dog), (alone,) = score(captioner, pixels, [["", "a dog"], ["a dog"]])
+    assert empty == (0, 0)
+    assert dog == (pytest.approx(alone[0], abs=1e-4), alone[1])
+
+
+def test_a_reference_that_is_longer_than_the_model_supports_is_an_error(folder: Path) -> None:
+    pixels = [np.zeros((tiny_models.SIDE, tiny_models.SIDE, 3), np.uint8)]
+    captioner = open_captioner(f"hf:{folder}")
+    with pytest.raises(DatasetError, match=r"expected references of at most 63 tokens, .* got one of "):
+        score(captioner, pixels, [["a dog", "dog " * 100]])
+
+
 def test_evaluate_computes_the_perplexity_from_the_images_of_the_manifest(
     captioned: Path, blip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,13 +14,14 @@ from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.shards.dataset import open_dataset
 from captionlib.data.shards.markers import marker_file
 from captionlib.data.text.vocabulary import Vocabulary
-from captionlib.errors import CheckpointError, ConfigError, FingerprintError
+from captionlib.errors import CheckpointError, ConfigError, FingerprintError, StorageError
 from captionlib.models.captioners.captioner import CaptionerConfig, CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import save_captioner
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.rerank import RerankConfig
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
 from captionlib.models.families.captioner import Caption, CaptionModel, SentenceScorer, open_captioner
+from captionlib.models.families.registry import resolve_model_address
 from captionlib.models.inference.captioning import GenerationConfig, caption_images
 from pipelines.generate_captions import generate_captions
 from pipelines.run import RunConfig
@@ -241,6 +242,13 @@ def test_unknown_families_and_addresses_are_explained(tmp_path: Path) -> None:
         open_captioner("hff:model")
     with pytest.raises(ConfigError, match="expected an existing folder, or ORGANIZATION/NAME@REVISION"):
         open_captioner(f"hf:{tmp_path / 'missing'}")
+
+
+def test_a_failure_of_the_storage_is_not_a_missing_model(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for use in (open_captioner, resolve_model_address):
+        with pytest.raises(StorageError, match="loop cannot be accessed: Too many levels of symbolic links"):
+            use(f"hf:{tmp_path}/loop")
 
 
 def test_a_family_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 import torch
 
-from captionlib.models.dropout import Dropout
+from captionlib.models.layers import Dropout
 
 
 def test_training_drops_the_fraction_p_and_scales_the_rest():
