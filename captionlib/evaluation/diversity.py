@@ -31,10 +31,7 @@ def measure_captions(captions: Mapping[str, str], training_references: Iterable[
 
 
 def count_diversity(captions: Mapping[str, str]) -> dict[str, int]:
-    """Counts the distinct captions and the distinct words in them (the vocabulary size).
-
-    The counts have no bootstrap intervals, because resamples repeat images and would underestimate the counts.
-    """
+    """Counts the distinct captions and the distinct words in them. Resamples repeat images, so there is no interval."""
     tokenized = {_tokenize(caption) for caption in captions.values()}
     return {
         "distinct_captions": len(tokenized),

@@ -25,23 +25,14 @@ TRAIN_SPLITS = ("train", "restval")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Attributes:
-        predictions: the captions that were evaluated, sorted by image id.
-        scores: the scores of the captions.
-        counts: the number of distinct captions and of distinct words in them.
-        tokenizer: `ptb` (Stanford's PTB tokenizer), or `captionlib` if Java is not installed.
-        bootstrap: how the confidence intervals were computed.
-        notes: messages about missing or unreliable scores, with the reason.
-    """
-
-    predictions: Sequence[Prediction]
+    predictions: Sequence[Prediction]  # sorted by image id
     scores: Scores
-    counts: Mapping[str, int]
-    tokenizer: str
+    counts: Mapping[str, int]  # see `count_diversity`
+    tokenizer: str  # `ptb` (Stanford's PTB tokenizer), or `captionlib` without Java
     bootstrap: BootstrapConfig
-    notes: Sequence[str]
+    notes: Sequence[str]  # on missing or unreliable scores
 
     @property
     def captions(self) -> dict[str, str]:

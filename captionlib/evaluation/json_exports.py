@@ -34,14 +34,9 @@ def export_json(
 ) -> int:
     """Writes captions as one JSON file and returns the number of images in it.
 
-    Args:
-        sources: captions datasets, or JSON files of COCO or NeuralTalk. For `coco`, also manifests (lists of images) or
-            features datasets; their references are exported.
-        output: file to write.
-        json_format: `coco` writes COCO's annotations if all sources are manifests or features datasets (see
-            `to_coco_captions`), and otherwise COCO's results. `neuraltalk` writes `result_struct.json`.
-        selection: the images to export.
-        manifest: manifest or features dataset whose references and splits are added to the captions.
+    The sources are captions datasets, or JSON files of COCO or NeuralTalk. The references and splits of `manifest` are
+    added to them. `coco` writes COCO's results or, if all sources are manifests or features datasets, COCO's
+    annotations with their references. `neuraltalk` writes `result_struct.json`.
 
     Raises:
         DatasetError: a source cannot be read, two sources contain the same image, or no image is selected.

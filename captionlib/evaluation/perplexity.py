@@ -28,13 +28,8 @@ def measure_perplexity(
 ) -> Metric:
     """Computes the perplexity of references, exp(-sum ln p / sum (length + 1)), where + 1 counts the end token.
 
-    References without words are ignored.
-
-    Args:
-        checkpoint: folder or address of the captioner.
-        images: a dataset of encoder features, or a manifest (list of images), whose images are encoded.
-        references: references by image id. The metric has one row per image, in the same order.
-        device: auto, cpu, cuda or cuda:N.
+    `images` is a dataset of encoder features, or a manifest (list of images), whose images are encoded. The metric has
+    one row per image, in the order of `references`. References without words are ignored.
 
     Raises:
         CheckpointError: the folder contains no captioner, the captioner cannot score sentences, or the features

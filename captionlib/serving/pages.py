@@ -119,10 +119,7 @@ def _read_search(
     duplicates: str = "include",
     similar_to: str = "",
 ) -> Search:
-    """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default.
-
-    `source` is the name of a captions dataset. `similar_to` is the id of an image; the search returns similar images.
-    """
+    """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default."""
     return Search(
         query=q,
         mode=next((available for available in service.modes if available == mode), "text"),
@@ -278,10 +275,7 @@ class _Facet:
 
 
 def _list_facets(service: SearchService, search: Search, counts: FacetsResponse | None) -> list[_Facet]:
-    """Returns the facets with more than one value in the index, or with a chosen value.
-
-    Without counts, the facets only have the chosen values, so that a visitor can remove them.
-    """
+    """Returns the facets with a choice of values or with a selected value, which a visitor can then remove."""
     splits, sources, dates = (counts.splits, counts.sources, counts.dates) if counts else ({}, {}, {})
     where = search.where
     facets = [

@@ -206,11 +206,7 @@ class SearchService:
         )
 
     def get_image(self, image_id: str) -> ImageResponse:
-        """Returns one image with its caption candidates and similar images.
-
-        Raises:
-            QueryError: the image is not in the index.
-        """
+        """Returns one image with its caption candidates and similar images, or raises a QueryError."""
         row = self.index.get_image(image_id)
         details = self.index.get_details(image_id)
         config = self.index.find_dataset(image_id).config

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
 from captionlib.data.shards.markers import compute_fingerprint, from_json
-from captionlib.errors import CheckpointError
+from captionlib.errors import CheckpointError, StorageError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
 from captionlib.models.checkpoints.encoder_file import CONFIG
 from captionlib.models.checkpoints.folder import DATASTORE, FolderLike, open_folder
@@ -113,11 +113,7 @@ def write_datastore(
 
 
 def read_datastore_fingerprint(folder: FolderLike, captioner: LoadedCaptioner) -> str:
-    """Reads only the fingerprint of a captioner's datastore.
-
-    Raises:
-        CheckpointError: the datastore is missing or damaged, or belongs to a different captioner.
-    """
+    """Reads only the fingerprint of a captioner's datastore; raises the errors of `read_datastore`."""
     with _open(folder, captioner) as (_, fingerprint):
         return fingerprint
 
@@ -127,6 +123,7 @@ def read_datastore(folder: FolderLike, captioner: LoadedCaptioner) -> Datastore:
 
     Raises:
         CheckpointError: the datastore is missing or damaged, or belongs to a different captioner.
+        StorageError: the storage failed.
     """
     with _open(folder, captioner) as (file, _):
         table = file.read()
@@ -156,6 +153,8 @@ def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.P
                 )
             yield file, compute_fingerprint("datastore", origin)
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise StorageError(f"{source.address(DATASTORE)} cannot be read: {error.strerror}") from error
         reason = " ".join(str(error).split())  # Arrow's messages have several lines
         raise CheckpointError(
             f"{source.address(DATASTORE)} is damaged ({reason}); write it again with {command}"

@@ -23,17 +23,11 @@ _MIN_PACKED_ROWS = 32  # with fewer rows oneDNN is not faster
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sentence of an n-best list.
+    """One sentence of an n-best list."""
 
-    Attributes:
-        token_ids: token ids without START and END, which have the same id.
-        log_prob: ln p(sentence | image), the sum over all tokens, without `length_penalty`.
-        token_count: number of tokens that `log_prob` sums over: the words, and END unless the sentence was truncated.
-    """
-
-    token_ids: list[int]
-    log_prob: float
-    token_count: int
+    token_ids: list[int]  # without END
+    log_prob: float  # ln p(sentence | image), the sum over all tokens, without `length_penalty`
+    token_count: int  # tokens that `log_prob` sums over: the words, and END unless the sentence was truncated
 
 
 class DecoderState(NamedTuple):
