@@ -14,7 +14,7 @@ from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.ingestion.changes import Changes, Comparison, update_manifest
 from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, open_database, read_shards, stage_rows
 from captionlib.data.shards.compaction import choose_shard_size
-from captionlib.data.shards.dataset import ShardedDataset, create_dataset, list_other_files, open_dataset
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset, select_other_files
 from captionlib.data.shards.markers import DESCRIPTION_FILE
 from captionlib.data.shards.removal import list_removed
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
@@ -221,7 +221,7 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
                 "--shard-size, or change it with `captionlib compact`"
             )
         return dataset
-    if list_other_files(folder):
+    if select_other_files(folder.list()):
         raise DatasetError(f"{folder.uri} contains files that captionlib did not write; choose an empty or new folder")
     return None
 

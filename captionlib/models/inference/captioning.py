@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Condition
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from cachetools import LRUCache, cached
 from pydantic import PositiveInt
 
 from captionlib.config import configclass
@@ -26,7 +28,7 @@ from captionlib.models.inference.embedding import SHARED_RANKERS, build_embeddin
 from captionlib.models.inference.extraction import EncodedRows
 from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
 from captionlib.models.inference.model_inputs import open_input_loader
-from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion
 
 __all__ = [
     "SHARED_CAPTIONERS",
@@ -138,7 +140,10 @@ def _caption_batches(
         yield (scored, build_embedding_rows(rows, vectors)) if embed else (scored,)
 
 
-@cached_per_process
+_prepared_captioners: LRUCache[object, GenerateCaptions] = LRUCache(1)
+
+
+@cached(_prepared_captioners, condition=Condition())  # threads wait while one prepares
 def _prepare_once(
     checkpoint: CheckpointVersion, config: GenerationConfig, _datastore: str | None, device: str
 ) -> GenerateCaptions:

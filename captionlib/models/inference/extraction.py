@@ -5,12 +5,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Condition
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from cachetools import LRUCache, cached
 from pydantic import PositiveInt
 
 from captionlib.config import configclass, describe_differences
@@ -23,7 +25,6 @@ from captionlib.errors import DatasetError, ImageError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.encoder import ImageEncoder, open_encoder
 from captionlib.models.families.model import Arrays
-from captionlib.models.inference.shared_models import cached_per_process
 
 __all__ = [
     "EncodedRows",
@@ -159,4 +160,5 @@ def load_shared_encoder(
     return encoder
 
 
-_load_encoder_once = cached_per_process(open_encoder, size=2)  # a captioner and a dual encoder may need one each
+_shared_encoders: LRUCache[object, ImageEncoder] = LRUCache(2)  # a captioner and a dual encoder may need one each
+_load_encoder_once = cached(_shared_encoders, condition=Condition())(open_encoder)  # threads wait while one loads

@@ -3,9 +3,8 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
 from threading import Lock
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -14,10 +13,8 @@ from captionlib.models.devices import resolve_device
 from captionlib.models.families.model import ImageModel
 from captionlib.models.families.registry import resolve_model_address
 
-__all__ = ["CheckpointCache", "CheckpointVersion", "cached_per_process"]
+__all__ = ["CheckpointCache", "CheckpointVersion"]
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 Model = TypeVar("Model", bound=ImageModel)
 
 
@@ -68,17 +65,3 @@ class CheckpointCache(Generic[Model]):
                 model.to(torch_device)
                 self._device = torch_device
             return model
-
-
-def cached_per_process(load: Callable[Arguments, Result], size: int = 1) -> Callable[Arguments, Result]:
-    """Wraps a loader so that all threads share its `size` most recently used results, which must not be modified."""
-    lock = Lock()
-    cached = lru_cache(maxsize=size)(load)
-
-    @wraps(load)
-    def load_shared(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with lock:  # other threads wait while one loads
-            result: Result = cached(*args, **kwargs)  # type: ignore[arg-type]
-            return result
-
-    return load_shared
