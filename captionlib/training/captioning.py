@@ -62,8 +62,7 @@ class CaptionerTrainingConfig:
             captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if `tokenization` is `characters`.
+        max_words: words or characters after which training truncates a caption. If None, 30 words or 200 characters.
         batch_images: images per batch in each process. The batch contains all captions of these images.
         random_crop: crop feature maps to at least this fraction of their height and width; 0 disables cropping.
         horizontal_flip: flip feature maps with probability 0.5. This has an effect only with attention or `encoder_top`

@@ -63,8 +63,7 @@ class FinetuningConfig:
         training: settings of the training loop, including the captioner's learning rate.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if the captioner's tokens are characters.
+        max_words: words or characters after which training truncates a caption. If None, 30 words or 200 characters.
         batch_images: images per batch in each process. The batch contains all captions of these images.
         horizontal_flip: flip each image with probability 0.5.
         label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.

@@ -80,23 +80,21 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork])
         return self._training.count()
 
     def loss(self, batch: npt.NDArray[np.int64]) -> BatchLoss:
-        log_probs = self._score(batch, self._training.rows_are_sentences)
+        log_probs = self._score(batch)
         total = -log_probs.sum()
         return BatchLoss(total / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        rows_are_sentences = self._validation.rows_are_sentences
-        log_probs = (self._score(batch, rows_are_sentences) for batch in self._validation.in_order())
-        return {"perplexity": compute_perplexity(log_probs)}
+        return {"perplexity": compute_perplexity(map(self._score, self._validation.in_order()))}
 
-    def _score(self, batch: npt.NDArray[np.int64], rows_are_sentences: bool) -> Tensor:
+    def _score(self, batch: npt.NDArray[np.int64]) -> Tensor:
         sentences = torch.from_numpy(batch).to(self._device)
         no_image = torch.zeros(1, 0, device=self._device)  # all sentences share one image without features
         scores = self.model(no_image, sentences, sentences.new_zeros(len(sentences)))
         log_probs: Tensor = scores.log_probs
         # The model appends END to each row, but continuous text has no END. These entries are the last ones, because
         # log_probs is ordered by time step and all sequences of a continuous text are equally long.
-        return log_probs if rows_are_sentences else log_probs[: -len(sentences)]
+        return log_probs if self._training.rows_are_sentences else log_probs[: -len(sentences)]
 
 
 def train_language_model(

@@ -59,8 +59,7 @@ class RankerTrainingConfig:
             captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if `tokenization` is `characters`.
+        max_words: words or characters after which training truncates a caption. If None, 30 words or 200 characters.
         batch_images: images per batch in each process. All negatives come from the batch of the same process.
         captions_per_image: the number of captions to sample per image and epoch; 0 uses all captions.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.

@@ -1,6 +1,7 @@
 """Saves and restores the state of a training run, and checks that its folder can be used."""
 
 import io
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,11 +106,18 @@ def load_state(output: Folder, settings: Mapping[str, Any]) -> tuple[RunState, d
     """Returns the progress and the state dicts that `save_state` wrote, or None if the folder holds no saved state.
 
     Raises:
-        DatasetError: the folder holds a run with a different configuration.
+        DatasetError: the state is damaged, or the folder holds a run with a different configuration.
     """
     if not output.exists(STATE):
         return None
-    saved = torch.load(io.BytesIO(output.read(STATE)), map_location="cpu", weights_only=True)
+    content = output.read(STATE)
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DatasetError(
+            f"{output.address(STATE)} cannot be read: {reason}; restore the file, or train again with --overwrite"
+        ) from error
     if lines := describe_differences(_select_fixed_settings(saved["resolved"]), _select_fixed_settings(settings)):
         raise DatasetError(
             f"{output.uri} holds a run with a different configuration ({'; '.join(lines)}); "

@@ -127,6 +127,15 @@ def test_finished_run_does_nothing(tmp_path: Path) -> None:
     assert again._step == 0
 
 
+@pytest.mark.parametrize("kept", [0, 5, 500])
+def test_damaged_state_is_reported(tmp_path: Path, kept: int) -> None:
+    run(Line(), tmp_path)
+    state = tmp_path / "_training" / "state.pt"
+    state.write_bytes(state.read_bytes()[:kept])
+    with pytest.raises(DatasetError, match=r"_training/state\.pt cannot be read: .*--overwrite"):
+        run(Line(), tmp_path)
+
+
 @pytest.mark.parametrize("epochs", [3, 4])
 def test_run_without_its_checkpoint_is_not_resumed(tmp_path: Path, epochs: int) -> None:
     run(Line(), tmp_path)

@@ -35,7 +35,6 @@ __all__ = [
     "EncoderConfig",
     "PendingFeatures",
     "Pixels",
-    "build_encoder",
     "describe_finetuned_encoder",
     "describe_preprocessing",
     "load_encoder",
@@ -140,19 +139,32 @@ class EncoderConfig:
 
 
 class Encoder:
-    """An encoder with loaded weights; `build_encoder` builds it. Implements the protocol `ImageEncoder`."""
+    """Computes features with a PyTorch network that has its weights. Implements the protocol `ImageEncoder`.
+
+    Args:
+        network: module that maps normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
+            `[batch, size]` or `[batch, channels, height, width]`.
+        config: becomes part of the encoder's description.
+        preprocessing: how to convert an image to pixels. `config` overrides its `resize_size` and `decode_scale`.
+        device: device that the network is moved to.
+        weights_hash: hash of everything that determines the network's output and is not part of `config`.
+        trainable: see `EncoderNetwork`.
+    """
 
     def __init__(
         self,
-        network: EncoderNetwork,
+        network: nn.Module,
         config: EncoderConfig,
         preprocessing: Preprocessing,
         device: torch.device,
         weights_hash: str,
+        trainable: bool = False,
     ) -> None:
-        self.network = network.to(device)
-        self.preprocessing = preprocessing
+        self.preprocessing = config.override_preprocessing(preprocessing)
         self.device = device
+        dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
+        encoder_network = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
+        self.network = encoder_network.to(device)
         crop = preprocessing.crop_size
         self.shape: list[int] = list(self.encode(np.zeros((1, crop, crop, 3), np.uint8)).shape[1:])
         self.description: dict[str, Any] = {
@@ -165,7 +177,7 @@ class Encoder:
             "pooling": config.pooling,
             "dtype": config.dtype,
             "stored_dtype": config.stored_dtype,
-            "preprocessing": describe_preprocessing(preprocessing),
+            "preprocessing": describe_preprocessing(self.preprocessing),
             "shape": self.shape,
         }
 
@@ -209,32 +221,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     weights, config = load_network_weights(network, config)
     network.load_state_dict(weights, assign=True)
     preprocessing = resolve_preprocessing(config.model, config.weights)
-    return build_encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
-
-
-def build_encoder(
-    network: nn.Module,
-    config: EncoderConfig,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    weights_hash: str,
-    trainable: bool = False,
-) -> Encoder:
-    """Builds an encoder from a network with loaded weights, and moves it to `device`.
-
-    Args:
-        network: module that maps normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
-            `[batch, size]` or `[batch, channels, height, width]`.
-        config: becomes part of the encoder's description.
-        preprocessing: how to convert an image to pixels. `config` overrides its `resize_size` and `decode_scale`.
-        device: device that the network is moved to.
-        weights_hash: hash of everything that determines the network's output and is not part of `config`.
-        trainable: see `EncoderNetwork`.
-    """
-    dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
-    preprocessing = config.override_preprocessing(preprocessing)
-    module = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
-    return Encoder(module, config, preprocessing, device, weights_hash)
+    return Encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
 
 
 def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dict[str, Tensor], EncoderConfig]:
