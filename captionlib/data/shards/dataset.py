@@ -207,6 +207,7 @@ class ShardedDataset:
         return marker if is_own else None
 
     def compute_totals(self) -> Totals:
+        """Sums the markers of all finished shards."""
         return sum_markers(self.iter_markers(self.list_written_shards()))
 
     def read_totals(self) -> Totals | None:
