@@ -38,13 +38,9 @@ _WORKER = "captionlib.data.images.decoder_process"
 _BYTES_PER_PIXEL = 28  # upper bound; the measured maximum is 26, for a JPEG 2000 file with transparency
 _BASE_MEMORY_BYTES = 2**30  # for libraries and the image file
 
-_ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",  # more threads would use up the address space
-    # glibc keeps up to 32 MB of freed memory for the next image. Getting it from the system again takes longer.
-    # Blocks of 8 MB or more are returned nevertheless, because gaps between them would use up the address space.
-    "MALLOC_MMAP_THRESHOLD_": str(2**23),
-    "MALLOC_TRIM_THRESHOLD_": str(2**25),
-}
+# glibc keeps up to 32 MB of freed memory for the next image. Getting it from the system again takes longer.
+# Blocks of 8 MB or more are returned nevertheless, because gaps between them would use up the address space.
+_MALLOC_DEFAULTS = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**25)}
 
 _START_TIMEOUT_SECONDS = 120.0
 _PIPE_BYTES = 2**18  # large enough for a preprocessed image
@@ -210,7 +206,8 @@ class _Decoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, **_ENVIRONMENT},
+            # more threads of OpenBLAS would use up the address space
+            env={**_MALLOC_DEFAULTS, **os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None

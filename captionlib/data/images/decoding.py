@@ -54,6 +54,7 @@ __all__ = [
     "SizeLimit",
     "decode_image",
     "list_decodable_formats",
+    "out_of_memory",
 ]
 
 MAX_IMAGE_PIXELS = 100_000_000
@@ -210,12 +211,16 @@ def decode_image(
     except Image.DecompressionBombError as error:
         raise DecodeError("TooManyPixels", "the image has more pixels than Pillow decodes") from error
     except MemoryError:
-        raise DecodeError("OutOfMemory", "decoding needs more memory than a decoder process may use") from None
+        raise out_of_memory() from None
     except Exception as error:  # codecs may raise any exception on damaged files
         repair = {"JPEG": append_end_marker, "PNG": remove_text}.get(image_format.name, lambda _: None)
         if (repaired := repair(content)) is not None:
             return decode_image(repaired, preprocessing, max_image_pixels, max_jpeg_scans, before_decoding)
         raise _explain(content, image_format, error) from error
+
+
+def out_of_memory() -> DecodeError:
+    return DecodeError("OutOfMemory", "decoding needs more memory than a decoder process may use")
 
 
 def _check_pixels(size: tuple[int, int], limit: int, message_start: str) -> None:
