@@ -43,7 +43,7 @@ _BASE_MEMORY_BYTES = 2**30  # for libraries and the image file
 _MALLOC_DEFAULTS = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**25)}
 
 _START_TIMEOUT_SECONDS = 120.0
-_PIPE_BYTES = 2**18  # large enough for a preprocessed image
+_PIPE_BYTES = 2**18  # large enough for a preprocessed image, so that neither end waits
 
 
 @configclass
@@ -220,8 +220,10 @@ class _Decoder:
 
     def initialize(self, settings: bytes) -> None:
         """Sends the settings and waits until the process is ready. Raises the same exceptions as `decode`."""
-        _enlarge_pipe(self._requests.fileno())
-        _enlarge_pipe(self._responses.fileno())
+        for pipe in (self._requests, self._responses):
+            if hasattr(fcntl, "F_SETPIPE_SZ"):
+                with suppress(OSError):  # the system limits the total size of pipes
+                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._send(settings)
         self._receive(RESPONSE_HEADER.size)
 
@@ -239,7 +241,6 @@ class _Decoder:
         return DecodedImage(np.frombuffer(payload, np.uint8).reshape(rows, columns, 3), width, height)
 
     def kill(self) -> None:
-        """Kills the process if it is running, and closes the pipes."""
         self.process.kill()
         self.process.wait()
         self._requests.close()
@@ -272,13 +273,6 @@ class _Decoder:
                 raise EOFError
             remaining = remaining[count:]
         return content
-
-
-def _enlarge_pipe(descriptor: int) -> None:
-    """Enlarges a pipe, if the system supports it, so that it holds a whole image and neither end blocks."""
-    if hasattr(fcntl, "F_SETPIPE_SZ"):
-        with suppress(OSError):
-            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def available_cpus() -> int:

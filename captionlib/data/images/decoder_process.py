@@ -46,7 +46,6 @@ class DecoderSettings(NamedTuple):
 
 
 def main() -> None:
-    """Processes requests until the input ends."""
     requests, responses = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # redirects prints to standard error, so they do not corrupt responses
     payloads = _receive(requests)
@@ -79,7 +78,7 @@ def _decode(content: bytes, settings: DecoderSettings, is_retry: bool = False) -
     """Decodes an image. Distinguishes between damage and lack of memory, which some codecs report alike."""
 
     def limit_cpu_time(pixels: int) -> None:
-        """Makes SIGPROF end the process if decoding takes too long for the size of the image."""
+        # SIGPROF ends the process if decoding takes too long for the size of the image.
         fraction = _MIN_TIME_FRACTION + (1 - _MIN_TIME_FRACTION) * pixels / settings.max_image_pixels
         signal.setitimer(signal.ITIMER_PROF, fraction * settings.timeout_seconds)
 
@@ -107,16 +106,14 @@ def _c_errno() -> ctypes.c_int:
 
 
 def _limit_resources(settings: DecoderSettings) -> None:
-    """Limits memory, and makes timers end the process if an image takes too long."""
     Image.MAX_IMAGE_PIXELS = None  # decode_image checks its own limit
     Image.core.set_blocks_max(_KEPT_BLOCKS)  # type: ignore[attr-defined]
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the pool runs one process per CPU
     # OpenBLAS allocates its buffer in the first multiplication. If that fails, it ends the process.
     shrink_image(np.zeros((64, 1024, 3), np.uint8), (8, 8), (0, 0, 1024, 64))
     _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
-    limit = settings.max_memory_bytes
-    if hard_limit != resource.RLIM_INFINITY:
-        limit = min(limit, hard_limit)
+    is_unlimited = hard_limit == resource.RLIM_INFINITY
+    limit = settings.max_memory_bytes if is_unlimited else min(settings.max_memory_bytes, hard_limit)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
