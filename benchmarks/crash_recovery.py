@@ -4,13 +4,12 @@ import multiprocessing
 import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from benchmarks.bars import report
+from benchmarks.bars import report, run_benchmark
 from benchmarks.synthetic_images import write_images, write_manifest
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.models.decoding.config import DecodingConfig
@@ -30,9 +29,8 @@ EXTRACTION = ExtractionConfig(
 GENERATION = GenerationConfig(DecodingConfig(beam_width=3, n_best=2), batch_size=7)
 
 
-def run_flow(folder: Path, output: Path) -> None:
+def run_flow(folder: Path, output: Path, run: RunConfig = RunConfig(progress=False)) -> None:
     """Extracts features of the folder's manifest and captions them, into `output`."""
-    run = RunConfig(progress=False)
     extract_features(folder / "manifest", output / "features", EXTRACTION, device="cpu", run=run)
     generate_captions(output / "features", folder / "captioner", output / "captions", GENERATION, device="cpu", run=run)
 
@@ -71,23 +69,14 @@ def count_identical_recoveries(folder: Path, runs: int, seed: int = 0) -> int:
         finished = len(find_markers(output))
         start_flow(context, folder, output).join()
         same = read_outputs(output) == expected and is_complete(output)
-        print(
-            f"# killed with {finished:2} of {shards} shards finished: {'identical' if same else 'DIFFERENT'}",
-            flush=True,
-        )
+        outcome = "identical" if same else "DIFFERENT"
+        print(f"# killed with {finished:2} of {shards} shards finished: {outcome}", flush=True)
         identical += same
     return identical
 
 
 def kill_flow(process: BaseProcess, output: Path, moment: float, seconds: float) -> None:
-    """Kills a flow at a given moment, which is measured in shards so that it is within the run on any machine.
-
-    Args:
-        process: the process that runs the flow.
-        output: output folder of the flow.
-        moment: number of shards after which to kill the flow; 2.5 is about the middle of the third shard.
-        seconds: mean duration of a shard.
-    """
+    """Kills a flow after `moment` shards, so 2.5 is about the middle of the third. A shard takes `seconds`."""
     while len(find_markers(output)) < int(moment) and process.is_alive():
         time.sleep(0.002)
     time.sleep(moment % 1 * seconds)
@@ -101,33 +90,28 @@ OUTPUTS = ("features", "captions")
 
 
 def is_complete(output: Path) -> bool:
-    """Returns whether the flow has finished."""
     return all((output / name / "_SUCCESS").exists() for name in OUTPUTS)
 
 
 def find_markers(output: Path) -> list[Path]:
-    """Returns the markers, the files that mark shards as complete, of all outputs."""
     return list(output.glob("*/__shards/*.json"))
 
 
 def start_flow(context: multiprocessing.context.ForkServerContext, folder: Path, output: Path) -> BaseProcess:
-    """Starts the flow in a separate process."""
     process = context.Process(target=run_flow, args=(folder, output))
     process.start()
     return process
 
 
 def read_outputs(output: Path) -> dict[str, bytes]:
-    """Returns the content of every Parquet file that is visible to readers."""
     return {f"{name}/{path.name}": path.read_bytes() for name in OUTPUTS for path in (output / name).glob("*.parquet")}
 
 
 def main() -> None:
-    """Reports the fraction of identical outputs."""
     with tempfile.TemporaryDirectory() as scratch:
         identical = count_identical_recoveries(Path(scratch), RUNS)
-    sys.exit(not report("crash-recovery-identical", identical / RUNS, 1.0))
+    report("crash-recovery-identical", identical / RUNS, 1.0)
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

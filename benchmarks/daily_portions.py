@@ -22,14 +22,12 @@ import io
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,9 +39,10 @@ import pyarrow.parquet as pq
 import xxhash
 from PIL import Image
 
-from benchmarks.bars import report
+from benchmarks.bars import measure_seconds, report, run_benchmark
 from benchmarks.s3_server import S3Server, run_s3_server
-from jobs.cli import main as captionlib
+from benchmarks.server import serve
+from benchmarks.tiny_project import run_command
 
 DATASETS = ("manifest", "captions", "embeddings")
 SERVE_SECONDS = 300
@@ -74,7 +73,7 @@ def main() -> None:
         beam_options = [f"@{options.beam_options}"] if options.beam_options else []
         collection = Collection(Source(folder, server), f"{folder}/collection", models, beam_options)
         problems = run_days(collection, photographs, options.days, stack)
-    sys.exit(not report("daily-portions-problems", problems, 0, at_least=False))
+    report("daily-portions-problems", problems, 0, at_least=False)
 
 
 def parse_options() -> argparse.Namespace:
@@ -106,26 +105,15 @@ def train_models(data: Path, photographs: Sequence[Path], folder: Path) -> list[
     manifest, features, captioner, ranker = (
         str(folder / name) for name in ("manifest", "features", "captioner", "ranker")
     )
-    run("prepare", str(folder / "dataset.json"), "--images", str(data / "images"), "-o", manifest)
-    run("extract-features", manifest, "-o", features, *set_values(_ENCODER))
-    run("train-captioner", features, "-o", captioner, *set_values(_CAPTIONER))
-    run("train-ranker", features, "-o", ranker, *set_values(_RANKER))
+    run_command("prepare", str(folder / "dataset.json"), "--images", str(data / "images"), "-o", manifest)
+    run_command("extract-features", manifest, "-o", features, *set_values(_ENCODER))
+    run_command("train-captioner", features, "-o", captioner, *set_values(_CAPTIONER))
+    run_command("train-ranker", features, "-o", ranker, *set_values(_RANKER))
     return ["--captioner", captioner, "--ranker", ranker]
 
 
 def set_values(values: Sequence[str]) -> list[str]:
     return [word for value in values for word in ("--set", value)]
-
-
-def run(*arguments: str) -> None:
-    """Runs a captionlib command in this process, which loads the libraries once."""
-    output = io.StringIO()
-    try:
-        with redirect_stdout(output), redirect_stderr(output):
-            captionlib(list(arguments))
-    except SystemExit as exit_:
-        if exit_.code:
-            sys.exit(f"captionlib {' '.join(arguments)} failed:\n{output.getvalue()}")
 
 
 class Source:
@@ -195,9 +183,8 @@ class Collection:
 
     def update(self) -> float:
         """Runs `captionlib update`, and returns its seconds."""
-        started = time.perf_counter()
-        run("update", self.address, "--device", "cpu", "--no-progress", "--", *self.beam_options)
-        return time.perf_counter() - started
+        command = ["update", self.address, "--device", "cpu", "--no-progress", "--", *self.beam_options]
+        return measure_seconds(lambda: run_command(*command))
 
     def list_expected(self) -> list[str]:
         return sorted(set(self.source.contents) - self.removed)
@@ -207,7 +194,6 @@ class Collection:
             yield path.removeprefix(self._path).lstrip("/"), self._fs.cat_file(path)
 
     def read_dataset(self, kind: str) -> list[dict[str, Any]]:
-        """Returns the rows of all Parquet files of a dataset, without the vectors."""
         rows: list[dict[str, Any]] = []
         for path in self._fs.glob(f"{self._path}/images/{kind}/*.parquet"):
             table = pq.read_table(io.BytesIO(self._fs.cat_file(path)))
@@ -224,7 +210,6 @@ class Collection:
         return description
 
     def read_index(self) -> list[dict[str, Any]]:
-        """Returns the rows of the current version of the index."""
         rows: list[dict[str, Any]] = []
         for shard in self.read_index_description()["shards"]:
             content = self._fs.cat_file(f"{self._path}/index/{shard['rows_file']}")
@@ -233,7 +218,6 @@ class Collection:
 
 
 def run_days(collection: Collection, photographs: Sequence[Path], days: int, stack: ExitStack) -> int:
-    """Runs all days, prints a line for each, and returns the number of problems."""
     portion = len(photographs) // days
     problems: list[str] = []
     versions: dict[str, str] = {}
@@ -242,7 +226,7 @@ def run_days(collection: Collection, photographs: Sequence[Path], days: int, sta
     for number in range(1, days + 1):
         day = change_source(collection, photographs[(number - 1) * portion : number * portion])
         if number == 1:
-            run("init", collection.address, "--source", collection.source.address, *collection.models)
+            run_command("init", collection.address, "--source", collection.source.address, *collection.models)
         unchanged = set(collection.source.contents) - set(day.new) - set(day.changed)
         collection.source.zero(sorted(unchanged))
         day.seconds = collection.update()
@@ -269,7 +253,7 @@ def change_source(collection: Collection, portion: Sequence[Path]) -> Day:
         collection.removed |= set(day.removed)
         arguments = [word for name in day.removed for word in ("--id", name)]
         with tempfile.TemporaryDirectory() as thumbnails:
-            run("remove", collection.address, *arguments, "--reason", "asked", "--thumbnails", thumbnails)
+            run_command("remove", collection.address, *arguments, "--reason", "asked", "--thumbnails", thumbnails)
     for name in day.deleted:
         collection.source.delete(name)
     for name in day.changed:
@@ -361,8 +345,6 @@ def check_removed(collection: Collection, day: Day) -> list[str]:
 @contextmanager
 def run_server(collection: str) -> Iterator[Callable[[str], tuple[int, Any]]]:
     """Runs `captionlib serve`, and yields a function that requests a path. It returns the status and the content."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
 
     def get(path: str) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -373,21 +355,11 @@ def run_server(collection: str) -> Iterator[Callable[[str], tuple[int, Any]]]:
         finally:
             connection.close()
 
-    with tempfile.TemporaryDirectory() as thumbnails:
-        program = [sys.executable, "-m", "captionlib", "serve", collection, "--port", str(port), "--device", "cpu"]
-        with subprocess.Popen([*program, "--thumbnails", thumbnails], stdout=subprocess.DEVNULL) as process:
-            try:
-                wait_until(lambda: responds(get), "the server to start")
-                yield get
-            finally:
-                process.terminate()
-
-
-def responds(get: Callable[[str], tuple[int, Any]]) -> bool:
-    try:
-        return get("/health")[0] == 200
-    except OSError:
-        return False
+    with (
+        tempfile.TemporaryDirectory() as thumbnails,
+        serve(collection, Path(thumbnails), "--device", "cpu") as (port, _),
+    ):
+        yield get
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -430,4 +402,4 @@ def search(get: Callable[[str], tuple[int, Any]], word: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.bars import report
+from benchmarks.bars import report, run_benchmark
 
 CONV5, POOL4 = "flickr8k-conv5", "flickr8k-pool4"
 POOL4_DEV = f"{POOL4}-dev"  # only the images to caption; training uses the features of all splits
@@ -89,28 +89,26 @@ def main() -> None:
         sys.exit(f"{options.data}: expected a folder with images/, Flickr8k.token.txt and the split files")
     options.output.mkdir(parents=True, exist_ok=True)
     _extract_features(options.data, options.output, options.weights, names)
-    met = []
     for name in names:
         runs = [_score(name, options.output, options.weights, seed) for seed in range(options.seeds)]
-        met += [_report_seeds(rows) for rows in zip(*runs, strict=True)]
-    sys.exit(not all(met))
+        for rows in zip(*runs, strict=True):
+            _report_seeds(rows)
 
 
 def _score(name: str, output: Path, weights: str, seed: int) -> list[Row]:
-    """Trains and scores the models of a part."""
     if name == "talk":
         return _compare_talk_captioners(output, seed)
     return _score_ranker(output, seed) if name == "ranking" else _score_captioner(name, output, weights, seed)
 
 
-def _report_seeds(rows: Sequence[Row]) -> bool:
+def _report_seeds(rows: Sequence[Row]) -> None:
     """Reports the mean of one result over the seeds, and the spread if there are several."""
     name, _, bar, at_least = rows[0]
     values = [value for _, value, _, _ in rows]
     if len(values) > 1:
         spread, each = statistics.stdev(values), ", ".join(f"{value:.3f}" for value in values)
         print(f"# flickr8k-{name}: standard deviation {spread:.3f} over {len(values)} seeds ({each})")
-    return report(f"flickr8k-{name}", statistics.mean(values), bar, at_least)
+    report(f"flickr8k-{name}", statistics.mean(values), bar, at_least)
 
 
 def _add_seed(name: str, seed: int) -> str:
@@ -118,7 +116,6 @@ def _add_seed(name: str, seed: int) -> str:
 
 
 def _extract_features(data: Path, output: Path, weights: str, names: Sequence[str]) -> None:
-    """Prepares the manifests and extracts the features that the named parts need."""
     manifest, dev = output / "manifest", output / "manifest-dev"
     source: list[str | Path] = [data / "Flickr8k.token.txt", "--images", data / "images"]
     _run("prepare", *source, "-o", manifest)
@@ -131,7 +128,6 @@ def _extract_features(data: Path, output: Path, weights: str, names: Sequence[st
 
 
 def _train_captioner(name: str, output: Path, weights: str, seed: int) -> Path:
-    """Trains a captioner, after the stages that it starts from."""
     stage, captioner = STAGES[name], output / _add_seed(f"captioner-{name}", seed)
     overrides = (*stage.overrides, f"training.seed={seed}")
     options: list[str | Path] = [word for override in overrides for word in ("--set", override)]
@@ -144,7 +140,6 @@ def _train_captioner(name: str, output: Path, weights: str, seed: int) -> Path:
 
 
 def _score_captioner(name: str, output: Path, weights: str, seed: int) -> list[Row]:
-    """Trains a captioner and scores its captions of the dev images."""
     captioner = _train_captioner(name, output, weights, seed)
     features = output / POOL4_DEV
     captions, scores = (output / _add_seed(f"{kind}-{name}", seed) for kind in ("captions", "scores"))
@@ -187,7 +182,6 @@ def _score_ranker(output: Path, seed: int) -> list[Row]:
 
 
 def _run(*words: str | Path) -> None:
-    """Runs a captionlib command and exits if it fails."""
     command = ["captionlib", *map(str, words)]
     print(f"# {shlex.join(command)}", flush=True)
     began = time.monotonic()
@@ -198,4 +192,4 @@ def _run(*words: str | Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -6,13 +6,12 @@ the job. The time of the whole command is printed too.
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.bars import report
+from benchmarks.bars import report, run_benchmark
 from benchmarks.synthetic_images import write_images, write_manifest
 from captionlib.data.images.decoder_pool import DecoderConfig
 from captionlib.data.images.loading import LoadingConfig
@@ -32,7 +31,6 @@ CONFIG = ExtractionConfig(
 
 
 def run(manifest: ShardedDataset, output: Path, workers: int = 1, beam_options: Sequence[str] = ()) -> float:
-    """Returns images/s from the start of the first shard to the end of the last."""
     began = time.monotonic()
     settings = RunConfig(workers, tuple(beam_options), progress=False)
     extract_features(manifest.folder.uri, output, CONFIG, device="cpu", run=settings)
@@ -50,7 +48,6 @@ def measure_shards(output: Path) -> float:
 
 
 def main() -> None:
-    """Runs both alternately and reports the median ratio."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         images = [str(path) for path in write_images(folder / "images", IMAGES)]
@@ -66,8 +63,8 @@ def main() -> None:
             ]
         finally:
             cluster.stop()
-        sys.exit(not report("flink-throughput", statistics.median(ratios), 0.8))
+        report("flink-throughput", statistics.median(ratios), 0.8)
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

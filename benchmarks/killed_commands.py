@@ -18,7 +18,7 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from benchmarks.bars import report
+from benchmarks.bars import report, run_benchmark
 from benchmarks.tiny_project import COMMANDS, Command, call, create_project, read_output, set_up
 
 RUNS = 200
@@ -36,7 +36,7 @@ PROCESS_END_SECONDS = 5
 
 def count_identical_outputs(folder: Path, runs: int, seed: int = 0) -> int:
     """Kills or suspends `runs` commands and runs them again; returns how many gave the same output as undisturbed."""
-    project = create_project(_make(folder / "project"))
+    project = create_project(folder / "project")
     context = multiprocessing.get_context("forkserver")  # imports the modules once
     context.set_forkserver_preload([__name__, *PRELOADED])
     commands = [command for command in COMMANDS if command.name in STAGES]
@@ -75,13 +75,11 @@ def count_identical_outputs(folder: Path, runs: int, seed: int = 0) -> int:
 
 
 def kill(process: BaseProcess) -> None:
-    """Kills a process."""
     process.kill()
     process.join()
 
 
 def suspend(process: BaseProcess) -> None:
-    """Suspends a process for a moment and waits until it finishes."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process.pid or 0, signal.SIGSTOP)
         time.sleep(0.2)
@@ -127,21 +125,15 @@ def _error_file(output: Path) -> Path:
     return output.with_name(f"{output.name}.err")
 
 
-def _make(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
-
-
 def main() -> None:
-    """Reports the fraction of identical outputs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         identical = count_identical_outputs(Path(scratch), options.runs, options.seed)
-    sys.exit(not report("killed-commands-identical", identical / options.runs, 1.0))
+    report("killed-commands-identical", identical / options.runs, 1.0)
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

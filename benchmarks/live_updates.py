@@ -9,21 +9,21 @@ a result may combine shards of two versions, but each shard must be whole.
 import argparse
 import http.client
 import json
-import shutil
 import socket
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import uvicorn
 
-from benchmarks.bars import report
+from benchmarks.bars import measure_seconds, report, run_benchmark
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.writer import write_shard
@@ -64,15 +64,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=50)
     updates = parser.parse_args().updates
-    folder = Path(tempfile.mkdtemp(prefix="captionlib-live-"))
-    try:
-        met = _measure(folder, updates)
-    finally:
-        shutil.rmtree(folder)
-    sys.exit(not met)
+    with tempfile.TemporaryDirectory(prefix="captionlib-live-") as folder:
+        _measure(Path(folder), updates)
 
 
-def _measure(folder: Path, updates: int) -> bool:
+def _measure(folder: Path, updates: int) -> None:
     _write_version(folder, 0, range(SHARDS))
     _build(folder)
     index = open_index(folder / "index", refresh_seconds=0.05)
@@ -88,10 +84,8 @@ def _measure(folder: Path, updates: int) -> bool:
     seconds = []
     for version in range(1, updates + 1):
         _write_version(folder, version, [(version + shard) % SHARDS for shard in range(CHANGED_SHARDS)])
-        began = time.perf_counter()
-        _build(folder)
-        seconds.append(time.perf_counter() - began)
-    newest = _wait_for_version(lambda: index.search_text(f"build{updates}", 1).num_rows == 1)
+        seconds.append(measure_seconds(partial(_build, folder)))
+    is_newest = _wait_until(lambda: index.search_text(f"build{updates}", 1).num_rows == 1)
     for reader in readers:
         reader.stopped.set()
     for reader in readers:
@@ -99,15 +93,15 @@ def _measure(folder: Path, updates: int) -> bool:
     server.should_exit = True
     megabytes = sum(path.stat().st_size for path in (folder / "index").rglob("*") if path.is_file()) / 1e6
     print(f"# build of an update: {sum(seconds) / len(seconds):.2f} s; index after all updates: {megabytes:.1f} MB")
-    met = [newest]
     for reader in readers:
         print(f"# {reader.name}: {reader.results:,} results, {dict(reader.problems.most_common(3))}")
         wrong = sum(reader.problems.values())
-        met.append(report(f"live-updates-wrong-{reader.name}", wrong, 0, at_least=False))
-    return all(met)
+        report(f"live-updates-wrong-{reader.name}", wrong, 0, at_least=False)
+    if not is_newest:
+        sys.exit("the index did not change to the newest version")
 
 
-def _write_version(folder: Path, version: int, shards: "range | list[int]") -> None:
+def _write_version(folder: Path, version: int, shards: Iterable[int]) -> None:
     """Rewrites shards. Every caption names the version of its shard, and image 0 names the newest build."""
     config = {"input": "synthetic"}
     dataset = create_dataset(folder / "captions", "captions", captions_schema(), config=config, shards=SHARDS + 1)
@@ -136,7 +130,6 @@ def _build(folder: Path) -> None:
 
 
 def _expected_versions(build: int) -> dict[int, int]:
-    """Returns the version of each shard after a build."""
     versions = dict.fromkeys(range(SHARDS), 0)
     for version in range(1, build + 1):
         for shard in range(CHANGED_SHARDS):
@@ -201,15 +194,12 @@ def _check_serve(port: int) -> str | None:
     return None if len(captions) == 1 else "a result mixes versions"
 
 
-def _wait_for_version(is_newest: Callable[[], bool]) -> bool:
+def _wait_until(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 10
-    while not is_newest():
-        if time.monotonic() > deadline:
-            print("# the index did not change to the newest version")
-            return False
+    while not (met := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return True
+    return met
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

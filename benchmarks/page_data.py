@@ -5,22 +5,16 @@ of `benchmarks.search_data`.
 """
 
 import shutil
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from benchmarks.search_data import WORDS
+from benchmarks.search_data import describe_captions, sample_captions
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.writer import write_shard
@@ -29,7 +23,7 @@ from captionlib.search.config import IndexConfig
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.thumbnails import create_thumbnails
 
-__all__ = ["PageData", "find_free_port", "prepare_page_data", "serve"]
+__all__ = ["PageData", "prepare_page_data"]
 
 IMAGES = 256
 SHARDS = 4
@@ -61,37 +55,6 @@ def prepare_page_data(rows: int) -> PageData:
     return data
 
 
-@contextmanager
-def serve(data: PageData, port: int, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """Runs a new server process until the block ends. The block begins when it accepts connections."""
-    command = [sys.executable, "-m", "captionlib", "serve", str(data.index), "--port", str(port)]
-    command += ["--thumbnails", str(data.thumbnails), *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
-        try:
-            _wait_for_server(port)
-            yield server
-        finally:
-            server.terminate()
-
-
-def find_free_port() -> int:
-    """Returns a port on which no program listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-def _wait_for_server(port: int) -> None:
-    for _ in range(1800):
-        try:
-            with urlopen(f"http://127.0.0.1:{port}/health"):
-                return
-        except URLError:
-            time.sleep(0.1)
-    sys.exit("the server did not start")
-
-
 def _write(data: PageData, rows: int) -> None:
     sizes = _write_images(data.folder / "images")
     uris = [str(data.folder / "images" / f"{number}.jpg") for number in range(IMAGES)]
@@ -104,7 +67,7 @@ def _write(data: PageData, rows: int) -> None:
         images = np.arange(per_shard) % IMAGES
         # The files of a shard were modified in the course of two years.
         modified = FIRST_MODIFIED + YEAR_SECONDS * 2 * (shard + generator.random(per_shard))
-        texts = _sample_captions(generator, per_shard)
+        texts = sample_captions(generator, generator.integers(7, 14, size=per_shard))
         log_probs = -generator.gamma(4, 3, size=per_shard).astype(np.float32)
         columns = {
             "image_id": [f"{shard:02d}-{number:06d}" for number in range(per_shard)],
@@ -114,12 +77,7 @@ def _write(data: PageData, rows: int) -> None:
             "width": [sizes[image][0] for image in images],
             "height": [sizes[image][1] for image in images],
             "content_hash": [None] * per_shard,
-            "caption": texts,
-            "log_prob": log_probs,
-            "tokens": [text.count(" ") + 2 for text in texts],
-            "candidates": [
-                [{"caption": text, "log_prob": log_prob}] for text, log_prob in zip(texts, log_probs, strict=True)
-            ],
+            **describe_captions(texts, log_probs),
         }
         with write_shard(captions, shard, per_shard) as writer:
             writer.write(pa.RecordBatch.from_pydict(columns, captions_schema()))
@@ -139,17 +97,7 @@ def _write_images(folder: Path) -> list[tuple[int, int]]:
     return sizes
 
 
-def _sample_captions(generator: np.random.Generator, count: int) -> list[str]:
-    """Samples captions of 7 to 13 words by Zipf's law."""
-    lengths = generator.integers(7, 14, size=count)
-    ranks = (len(WORDS) ** generator.random(int(lengths.sum()))).astype(int) - 1
-    words = np.array(WORDS)[ranks].tolist()
-    ends = np.cumsum(lengths).tolist()
-    return [" ".join(words[end - length : end]) for end, length in zip(ends, lengths.tolist(), strict=True)]
-
-
 def main() -> None:
-    """Writes the data with the number of rows in the first argument."""
     rows = int(sys.argv[1])
     data = PageData((Path(".bench") / f"pages-{rows}").absolute())
     _write(data, rows)

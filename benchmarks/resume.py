@@ -4,14 +4,13 @@ A marker is a file that marks a shard as complete. The time is measured on a dis
 latency is a tenth of the latency of a remote server.
 """
 
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.bars import report
+from benchmarks.bars import report, run_benchmark
 from benchmarks.s3_server import run_s3_server
 from benchmarks.synthetic_shards import create_job, make_rows, write_rows
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
@@ -49,7 +48,6 @@ def _copy_shards(dataset: ShardedDataset, marker: Marker, content: bytes, shards
 
 
 def open_job(folder: str, first_row_file: str = "") -> ShardJob:
-    """Opens the job that `prepare` wrote."""
     return create_job(open_dataset(f"{folder}/manifest").require_complete(), f"{folder}/features", first_row_file)
 
 
@@ -73,7 +71,6 @@ def time_resume(folder: str) -> float:
 
 
 def measure(name: str, folder: str) -> float:
-    """Returns the ratio for one file system."""
     prepare(folder)
     slow = time_one_by_one(folder)
     quick = time_resume(folder)
@@ -83,14 +80,13 @@ def measure(name: str, folder: str) -> float:
 
 
 def main() -> None:
-    """Measures both file systems; the bar applies to S3."""
     with tempfile.TemporaryDirectory() as scratch:
         warm = write_rows(f"{scratch}/warm", 1, ROWS)  # loads lazily imported modules
         run_job(create_job(warm, f"{scratch}/warmed"), "warm", RunConfig(progress=False))
         measure("disk", f"{scratch}/disk")
     with run_s3_server() as server, server.as_default():
-        sys.exit(not report("resume", measure("s3", "s3://bucket/resume"), 0.05, at_least=False))
+        report("resume", measure("s3", "s3://bucket/resume"), 0.05, at_least=False)
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

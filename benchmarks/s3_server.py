@@ -1,7 +1,6 @@
 """Runs a local S3 server for benchmarks and tests."""
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import fsspec
+
+from benchmarks.server import find_free_port
 
 __all__ = ["S3Server", "run_s3_server"]
 
@@ -48,8 +49,7 @@ class S3Server:
 
 @contextmanager
 def run_s3_server() -> Iterator[S3Server]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = find_free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (
         tempfile.NamedTemporaryFile(prefix="s3-server-", suffix=".log") as log,

@@ -4,8 +4,6 @@
 """
 
 import argparse
-import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import median
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.bars import report
+from benchmarks.bars import measure_seconds, report, run_benchmark
 from benchmarks.search_data import SearchData, prepare_data
 from captionlib.search.index import Index, open_index
 from captionlib.search.sql.session import SqlLimits, open_sql
@@ -29,15 +27,13 @@ def main() -> None:
     rows = parser.parse_args().rows
     data, built = prepare_data(rows)
     print(f"# built in {built['seconds']:.0f} s", flush=True)
-    met = [report("search-build-gigabytes", built["megabytes"] / 1000, 1.5, at_least=False)]
+    report("search-build-gigabytes", built["megabytes"] / 1000, 1.5, at_least=False)
     index = open_index(data.index)
-    met.append(_measure_text(data, index))
-    met += _measure_vectors(data, index)
-    sys.exit(not all(met))
+    _measure_text(data, index)
+    _measure_vectors(data, index)
 
 
-def _measure_text(data: SearchData, index: Index) -> bool:
-    """Measures queries for two required words, relative to DuckDB's `LIKE`. Both count the matches."""
+def _measure_text(data: SearchData, index: Index) -> None:
     queries = [query.split() for query in data.sample_queries(QUERIES, 2, 0)]
 
     def search(words: Sequence[str]) -> Any:
@@ -52,32 +48,30 @@ def _measure_text(data: SearchData, index: Index) -> bool:
         ours = _time_queries(search, queries)
         theirs = _time_queries(scan, queries[:15])
     print(f"# two words: {_format_milliseconds(ours)}, DuckDB's LIKE {_format_milliseconds(theirs)}", flush=True)
-    return report("search-text-to-like", median(ours) / median(theirs), 1 / 50, at_least=False)
+    report("search-text-to-like", median(ours) / median(theirs), 1 / 50, at_least=False)
 
 
-def _measure_vectors(data: SearchData, index: Index) -> list[bool]:
+def _measure_vectors(data: SearchData, index: Index) -> None:
     vectors = data.all_vectors()
-    met = []
     for name, queries, bar in (
         ("images", data.image_vectors(QUERIES, 99), 0.95),
         ("sentences", data.sentence_vectors(QUERIES, 99), 0.90),
     ):
         exact = [_search_exactly(vectors, query) for query in queries]
-        met.append(report(f"search-recall-{name}", _recall(index, queries, exact, None), bar))
+        report(f"search-recall-{name}", _recall(index, queries, exact, None), bar)
     ours = _time_queries(lambda query: index.search_vector(query, NEAREST), queries)
     theirs = _time_queries(lambda query: _search_exactly(vectors, query), queries[:15])
     print(f"# nearest vectors: {_format_milliseconds(ours)}, numpy {_format_milliseconds(theirs)}", flush=True)
-    met.append(report("search-vector-to-brute-force", median(ours) / median(theirs), 1 / 20, at_least=False))
+    report("search-vector-to-brute-force", median(ours) / median(theirs), 1 / 20, at_least=False)
     for percent, modulus in ((1, 100), (0.1, 1000)):
         where = f"CAST(split_part(image_id, '-', 2) AS INT) % {modulus} = 7"
         numbers = np.arange(len(vectors))
         passing = np.flatnonzero(numbers % (len(vectors) // 16) % modulus == 7)
         candidates = vectors[passing]
         exact = [passing[_search_exactly(candidates, query)] for query in queries]
-        met.append(report(f"search-recall-filter-{percent}%", _recall(index, queries, exact, where), 0.95))
+        report(f"search-recall-filter-{percent}%", _recall(index, queries, exact, where), 0.95)
         filtered = _time_queries(partial(index.search_vector, limit=NEAREST, where=where), queries)
         print(f"# with the filter: {_format_milliseconds(filtered)}", flush=True)
-    return met
 
 
 def _recall(
@@ -106,9 +100,7 @@ def _time_queries(search: Callable[[Any], Any], queries: Iterable[Any]) -> list[
         search(query)
     seconds = []
     for query in queries:
-        began = time.perf_counter()
-        search(query)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(measure_seconds(partial(search, query)))
     return seconds
 
 
@@ -117,4 +109,4 @@ def _format_milliseconds(seconds: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -5,7 +5,6 @@ shifted, like the modality gap of real embeddings.
 """
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from benchmarks.bars import read_peak_megabytes
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
@@ -26,7 +26,7 @@ from captionlib.search.config import IndexConfig
 from pipelines.build_index import build_index
 from pipelines.run import RunConfig
 
-__all__ = ["SIZE", "WORDS", "SearchData", "prepare_data"]
+__all__ = ["SIZE", "WORDS", "SearchData", "prepare_data", "sample_captions"]
 
 SIZE = 256
 SHARDS = 16
@@ -79,8 +79,7 @@ class SearchData:
 
     def sample_queries(self, count: int, words: int, seed: int) -> list[str]:
         """Samples queries of `words` words each, with the word frequencies of the captions."""
-        generator = np.random.default_rng([5, seed])
-        return [" ".join(_sample_words(generator, words)) for _ in range(count)]
+        return sample_captions(np.random.default_rng([5, seed]), np.full(count, words))
 
 
 def prepare_data(rows: int) -> tuple[SearchData, dict[str, float]]:
@@ -106,40 +105,43 @@ def _write(data: SearchData) -> None:
     for shard in range(SHARDS):
         generator = np.random.default_rng([6, shard])
         ids = [f"{shard:02d}-{number:06d}" for number in range(rows)]
+        images = {"image_id": ids, "uri": [f"https://example.org/{image_id}.jpg" for image_id in ids]}
         with write_shard(texts, shard, rows) as writer:
-            captions = [
-                " ".join(_sample_words(generator, int(length))) for length in generator.integers(7, 14, size=rows)
-            ]
+            captions = sample_captions(generator, generator.integers(7, 14, size=rows))
             log_probs = -generator.gamma(4, 3, size=rows).astype(np.float32)
-            splits = np.where(generator.random(rows) < 0.05, "val", "train").tolist()
-            values = [
-                {
-                    "image_id": image_id,
-                    "uri": f"https://example.org/{image_id}.jpg",
-                    "split": split,
-                    "caption": caption,
-                    "log_prob": log_prob,
-                    "tokens": caption.count(" ") + 2,
-                    "candidates": [{"caption": caption, "log_prob": log_prob}],
-                }
-                for image_id, split, caption, log_prob in zip(ids, splits, captions, log_probs, strict=True)
-            ]
-            writer.write(pa.RecordBatch.from_pylist(values, captions_schema()))
-        columns = {
-            "image_id": ids,
-            "uri": [f"https://example.org/{image_id}.jpg" for image_id in ids],
-            "embedding": numpy_to_vectors(data.image_vectors(rows, shard).astype(np.float16)),
-        }
-        with write_shard(vectors, shard, rows) as writer:
+            columns = {
+                **images,
+                "split": np.where(generator.random(rows) < 0.05, "val", "train").tolist(),
+                **describe_captions(captions, log_probs),
+            }
             writer.write(pa.RecordBatch.from_pydict(columns))
+        embeddings = numpy_to_vectors(data.image_vectors(rows, shard).astype(np.float16))
+        with write_shard(vectors, shard, rows) as writer:
+            writer.write(pa.RecordBatch.from_pydict({**images, "embedding": embeddings}))
     texts.finish()
     vectors.finish()
 
 
-def _sample_words(generator: np.random.Generator, length: int) -> list[str]:
-    """Samples words by Zipf's law."""
-    ranks = (len(WORDS) ** generator.random(length)).astype(int) - 1
-    return [WORDS[rank] for rank in ranks]
+def sample_captions(generator: np.random.Generator, lengths: npt.NDArray[np.int64]) -> list[str]:
+    """Samples captions with these numbers of words by Zipf's law."""
+    ranks = (len(WORDS) ** generator.random(int(lengths.sum()))).astype(int) - 1
+    words = np.array(WORDS)[ranks].tolist()
+    ends = np.cumsum(lengths).tolist()
+    return [" ".join(words[end - length : end]) for end, length in zip(ends, lengths.tolist(), strict=True)]
+
+
+def describe_captions(captions: list[str], log_probs: npt.NDArray[np.float32]) -> dict[str, pa.Array]:
+    """Returns the columns of a captions dataset that describe the captions, which are the only candidates."""
+    candidates = [
+        [{"caption": caption, "log_prob": log_prob}] for caption, log_prob in zip(captions, log_probs, strict=True)
+    ]
+    columns = {
+        "caption": captions,
+        "log_prob": log_probs,
+        "tokens": [caption.count(" ") + 2 for caption in captions],
+        "candidates": candidates,
+    }
+    return {name: pa.array(values, captions_schema().field(name).type) for name, values in columns.items()}
 
 
 def _normalize(vectors: npt.NDArray[np.floating]) -> Vectors:
@@ -158,9 +160,7 @@ def main() -> None:
     build_index(
         data.captions, data.index, IndexConfig(), embeddings=data.folder / "embeddings", run=RunConfig(progress=False)
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    megabytes = peak / (1e6 if sys.platform == "darwin" else 1e3)
-    print(json.dumps({"seconds": time.monotonic() - began, "megabytes": megabytes}))
+    print(json.dumps({"seconds": time.monotonic() - began, "megabytes": read_peak_megabytes()}))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 import argparse
 import asyncio
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
+from statistics import median
 from urllib.parse import urlencode
 
-from benchmarks.bars import report
-from benchmarks.page_data import find_free_port
+from benchmarks.bars import report, run_benchmark
 from benchmarks.search_data import SearchData, prepare_data
+from benchmarks.server import serve
 
 CLIENTS = 50
 SECONDS = 8.0
@@ -24,18 +23,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     data, _ = prepare_data(options.rows)
-    port = find_free_port()
-    command = [sys.executable, "-m", "captionlib", "serve", str(data.index), "--port", str(port)]
-    command += ["--workers", str(options.workers), "--thumbnails", str(Path(".bench") / "thumbnails")]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as server:
-        try:
-            sys.exit(not asyncio.run(_measure(data, port)))
-        finally:
-            server.terminate()
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the server
+    with serve(data.index, Path(".bench") / "thumbnails", "--workers", str(options.workers)) as (port, _):
+        asyncio.run(_measure(data, port))
 
 
-async def _measure(data: SearchData, port: int) -> bool:
-    await _wait_for_server(port)
+async def _measure(data: SearchData, port: int) -> None:
     paths = [f"/?{urlencode({'q': query})}" for query in data.sample_queries(500, 2, 1)]
     await _run(port, paths, CLIENTS, 2.0)  # warm-up
     single: list[float] = []
@@ -46,11 +39,9 @@ async def _measure(data: SearchData, port: int) -> bool:
             rate, failed = await _run(port, paths, clients, SECONDS)
             rates.append(rate)
             errors += failed
-    print(
-        f"# pages per second: one client {sorted(single)[ROUNDS // 2]:.0f}, {CLIENTS} {sorted(many)[ROUNDS // 2]:.0f}"
-    )
-    no_errors = report("serve-errors", errors, 0, at_least=False)
-    return report("serve-clients-to-one", sorted(many)[ROUNDS // 2] / sorted(single)[ROUNDS // 2], 1.5) and no_errors
+    print(f"# pages per second: one client {median(single):.0f}, {CLIENTS} {median(many):.0f}")
+    report("serve-errors", errors, 0, at_least=False)
+    report("serve-clients-to-one", median(many) / median(single), 1.5)
 
 
 async def _run(port: int, paths: list[str], clients: int, seconds: float) -> tuple[float, int]:
@@ -82,17 +73,5 @@ async def _client(port: int, paths: list[str], until: float) -> tuple[int, int]:
     return pages, errors
 
 
-async def _wait_for_server(port: int) -> None:
-    for _ in range(600):
-        try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
-        except OSError:
-            await asyncio.sleep(0.1)
-        else:
-            writer.close()
-            return
-    sys.exit("the server did not start")
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

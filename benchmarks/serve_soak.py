@@ -11,13 +11,10 @@ import asyncio
 import io
 import json
 import multiprocessing
-import os
 import random
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -35,9 +32,10 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from benchmarks.bars import report
+from benchmarks.bars import report, run_benchmark
 from benchmarks.decoding_speed import build_captioner
 from benchmarks.search_data import WORDS
+from benchmarks.server import serve
 from benchmarks.synthetic_images import write_images
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
@@ -101,14 +99,15 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with _serve_images() as image_port, ProcessPoolExecutor(2, context) as executor:
         _write_index(image_port)
-        with _serve_index() as (port, process):
+        models = ["--ranker", str(FOLDER / "ranker"), "--captioner", str(FOLDER / "captioner")]
+        with serve(FOLDER / "index", FOLDER / "thumbnails", *models, "--allow-private-hosts") as (port, process):
             observations = executor.submit(_observe, port, process.pid, seconds)
             updates = executor.submit(_update_index, image_port, port, seconds)
             asyncio.run(_run_clients(port, time.monotonic() + seconds, results))
-            sys.exit(not _report(results, observations.result(), updates.result()))
+            _report(results, observations.result(), updates.result())
 
 
-def _report(results: Results, observations: list[Observation], index_updates: int) -> bool:
+def _report(results: Results, observations: list[Observation], index_updates: int) -> None:
     results.statuses.update(("/health", observation.health_status) for observation in observations)
     for (path, status), count in sorted(results.statuses.items()):
         print(f"# {path} {status}: {count}")
@@ -123,14 +122,10 @@ def _report(results: Results, observations: list[Observation], index_updates: in
     errors = sum(count for (_, status), count in results.statuses.items() if status == 0 or status in range(500, 503))
     early = max(row.megabytes for row in observations if row.seconds <= WARM_UP_SECONDS)
     late = max(row.megabytes for row in observations if row.seconds > WARM_UP_SECONDS)
-    return all(
-        [
-            report("serve-soak-errors", errors, 0, at_least=False),
-            report("serve-soak-health-seconds", slowest[-1].health_seconds, 0.5, at_least=False),
-            report("serve-soak-captioned-images-of-unluckiest-client", min(uploads), 1),
-            report("serve-soak-memory-ratio", late / early, 1.05, at_least=False),
-        ]
-    )
+    report("serve-soak-errors", errors, 0, at_least=False)
+    report("serve-soak-health-seconds", slowest[-1].health_seconds, 0.5, at_least=False)
+    report("serve-soak-captioned-images-of-unluckiest-client", min(uploads), 1)
+    report("serve-soak-memory-ratio", late / early, 1.05, at_least=False)
 
 
 def _write_index(image_port: int) -> None:
@@ -161,7 +156,6 @@ def _write_index(image_port: int) -> None:
 
 
 def _write_captions(image_port: int, version: int) -> None:
-    """Writes the captions dataset. Each version has other captions of the same images."""
     generator = np.random.default_rng(version)
     rows = []
     for number in range(ROWS):
@@ -209,24 +203,6 @@ def _update_index(image_port: int, port: int, seconds: float) -> int:
 def _get_index_version(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as response:
         return str(json.load(response)["index"])
-
-
-@contextmanager
-def _serve_index() -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    port = 18_000 + os.getpid() % 10_000
-    command = [sys.executable, "-m", "captionlib", "serve", str(FOLDER / "index"), "--port", str(port)]
-    command += ["--ranker", str(FOLDER / "ranker"), "--captioner", str(FOLDER / "captioner")]
-    command += ["--thumbnails", str(FOLDER / "thumbnails"), "--allow-private-hosts"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            while process.poll() is None:
-                with suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-                    break
-                time.sleep(0.1)
-            yield port, process
-        finally:
-            process.kill()
 
 
 def _observe(port: int, server: int, seconds: float) -> list[Observation]:
@@ -372,4 +348,4 @@ def _serve_images() -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

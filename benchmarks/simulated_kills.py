@@ -9,7 +9,7 @@ from captionlib.storage.folders import Folder
 
 __all__ = ["WRITES", "Killed", "kill_after"]
 
-WRITES = ("_publish_local", "remove", "remove_file", "move")
+WRITES = ("_publish_local", "remove", "remove_file", "remove_if_equal", "move")
 """The methods of `Folder` that change files."""
 
 

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import pyarrow.parquet as pq
 import tenacity.nap
 
-from benchmarks.bars import report
+from benchmarks.bars import report, run_benchmark
 from benchmarks.tiny_project import COMMANDS, Command, call, create_project, read_output, set_up
 from captionlib.data.images.decoder_pool import DecoderPool
 from captionlib.data.images.decoding import decode_image
@@ -212,9 +212,10 @@ class FaultWalk:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "walk"
-        self._clean = create_project(_make(folder / "clean"))
-        self._setups = _make(folder / "setups")
-        self._temporary = _make(folder / "temporary")
+        self._clean = create_project(folder / "clean")
+        self._setups, self._temporary = folder / "setups", folder / "temporary"
+        self._setups.mkdir()
+        self._temporary.mkdir()
         self._output = self._folder / "output"
         self._accesses = _Accesses(folder, self._output)
         self._expected: dict[Command, dict[str, str]] = {}
@@ -279,7 +280,6 @@ class FaultWalk:
         return _find_difference(code, names, result, self._expected[command], before)
 
     def _count_images(self) -> dict[str, int]:
-        """Returns the number of rows and failures of each dataset."""
         folders = [file.parent for file in self._output.rglob("_dataset.json")]
         return {str(folder): open_dataset(folder).compute_totals().images for folder in folders}
 
@@ -291,7 +291,6 @@ class FaultWalk:
         shutil.copytree(self._get_setup(command), self._folder)
 
     def _run(self, command: Command, position: int, fault: Fault) -> tuple[int, str, str]:
-        """Returns the exit code, the output and the errors of a command."""
         output, errors = io.TextIOWrapper(io.BytesIO()), io.StringIO()
         with (
             redirect_stdout(output),
@@ -319,7 +318,6 @@ def _find_difference(
 
 
 def _select(output: dict[str, str], folder: str) -> dict[str, str]:
-    """Returns the files of a folder."""
     return {name: digest for name, digest in output.items() if name.startswith(f"{folder}/")}
 
 
@@ -346,11 +344,6 @@ def find_message_problem(code: int, output: str, errors: str) -> str:
     return ""
 
 
-def _make(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    return folder
-
-
 def choose_faults(points: Sequence[Point], faults_per_access: int, seed: int) -> list[Point]:
     """Returns some of the faults of each access, in random order."""
     generator = random.Random(seed)
@@ -362,7 +355,6 @@ def choose_faults(points: Sequence[Point], faults_per_access: int, seed: int) ->
 
 
 def main() -> None:
-    """Reports the fraction of faults with an acceptable result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults-per-access", type=int, default=len(FAULTS), help="number of faults of each access")
     parser.add_argument("--sample", type=int, help="number of faults. [default: all]")
@@ -387,8 +379,8 @@ def main() -> None:
     unreached = sum(outcome.access == UNREACHED for outcome in outcomes)
     print(f"# {len(outcomes)} of {len(points)} faults, {unreached} of them {UNREACHED}")
     print(f"# {dict(Counter(outcome.command.split()[0] for outcome in outcomes))}", flush=True)
-    sys.exit(not report("storage-faults", sum(not outcome.problem for outcome in outcomes) / len(outcomes), 1.0))
+    report("storage-faults", sum(not outcome.problem for outcome in outcomes) / len(outcomes), 1.0)
 
 
 if __name__ == "__main__":
-    main()
+    run_benchmark(main)

@@ -22,7 +22,6 @@ SCHEMA = features_schema(SIZE, "float16")
 
 
 def make_rows(shard: int, rows: int) -> pa.RecordBatch:
-    """Returns the rows of a shard of a manifest."""
     first = shard * rows
     names = [f"{number:010d}" for number in range(first, first + rows)]
     columns = {
@@ -36,7 +35,6 @@ def make_rows(shard: int, rows: int) -> pa.RecordBatch:
 
 
 def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> ShardedDataset:
-    """Writes a manifest of `shards` shards with `rows` rows each."""
     dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={"rows": rows}, shards=shards)
     for shard in dataset.pending_shards():
         with write_shard(dataset, shard, rows) as writer:
@@ -46,7 +44,6 @@ def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> Sharde
 
 
 def add_features(rows: pa.RecordBatch) -> pa.RecordBatch:
-    """Adds features that are all zero."""
     vectors = numpy_to_vectors(np.zeros((rows.num_rows, SIZE), np.float16))
     return add_missing_columns(rows.append_column("features", vectors), SCHEMA)
 
@@ -78,6 +75,5 @@ class ZeroFeatures:
 
 
 def create_job(source: ShardedDataset, output: str | os.PathLike[str], first_row_file: str = "") -> ShardJob:
-    """Creates the job that runs the stage on all shards of a manifest."""
     dataset = create_dataset(output, "features", SCHEMA, config={}, source=source)
     return ShardJob(source, (dataset,), ZeroFeatures(first_row_file=first_row_file))

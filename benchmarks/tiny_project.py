@@ -15,7 +15,7 @@ from captionlib.search.index_folder import read_description
 from captionlib.storage.folders import Folder
 from jobs.cli import main
 
-__all__ = ["COMMANDS", "IMAGES", "Command", "call", "create_project", "read_output", "set_up"]
+__all__ = ["COMMANDS", "IMAGES", "Command", "call", "create_project", "read_output", "run_command", "set_up"]
 
 IMAGES = 8
 _SHARD_SIZE = 4
@@ -125,20 +125,19 @@ def create_project(folder: Path) -> Path:
     scipy.io.savemat(folder / "feats.mat", {"feats": features})
     for command in COMMANDS:
         if command.name in _WRITERS and not command.setup:
-            _require_success(command.arguments, folder, folder)
+            run_command(*_fill_in(command.arguments, folder, folder))
     return folder
 
 
 def set_up(command: Command, project: Path, output: Path) -> None:
-    """Writes the folder that a command changes."""
     output.mkdir(parents=True)
     if command.setup:
-        _require_success(command.setup, project, output)
+        run_command(*_fill_in(command.setup, project, output))
 
 
 def call(command: Command, project: Path, output: Path) -> int:
     """Runs a command in this process and returns its exit code."""
-    return _call(command.arguments, project, output)
+    return _call(_fill_in(command.arguments, project, output))
 
 
 def read_output(command: Command, output: Path) -> dict[str, str]:
@@ -156,17 +155,26 @@ def read_output(command: Command, output: Path) -> dict[str, str]:
     return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def _require_success(arguments: str, project: Path, output: Path) -> None:
-    errors = io.StringIO()
-    with redirect_stdout(io.StringIO()), redirect_stderr(errors):
-        code = _call(arguments, project, output)
+def run_command(*words: str | Path) -> None:
+    """Runs a command in this process, which loads the libraries once, and hides its output.
+
+    Raises:
+        RuntimeError: the command failed. The message contains its output.
+    """
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        code = _call([str(word) for word in words])
     if code != 0:
-        raise RuntimeError(f"captionlib {arguments} failed: {errors.getvalue()}")
+        raise RuntimeError(f"captionlib {' '.join(map(str, words))} failed: {output.getvalue()}")
 
 
-def _call(arguments: str, project: Path, output: Path) -> int:
+def _call(words: list[str]) -> int:
     try:
-        main([word.format(project=project, output=output) for word in arguments.split()])
+        main(words)
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
     return 0
+
+
+def _fill_in(arguments: str, project: Path, output: Path) -> list[str]:
+    return [word.format(project=project, output=output) for word in arguments.split()]

@@ -5,7 +5,7 @@
       NAME/manifest         manifest of the source NAME: a table of its images
       NAME/captions         generated captions of these images
       NAME/embeddings       embeddings of these images, if there is a ranker
-      duplicates/           groups of near-duplicate images, if `duplicates` is set in the configuration
+      duplicates/           groups of near-duplicate images, if the configuration has a `duplicate_threshold`
       index/                search index of all sources
 
 `captionlib init` writes the configuration, and `captionlib update` writes the rest.
@@ -13,7 +13,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -80,8 +80,8 @@ class CollectionConfig:
         ranker: checkpoint or address of the ranker (dual encoder for image-text retrieval). If None, the index is
             text-only.
         weights: weights file of the image encoder, if it needs one.
-        duplicates: minimum cosine similarity, in (0, 1], of near-duplicates, such as 0.94. If set, only the largest of
-            several similar images is indexed; see `captionlib deduplicate`. If None, all images are indexed.
+        duplicate_threshold: minimum cosine similarity, in (0, 1], of near-duplicates, such as 0.94. If set, only the
+            largest of several similar images is indexed; see `captionlib deduplicate`. If None, all images are indexed.
         generation: configuration of `captionlib generate-captions`, such as `decoding`.
         index: how to build the index.
     """
@@ -90,7 +90,7 @@ class CollectionConfig:
     captioner: str
     ranker: str | None = None
     weights: str | None = None
-    duplicates: Annotated[float, Field(gt=0, le=1)] | None = None
+    duplicate_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     index: IndexConfig = field(default_factory=IndexConfig)
 
@@ -99,62 +99,55 @@ class CollectionConfig:
         if not names or len(set(names)) < len(names):
             got = ", ".join(names) or "none"
             raise ConfigError(f"sources: expected one or more sources with different names, got {got}")
-        if self.duplicates is not None and self.ranker is None:
-            raise ConfigError(
-                "duplicates: finding near-duplicates requires embeddings; set ranker, or remove duplicates"
-            )
+        if self.duplicate_threshold is not None and self.ranker is None:
+            raise ConfigError("duplicate_threshold: requires embeddings; set ranker, or remove duplicate_threshold")
 
 
 @dataclass(frozen=True)
 class Collection:
-    """A folder with a configuration. Its datasets need not exist yet."""
+    """A folder with a configuration. Its datasets need not exist yet. Addresses of datasets are paths or URLs."""
 
     folder: Folder
     config: CollectionConfig
 
     @property
     def index(self) -> str:
-        """Path or URL of the index."""
         return self.folder.address("index")
 
     @property
     def duplicates(self) -> str:
-        """Path or URL of the duplicates among the images of all sources."""
+        """Address of the duplicates among the images of all sources."""
         return self.folder.address("duplicates")
 
     def manifest(self, source: SourceConfig) -> str:
-        """Returns the path or URL of the manifest of a source."""
         return self.folder.address(f"{source.name}/manifest")
 
     def captions(self, source: SourceConfig) -> str:
-        """Returns the path or URL of the captions of a source."""
         return self.folder.address(f"{source.name}/captions")
 
     def embeddings(self, source: SourceConfig) -> str:
-        """Returns the path or URL of the embeddings of a source."""
         return self.folder.address(f"{source.name}/embeddings")
 
     def list_captions(self) -> list[str]:
-        """Returns the paths or URLs of the captions of all sources."""
         return [self.captions(source) for source in self.config.sources]
 
     def list_embeddings(self) -> list[str]:
-        """Returns the paths or URLs of the embeddings of all sources, or an empty list without a ranker."""
+        """Returns the addresses of the embeddings of all sources, or an empty list without a ranker."""
         return [self.embeddings(source) for source in self.config.sources] if self.config.ranker else []
 
     def list_datasets(self) -> list[str]:
-        """Returns the paths or URLs of the datasets of all sources, in the order in which they are written."""
+        """Returns the addresses of the datasets of all sources, in the order in which they are written."""
         getters = [self.manifest, self.captions, *([self.embeddings] if self.config.ranker else [])]
         return [get_address(source) for source in self.config.sources for get_address in getters]
 
     def find_manifests(self) -> list[str]:
-        """Returns the paths or URLs of the manifests of all sources, including those of removed sources."""
+        """Returns the addresses of the manifests of all sources, including those of removed sources."""
         manifests = [self.manifest(source) for source in self.config.sources]
         earlier = [address for address in self.find_datasets() if address.endswith("/manifest")]
         return list(dict.fromkeys([*manifests, *earlier]))
 
     def find_datasets(self) -> list[str]:
-        """Returns the paths or URLs of all datasets in the folder, including those of removed sources."""
+        """Returns the addresses of all datasets in the folder, including those of removed sources."""
         names = [f"{name}/{kind}" for name in self.folder.list() for kind in _DATASETS if name not in _RESERVED]
         return [
             self.folder.address(name)
@@ -164,11 +157,7 @@ class Collection:
 
 
 def create_collection(folder: str | os.PathLike[str], config: CollectionConfig) -> Collection:
-    """Writes the configuration of a new collection. Relative paths become absolute.
-
-    Raises:
-        DatasetError: the folder is not empty.
-    """
+    """Writes the configuration of a new collection. Relative paths become absolute."""
     created = Folder(folder)
     if names := created.list():
         raise DatasetError(f"{created.uri}: expected a new or empty folder, got files ({', '.join(names[:3])})")
@@ -207,22 +196,19 @@ def is_collection(folder: str | os.PathLike[str]) -> bool:
     return Folder(folder).exists(COLLECTION_FILE)
 
 
-def expand_collections(addresses: Iterable[str]) -> list[str]:
-    """Replaces the address of each collection with the addresses of the captions of its sources."""
+def expand_collections(
+    addresses: Iterable[str], list_datasets: Callable[[Collection], list[str]] = Collection.list_captions
+) -> list[str]:
+    """Replaces the address of each collection with the addresses of its datasets."""
     return [
-        captions
+        dataset
         for address in addresses
-        for captions in (open_collection(address).list_captions() if is_collection(address) else [address])
+        for dataset in (list_datasets(open_collection(address)) if is_collection(address) else [address])
     ]
 
 
 def open_collection(folder: str | os.PathLike[str]) -> Collection:
-    """Reads the configuration of a collection.
-
-    Raises:
-        ConfigError: the configuration is invalid.
-        DatasetError: the folder is not a collection.
-    """
+    """Reads the configuration of a collection."""
     opened = Folder(folder)
     address = opened.address(COLLECTION_FILE)
     try:

@@ -24,7 +24,6 @@ __all__ = [
     "configclass",
     "describe_differences",
     "load_config",
-    "parse_override",
     "parse_yaml",
     "to_dict",
 ]
@@ -57,12 +56,8 @@ def load_config(
 ) -> Config:
     """Creates a configuration from a YAML file and overrides such as `training.epochs=5`.
 
-    Overrides replace values of the file. `defaults` have the form of overrides and replace the defaults of
-    `config_type`. A file may extend another file with `extends: base.yaml`, a path relative to the extending file.
-    Sections are merged, and values in the extending file take precedence.
-
-    Raises:
-        ConfigError: the file cannot be read, a key is unknown or a value is invalid.
+    `defaults` have the form of overrides and replace the defaults of `config_type`. A file may extend another file with
+    `extends: base.yaml`, a path relative to the extending file. Sections are merged.
     """
     values: dict[str, Any] = {}
     apply_overrides(values, defaults)
@@ -77,9 +72,6 @@ def build_config(config_type: type[Config], values: Mapping[str, Any], origin: s
 
     A missing key of a section gets its value from the section's default in the enclosing class. Error messages begin
     with `origin`, such as the path of the file that contains the values.
-
-    Raises:
-        ConfigError: a key is unknown or a value is invalid.
     """
     _check_keys(config_type, values, prefix="", origin=origin)
     try:
@@ -93,24 +85,20 @@ def build_config(config_type: type[Config], values: Mapping[str, Any], origin: s
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
     """Sets the values of overrides such as `training.epochs=5` in a nested mapping."""
     for override in overrides:
-        keys, value = parse_override(override)
-        _set_nested(values, keys, value)
-
-
-def parse_override(override: str) -> tuple[list[str], Any]:
-    """Splits an override such as `training.epochs=5` into its keys and its value, and parses the value as YAML."""
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {override!r}: expected key=value, such as training.epochs=5")
-    return key.strip().split("."), parse_yaml(text, f"--set {override!r}")
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {override!r}: expected key=value, such as training.epochs=5")
+        *sections, name = key.strip().split(".")
+        inner = values
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--set {key.strip()}: {section} is a value, not a section")
+        inner[name] = parse_yaml(text, f"--set {override!r}")
 
 
 def parse_yaml(text: str, origin: str) -> Any:
-    """Parses YAML. Aliases and repeated keys are rejected.
-
-    Raises:
-        ConfigError: the text is invalid. The message begins with `origin`, such as the path of the file.
-    """
+    """Parses YAML without aliases and repeated keys. Error messages begin with `origin`, such as a path."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError as error:
@@ -146,10 +134,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def describe_differences(
     before: Mapping[str, Any], now: Mapping[str, Any], labels: tuple[str, str] = ("was", "now")
 ) -> list[str]:
-    """Returns a line such as `epochs: was 5, now 6` for each value that differs between two nested configurations.
-
-    `labels` are the words before the two values.
-    """
+    """Returns a line such as `epochs: was 5, now 6` for each value that differs between two nested configurations."""
     old, new = _flatten(before), _flatten(now)
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     return [f"{name}: {labels[0]} {old.get(name)!r}, {labels[1]} {new.get(name)!r}" for name in names]
@@ -189,15 +174,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
-
-
-def _set_nested(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    for key in keys[:-1]:
-        inner = values.setdefault(key, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {'.'.join(keys)}: {key} is a value, not a section")
-        values = inner
-    values[keys[-1]] = value
 
 
 def _with_defaults(config_type: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,13 +220,7 @@ def _section_type(field_type: Any) -> Any | None:
 
 
 def _check_booleans(given: Any, converted: Any, prefix: str) -> None:
-    """Rejects booleans that Pydantic converted to numbers, and numbers that it converted to booleans.
-
-    Args:
-        given: the value before the conversion.
-        converted: the value after the conversion.
-        prefix: beginning of the error message: the origin, and the keys of the sections that contain the value.
-    """
+    """Rejects booleans that Pydantic converted to numbers, and numbers that it converted to booleans."""
     if isinstance(given, Mapping) and isinstance(converted, Mapping):
         for key, value in given.items():
             _check_booleans(value, converted.get(key), f"{prefix}{key}.")

@@ -30,37 +30,21 @@ _WATCH_MILLISECONDS = 20  # interval between checks of the memory limit
 
 @dataclass(frozen=True)
 class ProcessLimits:
-    """Limits on a child process, and the errors to raise if it exceeds them.
+    """Limits on a child process, and the errors to raise if it exceeds them."""
 
-    Attributes:
-        memory_bytes: limit on the memory that the child allocates. Mapped files do not count, and neither does memory
-            that is shared with the parent. `RLIMIT_AS` is not used, because DuckDB reserves far more address space
-            than it uses.
-        timeout_seconds: limit on the total time that the parent waits for output.
-        memory_error: error to raise if the child exceeds `memory_bytes`.
-        timeout_error: error to raise if the child exceeds `timeout_seconds`.
-    """
-
-    memory_bytes: int
-    timeout_seconds: float
+    memory_bytes: int  # without mapped files, and without memory that is shared with the parent
+    timeout_seconds: float  # the total time that the parent waits for output
     memory_error: CaptionlibError
     timeout_error: CaptionlibError
 
 
 @contextmanager
 def run_isolated(program: Callable[[BinaryIO], None], limits: ProcessLimits) -> Iterator[BinaryIO]:
-    """Runs a function in a child process and streams its output.
+    """Runs a function in a child process, and yields a file that reads what the function writes.
 
-    When the context exits, the child process is killed and its temporary files are removed. The child is a fork, so it
-    starts in milliseconds. If other threads hold locks at the fork, the child may wait for them until its timeout.
-
-    Args:
-        program: the function. It writes its output to the binary file that it receives.
-        limits: the limits on the child process.
-
-    Yields:
-        The output. If the function raises an exception, reading the end of the output raises the same exception. If the
-        child process crashes, reading raises SubprocessError.
+    When the context exits, the child process is killed and its temporary files are removed. Reading the end of the file
+    raises the exception that the function raised, or SubprocessError if the process crashed. The child is a fork. If
+    other threads hold locks at the fork, it may wait for them until its timeout.
     """
     with tempfile.TemporaryDirectory(prefix="captionlib-") as scratch:
         child = _Child(program, limits, scratch)
@@ -71,7 +55,7 @@ def run_isolated(program: Callable[[BinaryIO], None], limits: ProcessLimits) -> 
 
 
 class _Child(io.RawIOBase):
-    """A child process. Reading from this file object reads its output."""
+    """A file object that reads the output of a child process."""
 
     def __init__(self, program: Callable[[BinaryIO], None], limits: ProcessLimits, scratch: str) -> None:
         super().__init__()
@@ -103,7 +87,6 @@ class _Child(io.RawIOBase):
         return count
 
     def kill(self) -> None:
-        """Kills the process if it is running, and closes the pipes."""
         if self._pid:
             os.kill(self._pid, signal.SIGKILL)
             self._wait()
@@ -115,7 +98,7 @@ class _Child(io.RawIOBase):
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def _check_end(self) -> None:
-        """Raises the error of the process, if it failed. Called when its output has ended."""
+        """Raises the error of the process, whose output has ended, if it failed."""
         with os.fdopen(self._error, "rb", closefd=False) as error:
             content = error.read()
         status = self._wait()
@@ -131,7 +114,6 @@ class _Child(io.RawIOBase):
 def _run(
     program: Callable[[BinaryIO], None], output_sink: int, error_sink: int, limits: ProcessLimits, scratch: str
 ) -> NoReturn:
-    """Runs the function in the child process, and then ends the process."""
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the parent kills this one
@@ -161,7 +143,8 @@ def _watch(error_sink: int, limits: ProcessLimits, scratch: str) -> None:
     """Ends this process if it uses too much memory, or if the parent closes the pipe or dies."""
     pipe = select.poll()
     pipe.register(error_sink, 0)  # reports only that the other end was closed
-    initial_bytes = _read_allocated_bytes()  # includes the memory that is shared with the parent
+    # RLIMIT_AS would also limit address space, of which DuckDB reserves far more than it uses.
+    initial_bytes = _read_allocated_bytes()
     while not pipe.poll(_WATCH_MILLISECONDS):
         if _read_allocated_bytes() - initial_bytes > limits.memory_bytes:
             _send_error(error_sink, limits.memory_error)

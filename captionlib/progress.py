@@ -36,7 +36,6 @@ def format_message(level: str, message: str, **fields: Any) -> str:
 
 
 def hide_progress(hidden: bool) -> None:
-    """Hides all progress bars of this process, or shows them again."""
     global _hidden  # noqa: PLW0603 - set once, by the command line
     _hidden = hidden
 
@@ -73,7 +72,6 @@ class ProgressBar:
 
     @property
     def rate(self) -> float:
-        """Items per second."""
         return (self.count - self._skipped) / max(time.monotonic() - self._started_at, 1e-9)
 
     def describe(self) -> str:
@@ -122,7 +120,6 @@ def progress_bar(label: str, total: int | None, unit: str, enabled: bool = True)
 
 @contextmanager
 def _draw(bar: ProgressBar, label: str, total: int | None) -> Iterator[None]:
-    """Draws the bar on a terminal during the block."""
     from rich.console import Console  # the import takes 0.2 s, and most commands draw no bar
     from rich.progress import BarColumn, Progress, TextColumn
 

@@ -27,9 +27,6 @@ def find_recipe(name: str, command: str | None = None) -> Path:
     """Returns `name` if it is the path of a file, or else the file of the recipe with this full or short name.
 
     If `command` is None, the short name must be unique among the recipes of all commands.
-
-    Raises:
-        ConfigError: no file or recipe has this name, or several recipes have it.
     """
     if Path(name).is_file():
         return Path(name)

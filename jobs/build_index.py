@@ -96,8 +96,8 @@ def command(
     settings = load_config(IndexConfig, config, overrides)
     run = RunConfig(workers, beam_options, overwrite=overwrite)
     build, index = build_index(captions, output, settings, embeddings=embeddings, duplicates=duplicates, run=run)
-    if build.outgrown is not None:
-        old = f"{_describe_layout(build.outgrown)}, for {build.outgrown.rows:,} rows"
+    if build.replaced_layout is not None:
+        old = f"{_describe_layout(build.replaced_layout)}, for {build.replaced_layout.rows:,} rows"
         click.echo(
             f"The index now has {index.captions_count:,} rows, so its vector layout ({old}) was replaced", err=True
         )

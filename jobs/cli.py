@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -77,11 +77,7 @@ _KEPT = {
 _LOGGER = logging.getLogger("captionlib")
 
 
-def _set_quiet(_context: click.Context, _parameter: click.Parameter, quiet: bool) -> None:
-    progress.hide_progress(quiet)
-
-
-def _set_verbose(_context: click.Context, _parameter: click.Parameter, verbose: bool) -> None:
+def _set_verbose(verbose: bool) -> None:
     if verbose:
         handler = logging.StreamHandler()
         handler.setFormatter(_LogFormatter("%(name)s: %(message)s"))
@@ -89,32 +85,26 @@ def _set_verbose(_context: click.Context, _parameter: click.Parameter, verbose: 
     _LOGGER.setLevel(logging.DEBUG if verbose else logging.NOTSET)
 
 
-def _set_log_format(_context: click.Context, _parameter: click.Parameter, log_format: progress.LogFormat) -> None:
-    progress.set_log_format(log_format)
-
-
 class _LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return progress.format_message(record.levelname.lower(), super().format(record))
 
 
+def _output_option(*names: str, apply: Callable[[Any], None], **attributes: Any) -> click.Option:
+    """Returns an option whose value is passed to `apply` instead of the command."""
+    return click.Option(names, expose_value=False, callback=lambda _context, _option, value: apply(value), **attributes)
+
+
 _OUTPUT_OPTIONS = [
-    click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, callback=_set_quiet, help="Hide progress bars."),
-    click.Option(
-        ["-v", "--verbose"],
-        is_flag=True,
-        expose_value=False,
-        callback=_set_verbose,
-        help="Show where an error was raised.",
-    ),
-    click.Option(
-        ["--log-format"],
+    _output_option("-q", "--quiet", is_flag=True, apply=progress.hide_progress, help="Hide progress bars."),
+    _output_option("-v", "--verbose", is_flag=True, apply=_set_verbose, help="Show where an error was raised."),
+    _output_option(
+        "--log-format",
         type=click.Choice(["text", "json"]),
         default="text",
         show_default=True,
-        expose_value=False,
         is_eager=True,
-        callback=_set_log_format,
+        apply=progress.set_log_format,
         help="Format of progress and errors on standard error; json prints an object per line.",
     ),
 ]

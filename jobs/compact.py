@@ -1,10 +1,17 @@
 """The command `captionlib compact`."""
 
-from contextlib import ExitStack
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import click
 
+from captionlib.errors import DatasetError
+from jobs.datasets import open_datasets
 from jobs.options import progress_option
+
+if TYPE_CHECKING:
+    from captionlib.collection import Collection
 
 __all__ = ["command"]
 
@@ -32,32 +39,13 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
       captionlib compact holidays
       captionlib compact manifest features captions embeddings --shard-size 5000
     """
-    from captionlib.collection import is_collection, open_collection
     from captionlib.data.shards.compaction import plan_compaction
-    from captionlib.data.shards.dataset import open_dataset
-    from captionlib.data.shards.markers import DESCRIPTION_FILE
-    from captionlib.errors import DatasetError
     from captionlib.progress import progress_bar
-    from captionlib.search.index_folder import INDEX_FILE
-    from captionlib.storage.folders import Folder
-    from captionlib.storage.lock import lock_folder
 
-    with ExitStack() as stack:
-        addresses: list[str] = []
-        for folder in folders:
-            if is_collection(folder):
-                collection = open_collection(folder)
-                stack.enter_context(lock_folder(collection.folder, "captionlib compact"))
-                addresses += [
-                    address for address in collection.list_datasets() if Folder(address).exists(DESCRIPTION_FILE)
-                ]
-            elif not Folder(folder).exists(INDEX_FILE):  # an index has no shards to compact
-                addresses.append(folder)
-        if not addresses:
-            raise DatasetError(f"{folders[0]}: expected datasets to compact, got none; run `captionlib update` first")
-        for address in addresses:
-            stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib compact"))
-        plans = plan_compaction([open_dataset(address) for address in addresses], shard_size)
+    with open_datasets(folders, "compact", _find_datasets) as (datasets, indexes):
+        if not datasets:
+            raise DatasetError(f"{indexes[0]}: expected datasets to compact, got an index")
+        plans = plan_compaction(datasets, shard_size)
         with progress_bar("compact", sum(plan.images for plan in plans), "images", progress) as bar:
             for plan in plans:
                 before = plan.dataset
@@ -67,3 +55,9 @@ def command(folders: tuple[str, ...], shard_size: int | None, progress: bool) ->
                     click.echo(f"{before.folder.uri}: nothing to do")
                 else:
                     click.echo(f"{before.folder.uri}: {before.shards:,} shards became {after.shards:,}")
+
+
+def _find_datasets(collection: Collection) -> list[str]:
+    """Returns the datasets of the current sources. Those of removed sources may be incomplete."""
+    existing = collection.find_datasets()
+    return [address for address in collection.list_datasets() if address in existing]

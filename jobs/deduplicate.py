@@ -1,8 +1,16 @@
 """The command `captionlib deduplicate`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import click
 
+from captionlib.errors import ConfigError
 from jobs.options import progress_option
+
+if TYPE_CHECKING:
+    from captionlib.collection import Collection
 
 __all__ = ["command"]
 
@@ -37,22 +45,19 @@ def command(embeddings: tuple[str, ...], output: str, threshold: float, overwrit
       captionlib deduplicate embeddings-2025 embeddings-2026 -o duplicates --threshold 0.95
       captionlib query duplicates --sql "FROM duplicates WHERE NOT kept"
     """
-    from captionlib.collection import is_collection, open_collection
-    from captionlib.errors import ConfigError
+    from captionlib.collection import expand_collections
     from captionlib.search.duplicates import find_duplicates
 
-    addresses: list[str] = []
-    for folder in embeddings:
-        if is_collection(folder):
-            collection = open_collection(folder)
-            if collection.config.ranker is None:
-                raise ConfigError(
-                    f"{folder} has no embeddings; set ranker in its collection.yaml, and run captionlib update"
-                )
-            addresses += collection.list_embeddings()
-        else:
-            addresses.append(folder)
+    addresses = expand_collections(embeddings, _require_embeddings)
     summary = find_duplicates(addresses, output, threshold, overwrite=overwrite, progress=progress)
     click.echo(
         f"{output}: {summary.duplicates:,} of {summary.images:,} images are duplicates, in {summary.groups:,} groups"
     )
+
+
+def _require_embeddings(collection: Collection) -> list[str]:
+    if collection.config.ranker is None:
+        raise ConfigError(
+            f"{collection.folder.uri} has no embeddings; set ranker in its collection.yaml, and run captionlib update"
+        )
+    return collection.list_embeddings()

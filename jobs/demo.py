@@ -81,7 +81,6 @@ def command(output: str, weights: str, train_images: int, test_images: int, over
 
 
 def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
-    """Runs the stages from images to captions."""
     from captionlib.config import load_config
     from captionlib.data.ingestion.prepare import PrepareConfig, prepare
     from captionlib.models.inference.captioning import GenerationConfig
@@ -118,10 +117,7 @@ def _build_captions(folder: Path, weights: str, run: RunConfig) -> None:
 
 
 def _summarize(folder: Path, evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns the fraction of captions with the correct value of each scene attribute, then BLEU-4 and CIDEr.
-
-    Each score is a tuple of name, value and detail, for `write_report`. The details are empty.
-    """
+    """Returns the scores of the report, each with its name, value and (empty) detail."""
     from captionlib.data.synthetic_scenes import read_scenes, score_attributes
 
     scenes = read_scenes(folder / "scenes")
@@ -155,10 +151,7 @@ def _write_report(folder: Path, evaluation: Evaluation, scores: list[tuple[str, 
 
 
 def _choose_dtype() -> Literal["float32", "bfloat16"]:
-    """Returns bfloat16 if the device supports it natively, and float32 otherwise.
-
-    The device is the GPU, or the CPU if there is no GPU.
-    """
+    """Returns bfloat16 if the GPU, or the CPU if there is no GPU, supports it natively, else float32."""
     import torch
 
     if torch.cuda.is_available():
@@ -168,7 +161,6 @@ def _choose_dtype() -> Literal["float32", "bfloat16"]:
 
 @contextmanager
 def _stage(number: int, description: str, equivalent: str = "") -> Iterator[None]:
-    """Prints the number and description of a stage, the equivalent command and, at the end, the time it took."""
     click.echo(f"\n{click.style(f'{number}/8', bold=True)}  {description}")
     if equivalent:
         _print(click.style(f"$ {equivalent}", dim=True))

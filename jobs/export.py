@@ -100,7 +100,6 @@ def command(
 def _select(
     captions: tuple[str, ...], splits: tuple[str, ...], where: str | None, duplicates: str | None
 ) -> ImageSelection:
-    """Returns the images that match all options."""
     from captionlib.data.selection import select_images
 
     included = None

@@ -4,14 +4,7 @@ from typing import Any
 
 import click
 
-from jobs.options import (
-    captioner_option,
-    config_options,
-    device_option,
-    limit_option,
-    pipeline_options,
-    weights_option,
-)
+from jobs.options import captioner_option, config_options, device_option, limit_option, pipeline_options, weights_option
 from jobs.summaries import print_remaining_cost, print_totals
 
 __all__ = ["command"]

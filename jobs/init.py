@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from jobs.options import captioner_option, serve_option, serve_when_done
+from jobs.options import captioner_option, serve_option, serve_when_done, weights_option
 
 __all__ = ["command"]
 
@@ -25,7 +25,7 @@ __all__ = ["command"]
     help_text="Folder that train-captioner wrote, or hf:MODEL, a captioner from Hugging Face (name or folder).",
 )
 @click.option("--ranker", "-r", metavar="FOLDER", help="Ranker (dual encoder), for search by sentence and image.")
-@click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
+@weights_option
 @click.option(
     "--set",
     "overrides",
@@ -75,8 +75,9 @@ def command(
         "weights": weights,
     }
     apply_overrides(values, overrides)
+    config = build_config(CollectionConfig, values, "options")
     # Raises an error now, rather than in `update`, if `generation` is invalid.
-    build_config(GenerationConfig, values.get("generation", {}), "options")
-    created = create_collection(collection, build_config(CollectionConfig, values, "options"))
+    build_config(GenerationConfig, config.generation, "options")
+    created = create_collection(collection, config)
     click.echo(f"{created.folder.address('collection.yaml')}: created. Next: captionlib update {collection}")
     serve_when_done(collection, serve, "update")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,6 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
       captionlib inspect captions --verify
       captionlib inspect captioner --json
     """
-    from captionlib.collection import COLLECTION_FILE
     from captionlib.config import to_dict
     from captionlib.data.shards.markers import DESCRIPTION_FILE
     from captionlib.search.index_folder import INDEX_FILE, read_description
@@ -64,28 +63,34 @@ def command(folder: str, as_json: bool, verify: bool, html: str | None, serve: b
         raise DatasetError(f"{folder}: --html and --serve need a dataset (a folder with {DESCRIPTION_FILE})")
     if INDEX_FILE in names and (index := read_description(Folder(folder))) is not None:
         click.echo(_to_json(to_dict(index)) if as_json else _describe_index(folder, index))
-        return
-    if "config.json" in names:
+    elif "config.json" in names:
         from captionlib.models.checkpoints.folder import describe_checkpoint  # imports torch, which is slow
 
         checkpoint = describe_checkpoint(folder)
-        click.echo(
-            _to_json(checkpoint) if as_json else "\n".join([f"{folder}: checkpoint", *_format_values(checkpoint, "  ")])
-        )
-        return
+        lines = [f"{folder}: checkpoint", *_format_values(checkpoint, "  ")]
+        click.echo(_to_json(checkpoint) if as_json else "\n".join(lines))
+    else:
+        raise DatasetError(f"{folder} is {_describe_other_folder(folder, names)}")
+
+
+def _describe_other_folder(folder: str, names: Sequence[str]) -> str:
+    from captionlib.collection import COLLECTION_FILE
+    from captionlib.data.shards.markers import DESCRIPTION_FILE
+    from captionlib.search.index_folder import INDEX_FILE
+
     if COLLECTION_FILE in names:
-        raise DatasetError(
-            f"{folder} is a collection (created by `captionlib init`); run `captionlib status {folder}`, or inspect "
-            "one of its folders"
+        return (
+            f"a collection (created by `captionlib init`); run `captionlib status {folder}`, or inspect one of its "
+            "folders"
         )
     if "_training" in names:
-        raise DatasetError(
-            f"{folder} is a training run without a checkpoint; wait until its first epoch ends, or run the training "
-            "command again to resume it"
+        return (
+            "a training run without a checkpoint; wait until its first epoch ends, or run the training command again "
+            "to resume it"
         )
-    raise DatasetError(
-        f"{folder} is not an output of captionlib: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX_FILE}) or "
-        f"a checkpoint (config.json), got {', '.join(names[:5]) if names else 'a missing or empty folder'}"
+    return (
+        f"not an output of captionlib: expected a dataset ({DESCRIPTION_FILE}), an index ({INDEX_FILE}) or a "
+        f"checkpoint (config.json), got {', '.join(names[:5]) if names else 'a missing or empty folder'}"
     )
 
 
@@ -142,7 +147,6 @@ def _describe_dataset(report: DatasetReport, verified: bool) -> str:
 
 
 def _describe_job(job: JobReport) -> list[str]:
-    """Returns a line about the job that writes a dataset, or none if the dataset is complete."""
     if job.state == "complete":
         return []
     parts = [f"{job.images_done + job.images_in_progress:,}{f' of {job.images:,}' if job.images else ''} images"]
@@ -193,8 +197,7 @@ def _to_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
-def _format_values(values: Mapping[str, Any], indent: str = "") -> list[str]:
-    """Formats nested values as `key: value` lines."""
+def _format_values(values: Mapping[str, Any], indent: str) -> list[str]:
     lines = []
     for name, value in values.items():
         if isinstance(value, Mapping):

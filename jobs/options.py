@@ -60,11 +60,8 @@ class _NoCaptionerError(click.ClickException):
 def captioner_option(name: str, *, example_arguments: str, help_text: str) -> Callable[[Command], Command]:
     """Returns the required option `-c`. If it is missing, the error says how to get a captioner.
 
-    Args:
-        name: the long name of the option.
-        example_arguments: the example command in the error, without `captionlib` and `-c`. Parameters are in braces, as
-            in `caption {images}`.
-        help_text: the help of the option.
+    `example_arguments` is the command line in the error, without `-c`. Parameters are in braces, as in
+    `caption {images}`.
     """
 
     def require(context: click.Context, _parameter: click.Parameter, address: str | None) -> str | None:
@@ -102,7 +99,6 @@ def serve_when_done(folder: str, port: int | None, *commands: str) -> None:
 
 
 def config_options(command: Command) -> Command:
-    """Adds `--config` and `--set`."""
     options = [
         click.option(
             "--config",
@@ -129,7 +125,6 @@ def _find_recipe(context: click.Context, _parameter: click.Parameter, name: str 
 
 
 def training_options(command: Command) -> Command:
-    """Adds the options of all training commands: output, configuration, device, overwriting and progress."""
     help_text = "Folder for the checkpoint, metrics, curves and training state."
     options = [
         click.option("--output", "-o", required=True, metavar="FOLDER", help=help_text),

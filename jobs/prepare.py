@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +14,20 @@ if TYPE_CHECKING:
     from captionlib.data.ingestion.prepare import PrepareSummary
 
 __all__ = ["command"]
+
+
+def _parse_split_files(_context: click.Context, _option: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
+    files = {}
+    for pair in pairs:
+        split, equals, file = pair.partition("=")
+        if not (split and equals and file):
+            raise click.BadParameter(f"expected SPLIT=FILE, such as train=train.txt, got {pair!r}")
+        files[split] = file
+    return files
+
+
+def _parse_columns(_context: click.Context, _option: click.Parameter, names: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",")) if names else ()
 
 
 @click.command()
@@ -27,7 +42,10 @@ __all__ = ["command"]
     help="Format of SOURCE. With auto, it is detected from file names and contents.",
 )
 @click.option(
-    "--images", metavar="FOLDER", help="Folder that image paths are relative to.  [default: the folder of SOURCE]"
+    "--images",
+    "image_root",
+    metavar="FOLDER",
+    help="Folder that image paths are relative to.  [default: the folder of SOURCE]",
 )
 @click.option("--default-split", default="", metavar="NAME", help="Split of the images that have no split in SOURCE.")
 @click.option(
@@ -35,6 +53,7 @@ __all__ = ["command"]
     "split_files",
     multiple=True,
     metavar="SPLIT=FILE",
+    callback=_parse_split_files,
     help="Flickr: file with the image names of a split. Repeatable.  [default: official files in the folder of SOURCE]",
 )
 @click.option(
@@ -63,7 +82,10 @@ __all__ = ["command"]
 @click.option("--captions/--no-captions", default=True, show_default=True, help="Include the captions of SOURCE.")
 @click.option("--split-column", metavar="NAME", help="Tables: column of the split.  [default: split, subset]")
 @click.option(
-    "--columns", metavar="NAME,...", help="CSV and TSV without a header: all column names, such as image,caption."
+    "--columns",
+    metavar="NAME,...",
+    callback=_parse_columns,
+    help="CSV and TSV without a header: all column names, such as image,caption.",
 )
 @click.option("--tsv-quotes", is_flag=True, help="TSV: cells may be quoted, as in CSV.  [default: quotes are literal]")
 @click.option("--split", "splits", multiple=True, metavar="NAME", help="Include only this split. Repeatable.")
@@ -99,33 +121,7 @@ __all__ = ["command"]
 @click.option("--overwrite", is_flag=True, help="Replace the manifest with a new one instead of updating it.")
 @progress_option
 def command(
-    sources: tuple[str, ...],
-    output: str,
-    source_format: str,
-    images: str | None,
-    default_split: str,
-    split_files: tuple[str, ...],
-    id_column: str | None,
-    uri_column: str | None,
-    image_column: str | None,
-    caption_columns: tuple[str, ...],
-    caption_language: str | None,
-    captions: bool,
-    split_column: str | None,
-    version_column: str | None,
-    columns: str | None,
-    tsv_quotes: bool,
-    splits: tuple[str, ...],
-    limit: int | None,
-    shard_size: int | None,
-    check_images: bool,
-    strict: bool,
-    append: bool,
-    allow_removal: bool,
-    verify_content: str | None,
-    dry_run: bool,
-    overwrite: bool,
-    progress: bool,
+    sources: tuple[str, ...], output: str, dry_run: bool, overwrite: bool, progress: bool, **options: Any
 ) -> None:
     """Convert images, with or without reference captions, to a manifest.
 
@@ -166,33 +162,9 @@ def command(
     from captionlib.data.ingestion.prepare import PrepareConfig, prepare
     from captionlib.data.sources.rows import SourceOptions
 
-    options = SourceOptions(
-        image_root=images,
-        default_split=default_split,
-        split_files=_parse_split_files(split_files),
-        id_column=id_column,
-        uri_column=uri_column,
-        image_column=image_column,
-        caption_columns=caption_columns,
-        caption_language=caption_language,
-        split_column=split_column,
-        version_column=version_column,
-        captions=captions,
-        columns=tuple(name.strip() for name in columns.split(",")) if columns else (),
-        tsv_quotes=tsv_quotes,
-    )
-    config = PrepareConfig(
-        source_format,
-        options,
-        splits,
-        limit,
-        shard_size,
-        check_images,
-        strict,
-        append,
-        allow_removal,
-        verify_content,
-    )
+    # Options have the names of the fields that they set.
+    source_options = {field.name: options.pop(field.name) for field in dataclasses.fields(SourceOptions)}
+    config = PrepareConfig(options=SourceOptions(**source_options), **options)
     summary = prepare(
         sources, output, config, overwrite=overwrite, dry_run=dry_run, report_changes=_echo_changes, progress=progress
     )
@@ -204,18 +176,6 @@ def _echo_changes(changes: Changes) -> None:
         f"{changes.new:,} new, {changes.changed:,} changed, {changes.missing:,} missing, "
         f"{changes.unchanged:,} unchanged images"
     )
-
-
-def _parse_split_files(pairs: tuple[str, ...]) -> dict[str, str]:
-    files = {}
-    for pair in pairs:
-        split, equals, file = pair.partition("=")
-        if not (split and equals and file):
-            raise click.BadParameter(
-                f"expected SPLIT=FILE, such as train=train.txt, got {pair!r}", param_hint="--split-file"
-            )
-        files[split] = file
-    return files
 
 
 def _echo_summary(output: str, summary: PrepareSummary, dry_run: bool) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from captionlib.errors import DatasetError
 from jobs.options import config_options, weights_option
 
 if TYPE_CHECKING:
@@ -194,14 +195,12 @@ def command(
 
 
 def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[tuple[str, ...], bool]:
-    """Returns the index in a collection (folder of `captionlib init`), or its captions datasets for a dataset query.
+    """Returns the folders to query in a collection, and whether duplicates are marked instead of left out.
 
-    Adds the ranker and the duplicates of the collection to `values`, if the query needs them. Also returns whether the
-    query marks duplicates instead of leaving them out.
+    Adds the ranker and the duplicates of the collection to `values`, if the query needs them.
     """
     from captionlib.collection import open_collection
     from captionlib.data.shards.markers import SUCCESS_FILE
-    from captionlib.errors import DatasetError
     from captionlib.search.index_folder import INDEX_FILE
     from captionlib.storage.folders import Folder
 
@@ -211,16 +210,17 @@ def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[tuple[str,
     if not values.keys() & all_queries:
         _choose_query(values, list(all_queries), (), "")  # raises an error that names all queries
     if values.keys() & set(_DATASET_QUERIES) - set(_INDEX_QUERIES):
-        keeps_all = "sql" in values or config.index.keep_duplicates
-        mark_duplicates = config.duplicates is not None and "duplicates" not in values and keeps_all
-        if config.duplicates is not None:
-            if not Folder(collection.duplicates).exists(SUCCESS_FILE):
-                raise DatasetError(
-                    f"{collection.duplicates} is not complete; run `captionlib update {folder}`, or query "
-                    f"{' '.join(collection.list_captions())}, which include duplicates"
-                )
-            values.setdefault("duplicates", collection.duplicates)
-        return tuple(collection.list_captions()), mark_duplicates
+        captions = tuple(collection.list_captions())
+        if config.duplicate_threshold is None:
+            return captions, False
+        if not Folder(collection.duplicates).exists(SUCCESS_FILE):
+            raise DatasetError(
+                f"{collection.duplicates} is not complete; run `captionlib update {folder}`, or query "
+                f"{' '.join(captions)}, which include duplicates"
+            )
+        mark_duplicates = "duplicates" not in values and ("sql" in values or config.index.keep_duplicates)
+        values.setdefault("duplicates", collection.duplicates)
+        return captions, mark_duplicates
     if not Folder(collection.index).exists(INDEX_FILE):
         raise DatasetError(f"{folder} has no index yet; run `captionlib update {folder}`")
     if "captioner" not in values and values.keys() & {"sentence", "hybrid", "image"} and config.ranker:
@@ -229,10 +229,7 @@ def _resolve_collection(folder: str, values: dict[str, Any]) -> tuple[tuple[str,
 
 
 def _choose_query(values: Mapping[str, Any], queries: Sequence[str], refused: Sequence[str], advice: str) -> str:
-    """Returns the only one of `queries` in `values`.
-
-    Options in `refused` are for another kind of folder. They raise an error whose message ends with `advice`.
-    """
+    """Returns the only one of `queries` in `values`. Options in `refused` are for the kind of folder in `advice`."""
     for name in values:
         if name in refused and name not in queries:
             raise click.UsageError(f"{_flag(name)} is for {advice}.")
@@ -294,12 +291,10 @@ def _search_index(folder: str, query: str, values: Mapping[str, Any], limit: int
         return pa.Table.from_pylist([index.get_image(value)])
     if query == "text":
         return index.search_text(value, limit, where=where, sort=values.get("sort", "relevance"))
-    searches: dict[str, Callable[..., pa.Table]] = {
-        "sentence": index.search_sentence,
-        "hybrid": index.search_hybrid,
-        "similar": index.search_similar,
-    }
-    return searches[query](value, limit, where=where)
+    search: Callable[..., pa.Table] = getattr(
+        index, f"search_{query}"
+    )  # search_sentence, search_hybrid or search_similar
+    return search(value, limit, where=where)
 
 
 def _query_by_image(folder: str, values: Mapping[str, Any], limit: int) -> pa.Table:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError
+from jobs.datasets import open_datasets
 
 if TYPE_CHECKING:
     from captionlib.data.shards.removal import Removal
@@ -53,7 +53,6 @@ def command(
       captionlib remove holidays --ids ids.txt --dry-run
       captionlib remove manifest features captions embeddings index --ids ids.txt
     """
-    from captionlib.data.shards.dataset import open_dataset
     from captionlib.data.shards.removal import plan_removal
     from captionlib.data.sources.values import is_unicode
 
@@ -62,9 +61,8 @@ def command(
         raise click.UsageError("expected ids of images to remove (--id or --ids), got none.")
     if invalid := [image_id for image_id in requested_ids if not is_unicode(image_id)]:
         raise ConfigError(f"--id: expected text in UTF-8, got {invalid[0]!a}")
-    with ExitStack() as stack:
-        datasets, indexes = _find_datasets(folders, stack, dry_run)
-        plans = [plan_removal(open_dataset(address), requested_ids, reason) for address in datasets]
+    with open_datasets(folders, "remove", lambda each: each.find_datasets(), lock=not dry_run) as (datasets, indexes):
+        plans = [plan_removal(dataset, requested_ids, reason) for dataset in datasets]
         plans.sort(key=lambda plan: _ORDER.index(plan.dataset.kind))
         for plan in plans:
             click.echo(f"{plan.dataset.folder.uri}: {len(plan.found):,} of {len(requested_ids):,} images")
@@ -97,38 +95,8 @@ def _read_ids(file: str) -> list[str]:
         ) from error
 
 
-def _find_datasets(folders: Sequence[str], stack: ExitStack, dry_run: bool) -> tuple[list[str], list[str]]:
-    """Returns the addresses of datasets and indexes. Unless `dry_run`, locks the datasets until `stack` is closed."""
-    from captionlib.collection import is_collection, open_collection
-    from captionlib.data.shards.dataset import open_dataset
-    from captionlib.search.index_folder import INDEX_FILE
-    from captionlib.storage.folders import Folder
-    from captionlib.storage.lock import lock_folder
-
-    datasets: list[str] = []
-    indexes: list[str] = []
-    for folder in folders:
-        if is_collection(folder):
-            collection = open_collection(folder)
-            if not dry_run:
-                stack.enter_context(lock_folder(collection.folder, "captionlib remove"))
-            found = collection.find_datasets()
-            if not found:
-                raise DatasetError(f"{folder}: expected images to remove, got none; run `captionlib update` first")
-            datasets += found
-            indexes += [collection.index] if Folder(collection.index).list() else []
-        elif Folder(folder).exists(INDEX_FILE):
-            indexes.append(folder)
-        else:
-            datasets.append(folder)
-    if not dry_run:
-        for address in datasets:
-            stack.enter_context(lock_folder(open_dataset(address).folder, "captionlib remove"))
-    return datasets, indexes
-
-
 def _require_references(indexes: Sequence[str]) -> None:
-    """Checks, before images are removed, that the references can be read when the indexes are built again."""
+    """Raises DatasetError if the references cannot be read when the indexes are built again."""
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.search.index_folder import read_description
     from captionlib.search.inputs import find_manifest
@@ -170,11 +138,7 @@ def _rebuild_index(address: str, removed_ids: Collection[str]) -> None:
 
 
 def _rebuild_duplicates(description: IndexDescription) -> str | None:
-    """Returns the folder of the duplicates dataset to build an index with, or None if there is none.
-
-    Removing images from the dataset makes it incomplete. An incomplete dataset is computed again from the embeddings.
-    If the index has no embeddings, None is returned.
-    """
+    """Computes the duplicates again if the removal has made them incomplete. Returns their folder, if there is one."""
     if description.duplicates is None:
         return None
     from captionlib.data.shards.dataset import open_dataset

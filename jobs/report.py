@@ -105,7 +105,6 @@ def command(
 
 
 def _resolve_images(predictions: list[Prediction], images: str | None) -> list[Prediction]:
-    """Resolves relative image paths against the folder `images`."""
     from captionlib.data.sources.locations import locate, resolve_uri
 
     if images is None:
@@ -116,13 +115,9 @@ def _resolve_images(predictions: list[Prediction], images: str | None) -> list[P
 
 def _make_title(captions: str, compare: str | None, splits: Sequence[str]) -> str:
     split = f", {' and '.join(splits)} split" if splits else ""
-    name = _shorten(captions) if compare is None else " compared with ".join(_shorten_both(captions, compare))
-    return f"{name}{split}"
-
-
-def _shorten(address: str) -> str:
-    """Returns the last two parts of an address, such as `holidays/captions`."""
-    return "/".join(_split_address(address)[-2:])
+    if compare is not None:
+        return f"{' compared with '.join(_shorten_both(captions, compare))}{split}"
+    return f"{'/'.join(_split_address(captions)[-2:])}{split}"  # the last two parts, such as `holidays/captions`
 
 
 def _shorten_both(address: str, other: str) -> tuple[str, str]:
@@ -177,7 +172,6 @@ def _summarize(comparison: Comparison | None) -> str:
 
 
 def _format_scores(evaluation: Evaluation) -> list[tuple[str, str, str]]:
-    """Returns names, values and confidence intervals of the scores, and the numbers of distinct captions and words."""
     scores = []
     for name, score in evaluation.scores.overall.items():
         low, high = evaluation.scores.intervals[name]

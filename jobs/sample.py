@@ -42,14 +42,11 @@ def command(
     count: int,
     prefix: str,
     length: int | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
     as_json: bool,
     config: str | None,
     overrides: tuple[str, ...],
     device: str,
+    **sampling_options: float | None,
 ) -> None:
     """Sample texts from the language model in CHECKPOINT.
 
@@ -72,8 +69,7 @@ def command(
 
     language_model = load_language_model(checkpoint, device)
     length = length or _DEFAULT_LENGTHS[language_model.layout][language_model.vocabulary.unit]
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    settings = [f"{name}={value}" for name, value in options.items() if value is not None]
+    settings = [f"{name}={value}" for name, value in sampling_options.items() if value is not None]
     decoding = load_config(DecodingConfig, config, [*overrides, *settings, "strategy=sample", f"max_tokens={length}"])
     for index, sample in enumerate(sample_texts(language_model, decoding, count, prefix)):
         if as_json:

@@ -157,7 +157,6 @@ def _list_host_names(host: str, url_host: str, names: tuple[str, ...]) -> tuple[
 
 
 def _run_server(server_socket: socket.socket, workers: int, message: str) -> None:
-    """Loads the application, prints `message`, and runs the server until it is stopped."""
     import uvicorn
 
     from captionlib.serving.server import configure_server

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from captionlib.errors import DatasetError, FingerprintError
+
 if TYPE_CHECKING:
     from captionlib.collection import Collection
 
@@ -31,9 +33,9 @@ def command(collection: str) -> None:
     opened = open_collection(collection)
     states = {address: _show_dataset(address) for address in opened.list_datasets()}
     finished = all(states.values())
-    if opened.config.duplicates is not None:
+    if opened.config.duplicate_threshold is not None:
         has_embeddings = all(states[address] for address in opened.list_embeddings())
-        finished = _show_duplicates(opened, opened.config.duplicates, has_embeddings) and finished
+        finished = _show_duplicates(opened, opened.config.duplicate_threshold, has_embeddings) and finished
     if not _show_index(opened, finished):
         click.echo(f"To finish: captionlib update {collection}")
     for address in opened.find_datasets():
@@ -101,11 +103,10 @@ def _show_index(collection: Collection, has_finished_inputs: bool) -> bool:
 
 def _is_current(collection: Collection) -> bool:
     """Returns whether the index contains all rows of its datasets. The datasets must be finished."""
-    from captionlib.errors import DatasetError, FingerprintError
     from captionlib.search.build import plan_build  # imports Faiss, which is slow
 
     config = collection.config
-    duplicates = None if config.duplicates is None else collection.duplicates
+    duplicates = None if config.duplicate_threshold is None else collection.duplicates
     captions, embeddings = collection.list_captions(), collection.list_embeddings() or None
     try:
         return plan_build(captions, embeddings, collection.index, config.index, duplicates=duplicates).is_done()

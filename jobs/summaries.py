@@ -14,7 +14,6 @@ __all__ = ["print_remaining_cost", "print_totals"]
 
 
 def print_totals(output: str, totals: Totals) -> None:
-    """Prints the numbers of rows and shards of the dataset `output`, its size, and the failed images by reason."""
     click.echo(f"{output}: {totals.rows:,} rows in {totals.shards:,} shards, {totals.bytes / 1e6:,.1f} MB")
     if totals.failures:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in totals.reasons.items())
@@ -24,13 +23,7 @@ def print_totals(output: str, totals: Totals) -> None:
 
 
 def print_remaining_cost(source: str, outputs: Sequence[str], workers: int) -> None:
-    """After a run with --limit, prints the estimated time and output size for the remaining images.
-
-    Args:
-        source: address of the dataset from which the run sampled images.
-        outputs: addresses of the datasets that the run wrote.
-        workers: number of worker processes of the run.
-    """
+    """After a run with --limit, prints the estimated time and output size for the remaining images of `source`."""
     from captionlib.data.shards.dataset import open_dataset
     from captionlib.data.shards.sampling import estimate_remaining
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from jobs.options import training_options
+from jobs.options import training_options, weights_option
 
 __all__ = ["command"]
 
@@ -13,15 +13,10 @@ __all__ = ["command"]
 @click.command()
 @click.argument("source")
 @click.option("--init-from", metavar="FOLDER", help="Captioner to start from; same as --set init_from=FOLDER.")
-@click.option("--weights", metavar="FILE", help="Weights file of the encoder, if it needs one.")
+@weights_option
 @training_options
 def command(
-    source: str,
-    init_from: str | None,
-    output: str,
-    config: str | None,
-    overrides: tuple[str, ...],
-    **options: Any,
+    source: str, init_from: str | None, output: str, config: str | None, overrides: tuple[str, ...], **options: Any
 ) -> None:
     """Train a captioner on the features or images in SOURCE.
 

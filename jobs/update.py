@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from captionlib.errors import CaptionlibError, DatasetError, DuplicateIdError, FailureRatioError, FingerprintError
 from jobs.options import device_option, pipeline_options
 from jobs.summaries import print_totals
 
@@ -44,7 +45,6 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
     """
     from captionlib.collection import open_collection
     from captionlib.data.shards.removal import copy_removed_ids_to_new_manifests
-    from captionlib.errors import DuplicateIdError
     from captionlib.storage.folders import Folder
     from captionlib.storage.lock import lock_folder
 
@@ -68,9 +68,7 @@ def command(collection: str, dry_run: bool, allow_removal: bool, device: str, ru
 
 
 def _raise_failed(failed: Mapping[str, Exception]) -> None:
-    """Raises DatasetError if a source or the index was not updated. `failed` maps the name of each to its error."""
-    from captionlib.errors import DatasetError
-
+    """Raises DatasetError if a source or the index was not updated."""
     if failed:
         names = {name: "the index" if name == _INDEX else f"source {name}" for name in failed}
         raise DatasetError("; ".join(f"{names[name]} was not updated: {error}" for name, error in failed.items()))
@@ -80,8 +78,6 @@ def _prepare_sources(
     collection: Collection, allow_removal: bool, progress: bool, dry_run: bool = False
 ) -> dict[str, Exception]:
     """Updates the manifests. Returns the errors of the sources that cannot be read, whose manifests do not change."""
-    from captionlib.errors import CaptionlibError
-
     failed: dict[str, Exception] = {}
     for source in collection.config.sources:
         try:
@@ -107,13 +103,11 @@ def _check_ids_differ(collection: Collection) -> None:
 def _caption_sources(
     collection: Collection, failed: Container[str], generation: GenerationConfig, device: str, run: RunConfig
 ) -> dict[str, Exception]:
-    """Captions the images of all sources that are not in `failed`. Returns the errors of those that fail.
+    """Captions the images of the sources that are not in `failed`. Returns the errors of the sources that fail.
 
-    A source fails if too many of its images cannot be read. The sources in `failed` are left out even if some of their
-    images have no captions yet. Such images probably cannot be read either, and would be recorded as failures.
+    A source fails if too many of its images cannot be read. The images of a source in `failed` probably cannot be read
+    either, and would be recorded as failures.
     """
-    from captionlib.errors import FailureRatioError
-
     errors: dict[str, Exception] = {}
     for source in collection.config.sources:
         if source.name not in failed:
@@ -125,7 +119,7 @@ def _caption_sources(
 
 
 def _check_models(collection: Collection) -> GenerationConfig:
-    """Returns the settings for generating captions. Raises an error if the settings or models are invalid."""
+    """Loads the models, and returns the settings for generating captions."""
     from captionlib.collection import COLLECTION_FILE
     from captionlib.config import build_config
     from captionlib.models.checkpoints.encoder_file import require_checkpoint_files
@@ -146,7 +140,7 @@ def _check_models(collection: Collection) -> GenerationConfig:
 def _prepare(
     collection: Collection, source: SourceConfig, allow_removal: bool, progress: bool, dry_run: bool = False
 ) -> None:
-    """Updates the manifest (table of images) of a source, and prints how many images have changed."""
+    """Updates the manifest (table of images) of a source."""
     from captionlib.data.ingestion.prepare import prepare
 
     manifest = collection.manifest(source)
@@ -170,10 +164,7 @@ def _prepare(
 def _caption(
     collection: Collection, source: SourceConfig, generation: GenerationConfig, device: str, run: RunConfig
 ) -> None:
-    """Writes the captions and, if there is a ranker (image-text retrieval model), the embeddings of a source.
-
-    If the captioner and the ranker have the same encoder, captions and embeddings are written in one pass.
-    """
+    """Writes the captions and embeddings of a source, in one pass if the captioner and the ranker share the encoder."""
     from captionlib.models.inference.captioning import SHARED_CAPTIONERS
     from captionlib.models.inference.embedding import SHARED_RANKERS, EmbeddingConfig
     from pipelines.embed_images import embed_images
@@ -210,19 +201,24 @@ def _index(collection: Collection, failed: Container[str], run: RunConfig) -> di
 
     Returns the error if the index cannot be updated because of the sources in `failed`.
     """
-    from captionlib.errors import DatasetError
     from pipelines.build_index import build_index
 
     config = collection.config
-    sources = [source for source in config.sources if source.name not in failed or _has_captions(collection, source)]
-    collection = replace(collection, config=replace(config, sources=tuple(sources)))
+    existing = collection.find_datasets()
+    needed = [collection.captions, *([collection.embeddings] if config.ranker else [])]
+    sources = tuple(
+        source
+        for source in config.sources
+        if source.name not in failed or all(get_address(source) in existing for get_address in needed)
+    )
+    collection = replace(collection, config=replace(config, sources=sources))
     try:
         _, index = build_index(
             collection.list_captions(),
             collection.index,
             config.index,
             embeddings=collection.list_embeddings() or None,
-            duplicates=None if config.duplicates is None else _deduplicate(collection, config.duplicates, run.progress),
+            duplicates=_deduplicate(collection, run.progress),
             run=run,
         )
     except DatasetError as error:
@@ -233,20 +229,13 @@ def _index(collection: Collection, failed: Container[str], run: RunConfig) -> di
     return {}
 
 
-def _has_captions(collection: Collection, source: SourceConfig) -> bool:
-    """Returns whether a source has the datasets that an index is built from. They may be incomplete."""
-    from captionlib.data.shards.markers import DESCRIPTION_FILE
-    from captionlib.storage.folders import Folder
-
-    needed = [collection.captions(source), *([collection.embeddings(source)] if collection.config.ranker else [])]
-    return all(Folder(address).exists(DESCRIPTION_FILE) for address in needed)
-
-
-def _deduplicate(collection: Collection, threshold: float, progress: bool) -> str:
-    """Groups the duplicates among the images of all sources. Returns the path or URL of the dataset."""
-    from captionlib.errors import FingerprintError
+def _deduplicate(collection: Collection, progress: bool) -> str | None:
+    """Groups the duplicates among all images, if the collection has a threshold. Returns the address of the dataset."""
     from captionlib.search.duplicates import find_duplicates
 
+    threshold = collection.config.duplicate_threshold
+    if threshold is None:
+        return None
     embeddings = collection.list_embeddings()
     try:
         summary = find_duplicates(embeddings, collection.duplicates, threshold, progress=progress)

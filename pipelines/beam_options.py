@@ -26,10 +26,8 @@ def expand_option_files(flags: Sequence[str]) -> list[str]:
 def to_flags(options: Mapping[str, Any], path: str) -> Iterator[str]:
     """Converts options to flags: `true` to a flag without a value, a list to repeated flags, a mapping to JSON.
 
-    `path` is the file of the options, for error messages.
-
     Raises:
-        ConfigError: a value is false or null, for which Beam has no uniform flag.
+        ConfigError: a value in the file `path` is false or null, for which Beam has no uniform flag.
     """
     for name, values in options.items():
         for value in values if isinstance(values, list) else [values]:

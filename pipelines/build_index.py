@@ -97,7 +97,7 @@ class BuildIndex(beam.PTransform[PBegin, PCollection[int]]):
 
 
 def _train(_: None, build: IndexBuild) -> tuple[int, ...]:
-    """Trains the centroids of the inverted lists. Returns the positions in `build.shards` of the shards to add."""
+    """Trains the centroids of the inverted lists. Returns the positions of the shards to add."""
     build.train()
     return build.added
 

@@ -14,10 +14,7 @@ _POLL_SECONDS = 0.2
 
 
 def main() -> None:
-    """Runs Beam's worker with the options from the environment. The parent process reports errors.
-
-    The only argument is the path of a file that the parent process removes to stop its workers.
-    """
+    """Runs Beam's worker. The argument is the path of a file that the parent process removes to stop its workers."""
     threading.Thread(target=_exit_when_run_stops, args=(Path(sys.argv[1]), os.getppid()), daemon=True).start()
     options = json.loads(os.environ.get("PIPELINE_OPTIONS") or "{}")
     os.environ["PIPELINE_OPTIONS"] = json.dumps({"default_sdk_harness_log_level": "CRITICAL", **options})
@@ -26,7 +23,6 @@ def main() -> None:
 
 
 def _exit_when_run_stops(run_file: Path, parent: int) -> None:
-    """Ends this process, even in the middle of a shard, when the run stops or the parent process dies."""
     while run_file.exists() and os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
     os._exit(0)

@@ -21,8 +21,7 @@ _SHARDS_PER_ACCELERATOR = "2"
 class ProcessShards(beam.PTransform[PBegin, PCollection[int]]):
     """Processes the given shards of a job and then marks the job's output datasets as complete.
 
-    The elements are shard numbers instead of images, so the Reshuffle moves little data. `RunConfig` describes
-    `max_failure_ratio` and `accelerator`.
+    The elements are shard numbers instead of images, so the Reshuffle moves little data.
     """
 
     def __init__(
@@ -62,9 +61,8 @@ class _ProcessShard(beam.DoFn):
         self._process_rows: ProcessRows = self._exit_stack.enter_context(self._job.stage.open())
 
     def process(self, shard: int) -> list[Marker]:
-        """Processes a shard. Returns its marker, which contains the numbers of rows and failures."""
         marker = self._job.run(shard, self._process_rows)
-        self._images.inc(marker.rows + marker.failures)
+        self._images.inc(marker.images)
         self._failures.inc(marker.failures)
         return [marker]
 

@@ -92,17 +92,16 @@ class RunConfig:
         return max(1, available_cpus() // self.workers) if self.workers > 1 else None
 
     def choose_devices(self, device: str) -> tuple[str, str]:
-        """Returns the device of the submitting process, and the device of the workers.
+        """Returns the device of the submitting process, which only reads properties of models, and of the workers.
 
-        The submitting process only reads properties of models. With an accelerator, `auto` selects a GPU on the
-        workers, so a worker without a GPU fails.
+        With an accelerator, `auto` selects a GPU on the workers, so a worker without a GPU fails.
         """
         if self.accelerator is None:
             return device, device
         return "auto", "cuda" if device == "auto" else device
 
     def limit_decoder_processes(self, loading: LoadingConfig) -> LoadingConfig:
-        """Divides this machine's image decoder processes among its workers, unless the number is configured."""
+        """Divides the image decoder processes of this machine among its workers, unless their number is configured."""
         if self.threads_per_worker is None or loading.decode.processes is not None:
             return loading
         return replace(loading, decode=replace(loading.decode, processes=self.threads_per_worker))
@@ -180,8 +179,8 @@ def _stop_workers_on_signals() -> Iterator[None]:
 def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
     """Returns the error that made a pipeline fail, without the wrappers and text that Beam adds.
 
-    If a stage fails in this process, Beam raises a copy of the error, whose `__context__` is the original. If it fails
-    in another process, Beam receives the error as text.
+    In this process, Beam raises a copy of the error, whose `__context__` is the original. From other processes, Beam
+    receives the error as text.
     """
     chain: list[BaseException] = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
@@ -209,15 +208,13 @@ def _find_cause(error: BaseException, runner: str, label: str) -> BaseException:
 
 
 def _is_download_error(error: BaseException) -> bool:
-    """Returns whether an error means that Beam could not download a runner. Beam raises its own or urllib's errors."""
     return isinstance(error, URLError) or str(error).startswith(("Unable to fetch", "Unable to download"))
 
 
 def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
-    """Creates the runner that Beam's options select.
+    """Creates the runner that Beam's options select; by default FnApiRunner, which runs in this process.
 
-    FnApiRunner, which runs in this process, is the default. It also replaces DirectRunner, which would first try to
-    download Prism, a runner written in Go.
+    FnApiRunner also replaces DirectRunner, which would first try to download Prism, a runner written in Go.
 
     Raises:
         ConfigError: the options are invalid for the runner, or a file of options cannot be read.
@@ -247,7 +244,7 @@ def choose_runner(run: RunConfig) -> tuple[PipelineRunner, PipelineOptions]:
 
 
 def _limit_to_one_process(options: PipelineOptions) -> None:
-    """Limits workers to one process each, because several processes would load the models onto the same GPU."""
+    """Limits workers to one process, because several processes would load the models onto the same GPU."""
     services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
     if any(option.startswith("worker_accelerator") for option in services):
         raise ConfigError("--accelerator conflicts with Dataflow's option worker_accelerator; remove one of them")
@@ -255,7 +252,7 @@ def _limit_to_one_process(options: PipelineOptions) -> None:
 
 
 def _reject_unknown_flags(flags: Sequence[str]) -> None:
-    """Rejects flags that Beam does not define. Only runners in this process are checked."""
+    """Rejects flags that Beam does not define."""
     known = PipelineOptions([]).get_all_options().keys()
     for flag in flags:
         name = flag.removeprefix("--").split("=")[0].removeprefix("no_").replace("-", "_")

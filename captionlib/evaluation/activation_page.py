@@ -37,7 +37,7 @@ def write_activation_page(path: str | os.PathLike[str], title: str, activations:
 
 
 def _describe_layer(layer: LayerActivations) -> dict[str, Any]:
-    """Returns the template values for a layer, including a sprite of all maps, sorted by descending maximum (peak)."""
+    """Returns the values of the template. The sprite contains all maps, sorted by descending maximum (peak)."""
     channels, height, width = layer.maps.shape
     peaks = layer.maps.reshape(channels, -1).max(1)
     order = np.argsort(-peaks, kind="stable")
@@ -88,7 +88,6 @@ def _scale(maps: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 
 def _encode_sprite(maps: npt.NDArray[np.uint8], rows: int, columns: int) -> bytes:
-    """Tiles all maps into one PNG image with a color palette."""
     from matplotlib import colormaps
 
     channels, height, width = maps.shape

@@ -31,26 +31,16 @@ class BootstrapConfig:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a set of captioned images. All mappings are keyed by the name of the score.
+    """Scores of a set of captioned images. All mappings are keyed by the name of the score."""
 
-    Attributes:
-        overall: the score of the whole set. For BLEU, METEOR and perplexity, this is not the mean over images.
-        per_image: the score of each image by image id; NaN if the score is undefined.
-        intervals: the lower and upper bounds of the confidence interval of the overall score.
-        resampled: the overall score of each resample, `[samples] float64`.
-    """
-
-    overall: Mapping[str, float]
-    per_image: Mapping[str, Mapping[str, float]]
-    intervals: Mapping[str, tuple[float, float]]
-    resampled: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict, compare=False)
+    overall: Mapping[str, float]  # for BLEU, METEOR and perplexity, this is not the mean over images
+    per_image: Mapping[str, Mapping[str, float]]  # by image id; NaN if undefined
+    intervals: Mapping[str, tuple[float, float]]  # bounds of the confidence interval of the overall score
+    resampled: Mapping[str, npt.NDArray[np.float64]] = field(compare=False)  # overall score of each resample, [samples]
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
-    """Computes scores from metrics, which have one row of statistics per image, in the order of `image_ids`.
-
-    Scores that are undefined for the whole set are omitted.
-    """
+    """Computes scores from metrics of these images. Scores that are undefined for the whole set are omitted."""
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
     overall: dict[str, float] = {}
@@ -74,8 +64,8 @@ def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: 
 def compare_scores(scores: Scores, baseline: Scores, config: BootstrapConfig) -> dict[str, tuple[float, float]]:
     """Returns the confidence interval of the difference `scores - baseline` of each score that both have.
 
-    Both must be scores of the same images in the same order, computed with this configuration. Both then use the same
-    resamples (paired bootstrap). Differences between images affect both scores alike and cancel out.
+    Both must be scores of the same images in the same order, computed with this configuration. They then use the same
+    resamples (paired bootstrap).
     """
     return {
         name: _compute_interval(resampled - baseline.resampled[name], config)

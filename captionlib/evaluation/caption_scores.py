@@ -38,9 +38,9 @@ def score_captions(
 ) -> Scores:
     """Scores one caption per image.
 
-    CIDEr weights n-grams by their inverse document frequency in the references of the scored images. It is unreliable
-    for few images and 0 for a single image. Captions and references are keyed by image id; references of
-    images without a caption are ignored. Each of `extra_metrics` has one row per caption, in the order of `captions`.
+    Captions and references are keyed by image id. Each of `extra_metrics` has one row per caption, in the order of
+    `captions`. CIDEr weights n-grams by their rarity in these references. It is unreliable for few images and 0 for a
+    single image.
 
     Returns:
         BLEU-1 to BLEU-4, METEOR and ROUGE-L (0 to 1), CIDEr (0 to 10; papers report it times 100), and the scores of

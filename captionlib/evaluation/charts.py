@@ -16,10 +16,9 @@ _TRAINING_METRICS = frozenset({"loss", "reward"})  # all other metrics are compu
 class Chart:
     """A line chart of one metric over epochs, in the coordinates of an SVG image of `width` by `height`.
 
-    `split` is the data that the metric is computed on: `training` or `validation`.
-    `low`, `high`, `last` and `best` are values of the metric, formatted as text. `low` is plotted at `bottom`, and
-    `high` at `top`. `best` is the minimum of a loss, perplexity or rank, or the maximum of another metric, and
-    `best_point` is its position. The epochs range from `left` to `right`.
+    `split` is the data that the metric is computed on: `training` or `validation`. `low`, `high`, `last` and `best` are
+    values of the metric, formatted as text. `low` is plotted at `bottom`, and `high` at `top`. The epochs range from
+    `left` to `right`.
     """
 
     name: str
@@ -88,14 +87,10 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Sparkline:
-    """An area chart of equally spaced, non-negative values, in an SVG image that is stretched to the page's width.
-
-    `path` is the line through the values. `area` is the same path, closed along the bottom. The highest value is
-    plotted at the top.
-    """
+    """An area chart of equally spaced, non-negative values, in an SVG image that is stretched to the page's width."""
 
     path: str
-    area: str
+    area: str  # `path`, closed along the bottom
     high: float
     width: int = 600
     height: int = 100

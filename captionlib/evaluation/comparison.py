@@ -16,15 +16,7 @@ _TIE = 0.00005  # smaller differences are ties, because scores are displayed wit
 
 @dataclass(frozen=True)
 class ComparedScore:
-    """A score of the captions and of the baseline captions.
-
-    Attributes:
-        name: name of the score.
-        value: the score of the captions.
-        baseline: the score of the baseline captions.
-        low: lower bound of the confidence interval of `value - baseline`.
-        high: upper bound of the confidence interval.
-    """
+    """A score of the captions and of the baseline. `low` and `high` bound the interval of the difference."""
 
     name: str
     value: float
@@ -46,27 +38,16 @@ class ComparedScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A comparison of captions with baseline captions of the same images.
+    """A comparison of captions with baseline captions of the same images. Mappings are keyed by image id."""
 
-    Attributes:
-        names: display names of the captions and of the baseline.
-        predictions: the captions of the images that both have.
-        baseline: the captions of the baseline by image id.
-        scores: the scores of both, over the images with references; empty if there are no references.
-        cider: CIDEr of each caption by image id.
-        baseline_cider: CIDEr of each caption of the baseline.
-        not_compared: number of images that the baseline lacks, and number of images that only the baseline has.
-        notes: messages about missing or unreliable scores.
-    """
-
-    names: tuple[str, str]
-    predictions: Sequence[Prediction]
+    names: tuple[str, str]  # of the captions and of the baseline
+    predictions: Sequence[Prediction]  # captions of the images that both have
     baseline: Mapping[str, Prediction]
-    scores: Sequence[ComparedScore]
+    scores: Sequence[ComparedScore]  # over the images with references
     cider: Mapping[str, float]
     baseline_cider: Mapping[str, float]
-    not_compared: tuple[int, int]
-    notes: Sequence[str]
+    not_compared: tuple[int, int]  # numbers of images that only the captions, and that only the baseline has
+    notes: Sequence[str]  # on missing or unreliable scores
 
     @property
     def wins_ties_losses(self) -> tuple[int, int, int]:
@@ -77,7 +58,6 @@ class Comparison:
 
     @property
     def different_captions(self) -> int:
-        """Number of images with different captions."""
         return sum(each.caption != self.baseline[each.image_id].caption for each in self.predictions)
 
 
@@ -94,7 +74,7 @@ def compare_predictions(
 
     Raises:
         DatasetError: the captions and the baseline have no image in common.
-        SubprocessError: Java, which computes some of the scores, fails.
+        SubprocessError: Java fails.
     """
     others = {each.image_id: each for each in baseline}
     shared = [each for each in predictions if each.image_id in others]
@@ -109,12 +89,8 @@ def compare_predictions(
     shared = [replace(each, references=each.references or others[each.image_id].references) for each in shared]
     others = {each.image_id: replace(others[each.image_id], references=each.references) for each in shared}
     scored = [each for each in shared if each.references]
-    evaluations: list[Evaluation] = []
-    if scored:
-        evaluations = [
-            evaluate_predictions(each, bootstrap=bootstrap)
-            for each in (scored, [others[prediction.image_id] for prediction in scored])
-        ]
+    sets = [scored, [others[each.image_id] for each in scored]] if scored else []
+    evaluations = [evaluate_predictions(each, bootstrap=bootstrap) for each in sets]
     return Comparison(
         names=names,
         predictions=shared,

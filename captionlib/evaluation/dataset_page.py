@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from captionlib.data.shards.inspection import DatasetReport, JobReport, ShardState
@@ -22,13 +21,7 @@ def write_dataset_page(path: str | os.PathLike[str], report: DatasetReport) -> N
 
 
 def render_dataset_page(report: DatasetReport, *, live: bool = False) -> bytes:
-    """Renders the page.
-
-    Args:
-        report: the result of `inspect_dataset`.
-        live: if True, the page contains links to a style sheet and to a script that updates the page. If False, the
-            page is self-contained and has no script.
-    """
+    """Renders the page. It is self-contained unless `live` is true: it then links to a script that updates it."""
     return render_page(
         "dataset.html",
         live=live,
@@ -50,16 +43,12 @@ def _describe_state(report: DatasetReport) -> tuple[str, str]:
     if report.job.state == "running":
         return "running", "Running"
     if report.shards_done == report.shards:
-        # All shards are written, but the dataset is not marked as complete.
         return "failed", "Too many failures" if report.failed else "Not finished"
     return "stopped", "Stopped"
 
 
 def _compute_fraction(report: DatasetReport) -> float:
-    """Returns the processed fraction of the images or, if their number is unknown, the finished fraction of the shards.
-
-    Images of unfinished shards count once they are processed.
-    """
+    """Returns the processed fraction of the images or, if their number is unknown, of the shards."""
     job = report.job
     if report.complete:
         return 1.0
@@ -68,21 +57,14 @@ def _compute_fraction(report: DatasetReport) -> float:
     return report.shards_done / max(1, report.shards)
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """A cell of the grid of shard states. It represents one shard, or several neighboring shards."""
-
-    state: str
-    title: str
-
-
-def _group_shards(shard_states: Iterable[tuple[ShardState, int]]) -> list[_Cell]:
+def _group_shards(shard_states: Iterable[tuple[ShardState, int]]) -> list[tuple[str, str]]:
     states: list[ShardState] = [state for state, count in shard_states for _ in range(count)]
     size = -(-len(states) // _MAX_CELLS) or 1
     return [_make_cell(start, states[start : start + size]) for start in range(0, len(states), size)]
 
 
-def _make_cell(start: int, states: Sequence[ShardState]) -> _Cell:
+def _make_cell(start: int, states: Sequence[ShardState]) -> tuple[str, str]:
+    """Returns the CSS class and the title of the cell of one or several neighboring shards."""
     distinct = set(states)
     if "in progress" in distinct:
         state = "in-progress"
@@ -95,7 +77,7 @@ def _make_cell(start: int, states: Sequence[ShardState]) -> _Cell:
     last = start + len(states) - 1
     name = part_name(start) if last == start else f"{part_name(start)} to {part_name(last)}"
     counts = ", ".join(f"{states.count(each):,} {each}" for each in sorted(distinct))
-    return _Cell(state, f"{name}: {states[0] if len(states) == 1 else counts}")
+    return state, f"{name}: {states[0] if len(states) == 1 else counts}"
 
 
 def _draw_speed(job: JobReport) -> Sparkline | None:

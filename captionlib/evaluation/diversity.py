@@ -16,10 +16,7 @@ MEAN_LENGTH = "mean_length"
 
 
 def measure_captions(captions: Mapping[str, str], training_references: Iterable[str] = ()) -> list[Metric]:
-    """Computes the mean length of captions and, if there are training references, the fraction of novel captions.
-
-    Captions (by image id) and references are tokenized with captionlib's tokenizer before they are compared.
-    """
+    """Computes the mean length of captions and, if there are training references, the fraction of novel captions."""
     tokenized = [_tokenize(caption) for caption in captions.values()]
     ones = [1] * len(tokenized)  # denominators, so that the score is the mean over captions
     metrics = [compute_ratio(MEAN_LENGTH, [len(tokens) for tokens in tokenized], ones)]
@@ -34,10 +31,7 @@ def measure_captions(captions: Mapping[str, str], training_references: Iterable[
 
 
 def count_diversity(captions: Mapping[str, str]) -> dict[str, int]:
-    """Counts the distinct captions and the distinct words in them (the vocabulary size).
-
-    The counts have no bootstrap intervals, because resamples repeat images and would underestimate the counts.
-    """
+    """Counts the distinct captions and the distinct words in them. Resamples repeat images, so there is no interval."""
     tokenized = {_tokenize(caption) for caption in captions.values()}
     return {
         "distinct_captions": len(tokenized),

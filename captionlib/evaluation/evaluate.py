@@ -25,27 +25,17 @@ TRAIN_SPLITS = ("train", "restval")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Attributes:
-        predictions: the captions that were evaluated, sorted by image id.
-        scores: the scores of the captions.
-        counts: the number of distinct captions and of distinct words in them.
-        tokenizer: `ptb` (Stanford's PTB tokenizer), or `captionlib` if Java is not installed.
-        bootstrap: how the confidence intervals were computed.
-        notes: messages about missing or unreliable scores, with the reason.
-    """
-
-    predictions: Sequence[Prediction]
+    predictions: Sequence[Prediction]  # sorted by image id
     scores: Scores
-    counts: Mapping[str, int]
-    tokenizer: str
+    counts: Mapping[str, int]  # see `count_diversity`
+    tokenizer: str  # `ptb` (Stanford's PTB tokenizer), or `captionlib` without Java
     bootstrap: BootstrapConfig
-    notes: Sequence[str]
+    notes: Sequence[str]  # on missing or unreliable scores
 
     @property
     def captions(self) -> dict[str, str]:
-        """Captions by image id."""
         return {prediction.image_id: prediction.caption for prediction in self.predictions}
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,8 +115,8 @@ def evaluate_captions(
         metrics.append(measure_perplexity(checkpoint, features, references, device))
     evaluation = evaluate_predictions(predictions, training_references, metrics, bootstrap)
     if NOVEL not in evaluation.scores.overall:
-        no_references = f"the manifest has no references in split {' or '.join(train_splits)}"
-        reason = no_references if manifest else "no manifest was specified"
+        without_references = f"the manifest has no references in split {' or '.join(train_splits)}"
+        reason = without_references if manifest else "no manifest was specified"
         notes.append(f"the fraction of novel captions is omitted because {reason}")
     return replace(evaluation, notes=[*evaluation.notes, *notes])
 

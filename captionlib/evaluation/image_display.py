@@ -17,19 +17,23 @@ from captionlib.data.shards.dataset import open_dataset
 from captionlib.errors import DatasetError
 from captionlib.evaluation.predictions import is_dataset
 
-__all__ = ["AttentionMaps", "ImageDisplay", "build_image_display", "read_image_display"]
+__all__ = [
+    "AttentionMaps",
+    "ImageDisplay",
+    "build_image_display",
+    "make_attention_maps",
+    "parse_preprocessing",
+    "read_image_display",
+]
 
 AttentionMaps = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class ImageDisplay:
-    """How to display a set of images: the encoder's crop, and the captioner's attention maps.
+    """How to display a set of images: the encoder's preprocessing if known, and attention maps by image id.
 
-    Attributes:
-        preprocessing: the encoder's preprocessing, which includes the crop; None if unknown.
-        attention_maps: the maps of each image by image id, `[tokens, side, side] uint8`. There is one map for each
-            caption token, including any end token. Each map covers the square crop and is scaled to a peak of 255.
+    The maps of an image, `[tokens, side, side] uint8`, cover the crop of the preprocessing. See `make_attention_maps`.
     """
 
     preprocessing: Preprocessing | None = None
@@ -37,14 +41,11 @@ class ImageDisplay:
 
 
 def read_image_display(source: str | os.PathLike[str], image_ids: Collection[str]) -> ImageDisplay:
-    """Reads the crop and the attention maps of images from a captions dataset.
-
-    A JSON file of captions contains neither.
-    """
+    """Reads the crop and the attention maps of images. Only a captions dataset contains them, not a JSON file."""
     if not is_dataset(source):
         return ImageDisplay()
     dataset = open_dataset(source, "captions").require_complete()
-    preprocessing = _parse_preprocessing(dataset.config.get("encoder", {}))
+    preprocessing = parse_preprocessing(dataset.config.get("encoder", {}))
     if "attention" not in dataset.schema.names:
         return ImageDisplay(preprocessing)
     wanted = pa.array(image_ids, pa.string())
@@ -54,23 +55,25 @@ def read_image_display(source: str | os.PathLike[str], image_ids: Collection[str
             if len(maps) == len(wanted):
                 return ImageDisplay(preprocessing, maps)
             matches = rows.filter(pc.is_in(rows["image_id"], value_set=wanted))
-            image_maps = map(_to_maps, _split_by_image(matches["attention"]))
+            image_maps = map(make_attention_maps, _split_by_image(matches["attention"]))
             maps.update(zip(matches["image_id"].to_pylist(), image_maps, strict=True))
     return ImageDisplay(preprocessing, maps)
 
 
 def build_image_display(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str, Any]) -> ImageDisplay:
-    """Builds an `ImageDisplay` from the description of the encoder and the attention weights in `rows`, if any.
+    """Builds an `ImageDisplay` from rows of captions, with or without `attention`, and the encoder's description."""
+    maps = {
+        row["image_id"]: make_attention_maps(np.array(row["attention"], np.float32))
+        for row in rows
+        if "attention" in row
+    }
+    return ImageDisplay(parse_preprocessing(encoder), maps)
 
-    `rows` are rows of a captions dataset, in which the column `attention` is optional.
-    """
-    maps = {row["image_id"]: _to_maps(np.array(row["attention"], np.float32)) for row in rows if "attention" in row}
-    return ImageDisplay(_parse_preprocessing(encoder), maps)
 
-
-def _parse_preprocessing(encoder: Mapping[str, Any]) -> Preprocessing | None:
-    """Returns the encoder's preprocessing, or None if the features were computed by other software and imported."""
-    return Preprocessing(**encoder["preprocessing"]) if "preprocessing" in encoder else None
+def parse_preprocessing(encoder: Mapping[str, Any]) -> Preprocessing | None:
+    """Returns the encoder's preprocessing, or None if the features were imported or the model resizes the images."""
+    preprocessing = encoder.get("preprocessing", {})
+    return Preprocessing(**preprocessing) if "crop_size" in preprocessing else None
 
 
 def _split_by_image(attention: pa.ListArray) -> list[npt.NDArray[np.floating]]:
@@ -80,8 +83,12 @@ def _split_by_image(attention: pa.ListArray) -> list[npt.NDArray[np.floating]]:
     return [weights[end - length : end] for length, end in zip(lengths, np.cumsum(lengths), strict=True)]
 
 
-def _to_maps(weights: npt.NDArray[np.floating]) -> AttentionMaps:
-    """Converts attention weights, `[tokens, positions]`, to maps, `[tokens, side, side]`, with a peak of 255."""
+def make_attention_maps(weights: npt.NDArray[np.floating]) -> AttentionMaps:
+    """Converts attention weights, `[tokens, positions]`, to maps, `[tokens, side, side]`, with a peak of 255.
+
+    Raises:
+        DatasetError: the number of positions is not a square.
+    """
     tokens, positions = weights.shape
     side = math.isqrt(positions)
     if side * side != positions:

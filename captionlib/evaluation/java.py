@@ -41,7 +41,7 @@ def tokenize_ptb(texts: Sequence[str]) -> list[str]:
 
 
 def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[np.float64]:
-    """Returns METEOR's counts for each caption and its best-matching reference. They can be summed over captions.
+    """Returns METEOR's counts, which can be summed, for each caption and its best-matching reference.
 
     Columns 0 and 1 count the words of the caption and of the reference, and columns 2 and 3 count their function words.
     Columns 4 to 19 count the matches of four kinds (exact, stem, synonym, paraphrase). Each kind has four columns: the
@@ -49,11 +49,7 @@ def count_alignments(pairs: Sequence[tuple[str, Sequence[str]]]) -> npt.NDArray[
     chunks of adjacent matches. It is 0 if all words of both match in one chunk, because the score then has no penalty
     for fragmentation. Columns 21 and 22 count the matched words of both.
 
-    Args:
-        pairs: captions with their references, tokenized and joined by spaces.
-
-    Returns:
-        `[captions, 23] float64`.
+    Captions and references are tokenized and joined by spaces. The counts are `[captions, 23]`.
     """
     lines = [
         f" {_METEOR_SEPARATOR} ".join(["SCORE", *map(_remove_separators, references), _remove_separators(caption)])

@@ -9,7 +9,7 @@ from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import to_json
 from captionlib.errors import DatasetError
 from captionlib.evaluation.predictions import (
-    Prediction,
+    find_repeated,
     is_dataset,
     load_predictions,
     open_references,
@@ -34,14 +34,9 @@ def export_json(
 ) -> int:
     """Writes captions as one JSON file and returns the number of images in it.
 
-    Args:
-        sources: captions datasets, or JSON files of COCO or NeuralTalk. For `coco`, also manifests (lists of images) or
-            features datasets; their references are exported.
-        output: file to write.
-        json_format: `coco` writes COCO's annotations if all sources are manifests or features datasets (see
-            `to_coco_captions`), and otherwise COCO's results. `neuraltalk` writes `result_struct.json`.
-        selection: the images to export.
-        manifest: manifest or features dataset whose references and splits are added to the captions.
+    The sources are captions datasets, or JSON files of COCO or NeuralTalk. The references and splits of `manifest` are
+    added to them. `coco` writes COCO's results or, if all sources are manifests or features datasets, COCO's
+    annotations with their references. `neuraltalk` writes `result_struct.json`.
 
     Raises:
         DatasetError: a source cannot be read, two sources contain the same image, or no image is selected.
@@ -59,10 +54,11 @@ def export_json(
             for prediction in load_predictions(address, manifest)
             if selection.selects(prediction.image_id, prediction.split)
         ]
-        ids, content = (
-            [prediction.image_id for prediction in predictions],
-            _convert(predictions, json_format, addresses),
-        )
+        ids = [prediction.image_id for prediction in predictions]
+        if json_format == "coco":
+            content = to_coco_results(predictions)
+        else:
+            content = to_result_struct(predictions, {"captions": " ".join(addresses)})
     _check_ids(ids, addresses)
     write_file(output, to_json(content))
     return len(ids)
@@ -71,9 +67,7 @@ def export_json(
 def to_coco_captions(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns images and their references in the format of COCO's `captions_val2014.json`.
 
-    Args:
-        rows: rows of a manifest or of features, as mappings with image_id, uri and captions, and possibly the width and
-            height of the image.
+    The rows are those of a manifest or of features, with image_id, uri and captions, and possibly width and height.
     """
     rows = list(rows)
     ids = to_coco_ids([row["image_id"] for row in rows])
@@ -87,12 +81,6 @@ def to_coco_captions(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"images": images, "annotations": annotations}
 
 
-def _convert(predictions: Sequence[Prediction], json_format: JsonFormat, addresses: Sequence[str]) -> Any:
-    if json_format == "coco":
-        return to_coco_results(predictions)
-    return to_result_struct(predictions, {"captions": " ".join(addresses)})
-
-
 def _read_rows(dataset: ShardedDataset, selection: ImageSelection) -> Iterable[dict[str, Any]]:
     columns = ["image_id", "uri", "split", "captions", "width", "height"]
     for shard in range(dataset.shards):
@@ -101,17 +89,13 @@ def _read_rows(dataset: ShardedDataset, selection: ImageSelection) -> Iterable[d
 
 
 def _check_ids(ids: Sequence[str], addresses: Sequence[str]) -> None:
-    """Checks that at least one image is selected, and that none is in two sources."""
     names = " and ".join(addresses)
     if not ids:
         raise DatasetError(
             f"{names}: expected at least one selected image, got none; check --split, --where and --duplicates"
         )
-    seen = set[str]()
-    for image_id in ids:
-        if image_id in seen:
-            raise DatasetError(
-                f"{names}: expected one row per image, got two for image {image_id}; export only sources that have no "
-                "image in common"
-            )
-        seen.add(image_id)
+    if (repeated := find_repeated(ids)) is not None:
+        raise DatasetError(
+            f"{names}: expected one row per image, got two for image {repeated}; export only sources that have no "
+            "image in common"
+        )

@@ -41,23 +41,17 @@ _MATCH_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
 
 @dataclass(frozen=True)
 class Metric:
-    """Scores that are computed from statistics summed over images.
-
-    Attributes:
-        names: the names of the scores.
-        rows: the statistics of each image, `[images, statistics]`.
-        formula: maps sums of rows, `[..., statistics]`, to scores, `[..., len(names)]`; NaN if a score is undefined.
-    """
+    """Scores that are computed from statistics summed over images."""
 
     names: tuple[str, ...]
-    rows: Numbers
-    formula: Callable[[Numbers], Numbers]
+    rows: Numbers  # statistics of each image, [images, statistics]
+    formula: Callable[[Numbers], Numbers]  # sums of rows, [..., statistics], to scores, [..., names], NaN if undefined
 
 
 def compute_bleu(captions: Tokenized, references: Tokenized) -> Metric:
     """Computes BLEU-1 to BLEU-4 (Papineni et al. 2002) with the closest reference length.
 
-    All metrics require one caption per image, and the same images in the same order in both mappings.
+    Like all metrics, it requires one caption per image, and the same images in the same order in both mappings.
     """
     scorer = BleuScorer(n=_ORDERS)
     for image_id, (caption,) in captions.items():
@@ -131,14 +125,10 @@ def compute_ratio(
     denominators: Sequence[float] | Numbers,
     transform: Callable[[Numbers], Numbers] = lambda quotient: quotient,
 ) -> Metric:
-    """Computes a score from the quotient of two sums over images. The score is NaN if the denominators sum to 0.
-
-    `transform` maps the quotient to the score, element by element. By default, the score is the quotient.
-    """
+    """Computes a score from the quotient of two sums over images. The score is NaN if the denominators sum to 0."""
     rows = np.stack([np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)], 1)
     return Metric((name,), rows, lambda sums: transform(_divide(sums[..., 0], sums[..., 1], np.nan))[..., None])
 
 
 def _divide(numerator: Numbers, denominator: Numbers, default: float = 0.0) -> Numbers:
-    """Returns the quotient, or `default` where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full_like(numerator, default), where=denominator != 0)

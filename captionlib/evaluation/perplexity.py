@@ -28,16 +28,8 @@ def measure_perplexity(
 ) -> Metric:
     """Computes the perplexity of references, exp(-sum ln p / sum (length + 1)), where + 1 counts the end token.
 
-    References without words are ignored.
-
-    Args:
-        checkpoint: folder or address of the captioner.
-        images: a dataset of encoder features, or a manifest (list of images), whose images are encoded.
-        references: references by image id.
-        device: auto, cpu, cuda or cuda:N.
-
-    Returns:
-        A metric with one row of statistics per image, in the order of `references`.
+    `images` is a dataset of encoder features, or a manifest (list of images), whose images are encoded. The metric has
+    one row per image, in the order of `references`. References without words are ignored.
 
     Raises:
         CheckpointError: the folder contains no captioner, the captioner cannot score sentences, or the features
@@ -70,7 +62,6 @@ def measure_perplexity(
 
 
 def _read_referenced(dataset: ShardedDataset, references: Mapping[str, Sequence[str]]) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of the images that have references."""
     wanted = pa.array(references, pa.string())
     columns = ["image_id", "features"] if dataset.kind == "features" else list(MANIFEST_SCHEMA.names)
     for shard in range(dataset.shards):

@@ -7,6 +7,7 @@ COCO's evaluation server accepts results as `[{"image_id": 391895, "caption": "a
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ from captionlib.errors import DatasetError
 __all__ = [
     "Prediction",
     "find_images_without_caption",
+    "find_repeated",
     "is_dataset",
     "join_references",
     "load_predictions",
@@ -45,31 +47,20 @@ _MAX_INTEGER_ID = 2**63 - 1
 
 @dataclass(frozen=True)
 class Prediction:
-    """The caption that a model generated for an image.
-
-    Attributes:
-        image_id: the id of the image.
-        caption: the best caption.
-        uri: the path or URI of the image; empty if unknown.
-        split: the split of the image; empty if unknown.
-        log_prob: the log-probability of the caption; None if unknown.
-        candidates: the n best captions with their log-probabilities, best first.
-        references: human-written captions of the image.
-        image_text_score: the similarity of the caption and the image; None if unknown.
-    """
+    """The caption that a model generated for an image. Unknown values are empty or None."""
 
     image_id: str
     caption: str
     uri: str = ""
     split: str = ""
     log_prob: float | None = None
-    candidates: tuple[tuple[str, float], ...] = ()
+    candidates: tuple[tuple[str, float], ...] = ()  # the n best captions with their log-probabilities, best first
     references: tuple[str, ...] = ()
-    image_text_score: float | None = None
+    image_text_score: float | None = None  # similarity of the caption and the image
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Prediction":
-        """Converts a row of a captions dataset, as a mapping of Python values, to a prediction."""
+        """Converts a row of a captions dataset."""
         return cls(
             image_id=row["image_id"],
             caption=row["caption"],
@@ -84,13 +75,9 @@ class Prediction:
 def load_predictions(
     source: str | os.PathLike[str], manifest: str | os.PathLike[str] | None = None, splits: Sequence[str] = ()
 ) -> list[Prediction]:
-    """Reads predictions, adds the references of a manifest, and selects splits.
+    """Reads predictions, adds the references of a manifest (list of images) or features, and selects splits.
 
-    Args:
-        source: a captions dataset or a JSON file; see `read_predictions`.
-        manifest: the dataset that contains the references: a manifest (list of images), or features. If None, the
-            source's own references are kept.
-        splits: the splits to select. If empty, all splits are selected.
+    Without `manifest`, the source's own references are kept. Without `splits`, all splits are selected.
 
     Raises:
         DatasetError: a dataset or file cannot be read, or no prediction is in these splits.
@@ -105,13 +92,14 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
     """Reads captions, in order, from a complete captions dataset or a JSON file in COCO's or NeuralTalk's format.
 
     Raises:
-        DatasetError: the source has a different format, or contains two captions for one image.
+        DatasetError: the source does not exist, has a different format, or contains two captions for one image.
+        StorageError: the storage failed or refused the request.
     """
     address = os.fspath(source)
     if is_dataset(address):
         return _read_dataset(open_dataset(address, "captions").require_complete())
     location = locate(address)
-    if not location.fs.exists(location.path):
+    if location.find_type() is None:
         raise DatasetError(f"{address} does not exist; expected a captions dataset or a JSON file of results")
     document = load_json(location)
     if isinstance(document, list):
@@ -126,12 +114,14 @@ def read_predictions(source: str | os.PathLike[str]) -> list[Prediction]:
             f"{address}: expected COCO's results, a list of image_id and caption, or NeuralTalk's result_struct.json, "
             f"an object with imgblobs; got {'an object' if isinstance(document, dict) else type(document).__name__}"
         )
-    image_ids: set[str] = set()
-    for prediction in predictions:
-        if prediction.image_id in image_ids:
-            raise DatasetError(f"{address}: image {prediction.image_id} has two captions; expected one per image")
-        image_ids.add(prediction.image_id)
+    if (repeated := find_repeated(prediction.image_id for prediction in predictions)) is not None:
+        raise DatasetError(f"{address}: image {repeated} has two captions; expected one per image")
     return predictions
+
+
+def find_repeated(image_ids: Iterable[str]) -> str | None:
+    """Returns the first id that occurs more than once."""
+    return next((image_id for image_id, count in Counter(image_ids).items() if count > 1), None)
 
 
 def is_dataset(source: str | os.PathLike[str]) -> bool:
@@ -179,7 +169,6 @@ def _parse_reference(value: object, origin: str) -> str:
 
 
 def _parse_caption(entry: Mapping[str, Any], field: str, origin: str) -> str:
-    """Returns the text of a field. It may be empty because a model can generate an empty caption."""
     value = entry.get(field)
     if not isinstance(value, str) or not is_unicode(value):
         raise DatasetError(f"{origin}: {field}: expected valid Unicode text, got {describe_value(value)}")
@@ -218,15 +207,9 @@ def join_references(predictions: Iterable[Prediction], manifest: ShardedDataset)
 def find_images_without_caption(
     predictions: Iterable[Prediction], manifest: ShardedDataset, splits: Sequence[str] = ()
 ) -> tuple[list[str], int]:
-    """Finds the images that have references but no prediction.
+    """Returns the ids of the images with references but no prediction, and the number of all images with references.
 
-    Args:
-        predictions: predictions with the splits of the manifest; see `join_references`.
-        manifest: the dataset that lists the images and their references.
-        splits: the splits to search; `val` also selects `dev`. If empty, the splits of the predictions are searched.
-
-    Returns:
-        The ids of these images, and the number of all images with references in the searched splits.
+    Only these splits are searched or, by default, those of the predictions.
     """
     predicted = {prediction.image_id: prediction.split for prediction in predictions}
     searched = add_split_aliases(splits or predicted.values())
@@ -274,12 +257,7 @@ def _is_integer(image_id: str) -> bool:
 
 
 def to_result_struct(predictions: Sequence[Prediction], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of NeuralTalk's `result_struct.json`, which its visualization page reads.
-
-    Args:
-        predictions: the captions, with their references if available.
-        params: the parameters of the run, as JSON-compatible values.
-    """
+    """Returns the content of NeuralTalk's `result_struct.json`. `params` are the parameters of the run."""
     blobs = [
         {
             "img_path": prediction.uri,

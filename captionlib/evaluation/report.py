@@ -138,7 +138,6 @@ def _clear(folder: Folder) -> None:
 
 
 def _crop_for_thumbnails(preprocessing: Preprocessing | None) -> Preprocessing:
-    """Returns the encoder's preprocessing, scaled to the size of a thumbnail."""
     if preprocessing is None:
         return _THUMBNAIL
     side = _THUMBNAIL.crop_size
@@ -158,13 +157,11 @@ def _write_thumbnails(folder: Folder, predictions: Sequence[Prediction], crop: P
 
 
 def _write_maps(folder: Folder, index: int, maps: AttentionMaps) -> str:
-    """Writes a script with the attention maps of an image, and returns its path relative to the page."""
     texts = [base64.b64encode(attention_map.tobytes()).decode() for attention_map in maps]
     return _write_file(folder, ATTENTION, index, "js", f"captionlibMaps({index}, {json.dumps(texts)});\n".encode())
 
 
 def _write_file(folder: Folder, kind: str, index: int, extension: str, content: bytes) -> str:
-    """Writes a file of an image, and returns its path relative to the page."""
     name = f"{kind}/{index // _FILES_PER_FOLDER:03d}/{index:06d}.{extension}"
     try:
         folder.fs.pipe_file(folder.path(name), content)
@@ -187,7 +184,6 @@ def _to_item(prediction: Prediction) -> dict[str, Any]:
 
 
 def _to_baseline(comparison: Comparison, image_id: str) -> dict[str, Any]:
-    """Returns the baseline's caption, its CIDEr, and `gain`: the CIDEr of the reported caption minus the baseline's."""
     prediction, cider = comparison.baseline[image_id], comparison.baseline_cider.get(image_id)
     gain = None if cider is None else comparison.cider[image_id] - cider
     return {
@@ -205,5 +201,5 @@ def _to_script(items: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def _round(value: float | None) -> float | None:
-    """Rounds a value for the page. NaN and infinity become None because JSON does not support them."""
+    """Rounds a value. NaN and infinity become None because JSON does not support them."""
     return None if value is None or not math.isfinite(value) else round(value, 4)

@@ -25,18 +25,11 @@ _BLOCK_QUERIES = 512  # queries whose similarities to all items are in memory at
 
 @dataclass(frozen=True)
 class RetrievalProtocol:
-    """Selects the images and references that are ranked together.
+    """Selects the images and references that are ranked together. By default, these are all images and references."""
 
-    Attributes:
-        images: the number of images to use, beginning with the first. If None, all images are used.
-        references_per_image: the number of references to use per image, beginning with the first. If None, all are
-            used.
-        fold_images: the number of images per fold; scores are averaged over folds. If None, there is a single fold.
-    """
-
-    images: int | None = None
-    references_per_image: int | None = None
-    fold_images: int | None = None
+    images: int | None = None  # number of images, beginning with the first
+    references_per_image: int | None = None  # likewise
+    fold_images: int | None = None  # images per fold; scores are means over folds
 
 
 PROTOCOLS: Mapping[str, RetrievalProtocol] = {
@@ -51,10 +44,9 @@ PROTOCOLS: Mapping[str, RetrievalProtocol] = {
 
 @dataclass(frozen=True)
 class DirectionScores:
-    """Scores of one direction of retrieval.
+    """Scores of one direction of retrieval, as means over folds. Recalls range from 0 to 1.
 
-    The recall at k is the fraction of queries, 0 to 1, with a match among the first k results. The rank of a query is
-    the rank of its first match. The median rank is rounded down, as is customary. All scores are means over folds.
+    The median rank is rounded down, as is customary.
     """
 
     recall_at_1: float
@@ -183,7 +175,6 @@ def rank_images(images: Vectors, references: Vectors, image_of_reference: Indice
 
 
 def _rank(similarities: Vectors, best: Vectors, is_other: npt.NDArray[np.bool_]) -> Indices:
-    """Returns the rank of the best match, which has the similarity `best`. `is_other` is True for all non-matches."""
     better = ((similarities > best) & is_other).sum(1)
     ties = ((similarities == best) & is_other).sum(1)
     ranks: Indices = 1 + better + ties // 2
@@ -191,7 +182,7 @@ def _rank(similarities: Vectors, best: Vectors, is_other: npt.NDArray[np.bool_])
 
 
 def _split_into_folds(image_of_reference: Indices, protocol: RetrievalProtocol) -> Iterator[tuple[Indices, Indices]]:
-    """Yields the rows of the images and of the references in each fold."""
+    """Yields the row numbers of the images and of the references in each fold."""
     images, first, counts = np.unique(image_of_reference, return_index=True, return_counts=True)
     if not len(images):
         raise DatasetError("expected references to rank, got none; pass features of a split that has references")

@@ -1,7 +1,7 @@
 """Builds a search index: plans the build, trains centroids, adds shards in parallel, and publishes the result.
 
-A shard is one Parquet file of a dataset of captions, with the embeddings of the same images. Every step can run on any
-machine and can safely be repeated.
+A shard is one Parquet file of captions, with the embeddings of the same images. Every step can run on any machine and
+can safely be repeated.
 """
 
 import os
@@ -25,7 +25,7 @@ from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.shards.markers import Marker, from_json_with_checksum, part_name, to_json_with_checksum
 from captionlib.errors import ConfigError, DatasetError, DuplicateIdError, FingerprintError
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.facet_groups import FacetGrouper
+from captionlib.search.filters import FacetGrouper
 from captionlib.search.index_folder import (
     SUBFOLDERS,
     IndexDescription,
@@ -75,42 +75,24 @@ _MIN_TRAINING_VECTORS = 20_000  # a product quantizer learns 256 codes per byte,
 
 @dataclass(frozen=True)
 class IndexBuild:
-    """A planned build. It can be pickled, so workers can run its steps. A step does nothing if it is already done.
+    """A planned build. It can be pickled, so workers can run its steps. A step does nothing if it is already done."""
 
-    Attributes:
-        folder: folder of the index.
-        captions: captions datasets, with one row per captioned image.
-        embeddings: one embeddings dataset per captions dataset, in the same order. If empty, the index is text-only.
-        config: configuration of the index.
-        duplicates: dataset of groups of similar images. One image of each group is kept; the others are left out, or
-            marked as duplicates. If None, all images are indexed.
-        manifests: for each captions dataset, the manifest (table of images and reference captions) that it was
-            generated from; None if it is missing, or if the index contains no references.
-        shards: all shards of the index, in the order of their rows.
-        base: version of the index whose files are reused. If None, the index is built from scratch.
-        added: positions in `shards` of the shards that `base` does not contain.
-        removed: number of shards that only `base` contains.
-        pending: number of shards that are not finished. The index keeps their earlier rows, if `base` contains them.
-        layout: type of the Faiss index of the embeddings, or None for a text-only index.
-        outgrown: layout of the existing index if the new number of rows is too large for it; otherwise None. If set,
-            centroids are trained again.
-        replaced: creation time of the existing index if `plan_build` was called to overwrite it; otherwise None.
-    """
-
-    folder: Folder
+    folder: Folder  # of the index
     captions: tuple[ShardedDataset, ...]
-    embeddings: tuple[ShardedDataset, ...]
+    embeddings: tuple[ShardedDataset, ...]  # in the order of the captions; empty if the index is text-only
     config: IndexConfig
     duplicates: IndexedDuplicates | None = None
+    # For each captions dataset, the manifest (table of images and references) that it was generated from; None if it is
+    # missing, or if the index contains no references.
     manifests: tuple[ManifestShards | None, ...] = ()
-    shards: tuple[InputShard, ...] = ()
-    base: IndexDescription | None = None
-    added: tuple[int, ...] = ()
-    removed: int = 0
-    pending: int = 0
-    layout: VectorLayout | None = None
-    outgrown: VectorLayout | None = None
-    replaced: str | None = None
+    shards: tuple[InputShard, ...] = ()  # all shards of the index, in the order of their rows
+    base: IndexDescription | None = None  # version whose files are reused; None to build the index from scratch
+    added: tuple[int, ...] = ()  # positions in `shards` of the shards that `base` does not contain
+    removed: int = 0  # number of shards that only `base` contains
+    pending: int = 0  # number of unfinished shards; the index keeps the rows that `base` contains
+    layout: VectorLayout | None = None  # None if the index is text-only
+    replaced_layout: VectorLayout | None = None  # layout of the existing index if it does not suit the number of rows
+    overwritten: str | None = None  # creation time of the index that is replaced because of `overwrite`
 
     @cached_property
     def fingerprint(self) -> str:
@@ -128,24 +110,19 @@ class IndexBuild:
     def is_done(self) -> bool:
         """Returns whether the folder already contains the result of this build."""
         current = self._read_current()
-        return current is not None and current.fingerprint == self.fingerprint and current.created != self.replaced
+        return current is not None and current.fingerprint == self.fingerprint and current.created != self.overwritten
 
     def train(self) -> None:
         """Trains the centroids of the inverted lists, unless those of `base` are used."""
         if self.layout is None or self.base is not None or self.folder.exists(self._trained_file):
             return
         count = max(self.layout.nlist * _TRAINING_VECTORS_PER_LIST, _MIN_TRAINING_VECTORS)
-        inputs = [(self.embeddings[shard.dataset], shard) for shard in self.shards]
-        sample = sample_embeddings(inputs, count, self.layout.dimension)
+        sample = sample_embeddings([(self.embeddings[shard.dataset], shard) for shard in self.shards], count)
         with self.folder.stage(self._trained_file) as path:
             write_trained_index(self.layout, sample, path)
 
     def add_shard(self, position: int) -> None:
-        """Writes the rows and the partial vector index of the shard `shards[position]`.
-
-        Raises:
-            DatasetError: the captions and embeddings of the shard cover different images, or have changed.
-        """
+        """Writes the rows and the partial vector index of the shard `shards[position]`."""
         if self._read_result(position) is not None:
             return
         shard = self.shards[position]
@@ -156,28 +133,21 @@ class IndexBuild:
             if kept.sum() != shard.rows:
                 raise _changed_error(self.duplicates)
             write_rows(local / "rows", read_caption_rows(caption_file, kept, kept_images))
-            write_details(local / "details", read_details(caption_file, kept, self._read_references(shard)))
+            manifest = self.manifests[shard.dataset] if shard.manifest else None
+            references = None if manifest is None else manifest.read_references(shard.shard)
+            write_details(local / "details", read_details(caption_file, kept, references))
             files = {
                 "rows_file": publish_path(self.folder, local / "rows", "rows/", ".arrow"),
                 "details_file": publish_path(self.folder, local / "details", "details/", ".arrow"),
-                "failures_file": self._publish_failures(shard, local / "failures"),
+                "failures_file": "",
             }
+            if failures := captions.read_failures(shard.shard):
+                write_failures(local / "failures", failures)
+                files["failures_file"] = publish_path(self.folder, local / "failures", "failures/", ".arrow")
             if self.embeddings:
                 self._write_partial_index(position, caption_file, kept, local)
         # The shard is done when this file exists.
         self.folder.write(self._result_file(position), to_json_with_checksum(files))
-
-    def _read_references(self, shard: InputShard) -> pa.Table | None:
-        manifest = self.manifests[shard.dataset]
-        return manifest.read_references(shard.shard) if shard.manifest and manifest is not None else None
-
-    def _publish_failures(self, shard: InputShard, path: Path) -> str:
-        """Publishes the failures (unreadable images) of a shard. Returns the file name; empty if there are none."""
-        failures = self.captions[shard.dataset].read_failures(shard.shard)
-        if not failures:
-            return ""
-        write_failures(path, failures)
-        return publish_path(self.folder, path, "failures/", ".arrow")
 
     def _read_result(self, position: int) -> dict[str, str] | None:
         """Returns the files of a shard; None if the shard is not done, a file is missing or the result is damaged."""
@@ -199,10 +169,9 @@ class IndexBuild:
         ):
             positions = match_embeddings_to_captions(captions, embeddings, shard.shard, caption_file, embedding_file)
             is_indexed = (positions >= 0) & np.append(kept, False)[positions]  # position -1 selects the appended False
-            vectors = read_embeddings(embedding_file, self._dimension)[is_indexed]
-            trained = fetch_path(self.folder, self._trained_file, local / "trained")
-            if self.base is not None:
-                check_hash(trained, self._trained_file, self.folder.address(self._trained_file))
+            vectors = read_embeddings(embedding_file)[is_indexed]
+            name = self._trained_file
+            trained = self._fetch(name, local) if self.base else fetch_path(self.folder, name, local / "trained")
             start = sum(each.rows for each in self.shards[:position])
             rows = np.cumsum(kept)[positions[is_indexed]] - 1
             write_partial_index(trained, rows + start, vectors, path)
@@ -249,7 +218,7 @@ class IndexBuild:
         shards = self._list_indexed_shards()
         text = vectors = trained = ""
         vectors_count = 0
-        grouper = FacetGrouper()  # numbers the groups of rows that have the same values of all facets
+        grouper = FacetGrouper()
         with temporary_folder(self.folder) as local:
             files = [self._fetch(shard.rows_file, local) for shard in shards]
             self._check_unique_ids(files, shards)
@@ -318,26 +287,23 @@ class IndexBuild:
         return merge_indexes(base, moves, parts, local / "vectors")
 
     def _fetch(self, name: str, local: Path) -> Path:
-        """Returns the local path of a file of the index, after verifying its checksum."""
         return check_hash(fetch_path(self.folder, name, local / name), name, self.folder.address(name))
 
     def _check_unique_ids(self, files: Sequence[Path], shards: Sequence[IndexedShard]) -> None:
-        duplicate = find_repeated_id(files)
-        if duplicate is not None:
-            datasets = {
-                shard.dataset
-                for file, shard in zip(files, shards, strict=True)
-                if any(pc.any(pc.equal(rows["image_id"], duplicate.image_id)).as_py() for rows in read_rows(file))
-            }
-            folders = " and ".join(self.captions[dataset].folder.uri for dataset in sorted(datasets))
-            raise DuplicateIdError(
-                f"expected one row per image id in {folders}, got {duplicate.rows} with {duplicate.image_id!r}; "
-                + (
-                    "remove the image from all datasets but one"
-                    if len(datasets) > 1
-                    else "write this dataset again from images with different ids"
-                )
-            )
+        repeated = find_repeated_id(files)
+        if repeated is None:
+            return
+        image_id, count = repeated
+        datasets = {
+            shard.dataset
+            for file, shard in zip(files, shards, strict=True)
+            if any(pc.any(pc.equal(rows["image_id"], image_id)).as_py() for rows in read_rows(file))
+        }
+        folders = " and ".join(self.captions[dataset].folder.uri for dataset in sorted(datasets))
+        advice = "write this dataset again from images with different ids"
+        if len(datasets) > 1:
+            advice = "remove the image from all datasets but one"
+        raise DuplicateIdError(f"expected one row per image id in {folders}, got {count} with {image_id!r}; {advice}")
 
     def _read_current(self) -> IndexDescription | None:
         try:
@@ -348,27 +314,21 @@ class IndexBuild:
             raise
 
     @property
-    def _dimension(self) -> int:
-        assert self.layout is not None, "an index with embeddings has a layout"
-        return self.layout.dimension
-
-    @property
     def _trained_file(self) -> str:
-        """The name of the vector index with trained centroids and without vectors."""
         return self.base.trained if self.base else f"{self._temporary}/trained.faiss"
 
     @cached_property
     def _temporary(self) -> str:
         # An interrupted build is resumed only if its partial indexes have the same centroids.
-        identity = {"fingerprint": self.fingerprint, "base": self.base and self.base.trained, "replaced": self.replaced}
+        trained = self.base and self.base.trained
+        identity = {"fingerprint": self.fingerprint, "base": trained, "replaced": self.overwritten}
         return f"{TEMPORARY_FOLDER}/{hash_json(identity)[:12]}"
 
     def _partial_file(self, position: int) -> str:
-        """Returns the name of the partial vector index of a shard."""
         return f"{self._temporary}/{part_name(position)}.faiss"
 
     def _result_file(self, position: int) -> str:
-        """Returns the name of the JSON file that lists the published files of a shard. It is written last."""
+        """The JSON file that lists the published files of a shard. It is written last."""
         return f"{self._temporary}/{part_name(position)}.json"
 
 
@@ -384,16 +344,12 @@ def plan_build(
 ) -> IndexBuild:
     """Compares an index with the datasets it is built from and plans what to build.
 
-    The plan covers the shards that are finished in both captions and embeddings. Shards of an existing index are reused
-    if their content has not changed. Centroids are trained again only if the index has too many rows for its layout. If
-    `overwrite` is True, the index is built from scratch, whatever the folder contains.
+    The plan covers the shards that are finished in both captions and embeddings. Unchanged shards of an existing index
+    are reused. While a shard is not finished, the index keeps its earlier rows, unless they contain an image in
+    `removed_ids`. If `overwrite` is True, the index is built from scratch.
 
-    `duplicates` is a dataset that contains groups of similar images. Only one image of each group, the kept image, is
-    indexed. If `config.keep_duplicates` is set, the others are indexed too, and marked as its duplicates. If
-    `duplicates` changes, the affected shards are indexed again.
-
-    While a shard of the datasets is not finished, the index keeps its earlier rows, unless they contain an image in
-    `removed_ids`.
+    `duplicates` is a dataset of groups of similar images. Only the kept image of each group is indexed. If
+    `config.keep_duplicates` is set, the others are indexed too, and marked as its duplicates.
 
     Raises:
         ConfigError: the numbers of captions and embeddings datasets differ.
@@ -408,10 +364,15 @@ def plan_build(
             f"expected one embeddings dataset for each of {len(captions_datasets)} captions datasets, in the same "
             f"order, got {len(embeddings_datasets)}"
         )
-    described = None if duplicates is None else _describe_duplicates(duplicates)
     manifests = tuple(find_manifest(dataset) if config.references else None for dataset in captions_datasets)
-    build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config, described, manifests)
+    build = IndexBuild(Folder(output), captions_datasets, embeddings_datasets, config, manifests=manifests)
+    if duplicates is not None:
+        dataset = open_dataset(duplicates, "duplicates").require_complete()
+        indexed_duplicates = IndexedDuplicates(resolve_address(dataset.folder.uri), dataset.compute_content_checksum())
+        build = replace(build, duplicates=indexed_duplicates)
     base = _read_base(build, overwrite)
+    if overwrite and base is not None:
+        build, base = replace(build, overwritten=base.created), None
     shards = _apply_duplicates(build, base, _list_shards(build))
     pending = sum(dataset.shards for dataset in captions_datasets) - len(shards)
     for captions_dataset, embeddings_dataset in zip(captions_datasets, embeddings_datasets, strict=False):
@@ -419,10 +380,9 @@ def plan_build(
     check_same_ranker(embeddings_datasets)
     if embeddings_datasets:
         _check_first_shard(build, shards[0])  # before workers start; `add_shard` checks the others
-    build = replace(build, pending=pending)
-    if overwrite and base is not None:
-        return _plan_shards(replace(build, replaced=base.created), None, shards)
-    return _plan_shards(build, base, _keep_unfinished(build, base, shards, removed_ids) if base else shards)
+    if base is not None:
+        shards = _keep_unfinished(build, base, shards, removed_ids)
+    return _plan_shards(replace(build, pending=pending), base, shards)
 
 
 def _read_base(build: IndexBuild, overwrite: bool) -> IndexDescription | None:
@@ -451,7 +411,7 @@ def _list_shards(build: IndexBuild) -> list[InputShard]:
     shards = []
     for index, captions in enumerate(build.captions):
         embeddings = build.embeddings[index] if build.embeddings else None
-        markers = captions.require_markers()  # a marker is the JSON file that records that a shard is complete
+        markers = captions.require_markers()  # a marker is a JSON file that records that a shard is complete
         embedding_markers: dict[int, Marker] = embeddings.require_markers() if embeddings else {}
         complete = sorted(markers.keys() & embedding_markers.keys() if embeddings else markers)
         manifest = build.manifests[index]
@@ -474,11 +434,6 @@ def _list_shards(build: IndexBuild) -> list[InputShard]:
     return shards
 
 
-def _describe_duplicates(address: str | os.PathLike[str]) -> IndexedDuplicates:
-    dataset = open_dataset(address, "duplicates").require_complete()
-    return IndexedDuplicates(resolve_address(dataset.folder.uri), dataset.compute_content_checksum())
-
-
 @lru_cache(maxsize=1)
 def _read_kept_images(duplicates: IndexedDuplicates | None) -> dict[str, str]:
     """Returns the id of the kept image for each duplicate. Each process reads the dataset once."""
@@ -498,23 +453,21 @@ def _changed_error(duplicates: IndexedDuplicates | None) -> DatasetError:
 def _apply_duplicates(
     build: IndexBuild, base: IndexDescription | None, shards: Sequence[InputShard]
 ) -> list[InputShard]:
-    """Sets the hash of the duplicates in each shard, and subtracts the left-out images from its number of rows.
-
-    If the duplicates have not changed since the last build, shards of the existing index are not read again.
-    """
+    """Sets the hash of the duplicates in each shard, and subtracts the left-out images from its number of rows."""
     kept_images = _read_kept_images(build.duplicates)
     if not kept_images:
         return list(shards)
-    is_unchanged = base is not None and base.duplicates is not None and base.duplicates == build.duplicates
-    known = {shard.captions: shard for shard in base.shards} if base is not None and is_unchanged else {}
+    indexed = {}
+    if base is not None and base.duplicates == build.duplicates:
+        indexed = {shard.captions: shard for shard in base.shards}
     changed = []
     for shard in shards:
-        if shard.captions in known:
-            indexed = known[shard.captions]
-            changed.append(replace(shard, rows=indexed.rows, duplicates=indexed.duplicates))
+        if shard.captions in indexed:
+            known = indexed[shard.captions]
+            changed.append(replace(shard, rows=known.rows, duplicates=known.duplicates))
             continue
-        batches = build.captions[shard.dataset].read_batches(shard.shard, ["image_id"], batch_size=65_536)
-        found = kept_images.keys() & {image_id for batch in batches for image_id in batch["image_id"].to_pylist()}
+        ids = build.captions[shard.dataset].read(shard.shard, ["image_id"])["image_id"]
+        found = kept_images.keys() & set(ids.to_pylist())
         if not found:
             changed.append(shard)
         elif build.config.keep_duplicates:
@@ -527,10 +480,7 @@ def _apply_duplicates(
 def _keep_unfinished(
     build: IndexBuild, base: IndexDescription, shards: Sequence[InputShard], removed_ids: Collection[str]
 ) -> list[InputShard]:
-    """Adds the shards of `base` that are being written again, so their images stay in the index.
-
-    Shards with images in `removed_ids` are not added.
-    """
+    """Adds the shards of `base` that are being written again, except those with images in `removed_ids`."""
     finished = {(shard.dataset, shard.shard) for shard in shards}
     names = [each.name for each in fields(InputShard)]
     positions = {resolve_address(dataset.folder.uri): position for position, dataset in enumerate(build.captions)}
@@ -552,13 +502,12 @@ def _contains(folder: Folder, shard: IndexedShard, image_ids: Collection[str]) -
     """Returns whether any of the images is in a shard of an index, with or without a caption."""
     if not image_ids:
         return False
-    wanted = pa.array(sorted(image_ids), pa.string())
+    wanted = pa.array(list(image_ids), pa.string())
     with temporary_folder(folder) as local:
         for name in filter(None, (shard.rows_file, shard.failures_file)):
-            with pa.ipc.open_file(pa.memory_map(str(fetch_path(folder, name, local / name)))) as file:
-                ids = (file.get_batch(index)["image_id"] for index in range(file.num_record_batches))
-                if any(pc.any(pc.is_in(each, value_set=wanted)).as_py() for each in ids):
-                    return True
+            ids = pa.ipc.open_file(pa.memory_map(str(fetch_path(folder, name, local / name)))).read_all()["image_id"]
+            if pc.any(pc.is_in(ids, value_set=wanted)).as_py():
+                return True
     return False
 
 
@@ -589,8 +538,8 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, shards: Seque
     """Chooses the layout, and finds the shards to add to `base`."""
     rows = sum(shard.rows for shard in shards)
     layout = base.layout if base is not None else None
-    outgrown = layout if layout is not None and layout.is_outgrown(build.config, rows) else None
-    if outgrown is not None:
+    replaced_layout = layout if layout is not None and layout.needs_rebuild(build.config, rows) else None
+    if replaced_layout is not None:
         base = None
     if base is None and build.embeddings:
         layout = VectorLayout.choose(build.config, rows, build.embeddings[0].schema.field("embedding").type.list_size)
@@ -602,7 +551,7 @@ def _plan_shards(build: IndexBuild, base: IndexDescription | None, shards: Seque
         added=tuple(position for position, shard in enumerate(shards) if shard.content not in indexed),
         removed=len(indexed - {shard.content for shard in shards}),
         layout=layout,
-        outgrown=outgrown,
+        replaced_layout=replaced_layout,
     )
 
 

@@ -53,21 +53,13 @@ class IndexConfig:
 
 @dataclass(frozen=True)
 class VectorLayout:
-    """The Faiss index type and parameters of an index's vectors.
-
-    Attributes:
-        dimension: dimension of the vectors.
-        encoding: encoding of the vectors in the syntax of Faiss's index factory: `Flat`, `SQ8` or `PQn` (n bytes).
-        nlist: number of inverted lists; 1 for `Flat`.
-        nprobe: number of inverted lists to search per query.
-        rows: number of rows that the layout was chosen for.
-    """
+    """The Faiss index type and parameters of an index's vectors."""
 
     dimension: int
-    encoding: str
-    nlist: int
-    nprobe: int
-    rows: int
+    encoding: str  # in the syntax of Faiss's index factory: `Flat`, `SQ8` or `PQn` (n bytes)
+    nlist: int  # number of inverted lists; 1 for `Flat`
+    nprobe: int  # number of inverted lists to search per query
+    rows: int  # number of rows that the layout was chosen for
 
     @classmethod
     def choose(cls, config: IndexConfig, rows: int, dimension: int) -> "VectorLayout":
@@ -89,13 +81,12 @@ class VectorLayout:
         nprobe = min(config.nprobe or max(8, round(1.5 * nlist**0.5)), nlist)
         return cls(dimension, encoding, nlist, nprobe, rows)
 
-    def is_outgrown(self, config: IndexConfig, rows: int) -> bool:
+    def needs_rebuild(self, config: IndexConfig, rows: int) -> bool:
         """Returns whether an index with this layout must be built again for `rows` rows.
 
-        This is the case if `choose` returns a different encoding for `rows`. It is also the case if there are inverted
-        lists, and `rows` exceeds four times the number of rows that the layout was chosen for. If the number of rows
-        decreases, the layout is kept, so that an index whose size varies around a limit is not built again at every
-        update.
+        This is the case if `rows` requires a different encoding, or if there are inverted lists and `rows` exceeds four
+        times the number that the layout was chosen for. If the number of rows decreases, the layout is kept, so that an
+        index whose size varies around a limit is not built again at every update.
         """
         if rows <= self.rows:
             return False

@@ -43,13 +43,7 @@ Shard = tuple[ShardedDataset, int]
 
 @dataclass(frozen=True)
 class DuplicateSummary:
-    """Counts of images, duplicates and groups of duplicates.
-
-    Attributes:
-        images: number of images.
-        groups: number of groups of two or more images.
-        duplicates: number of images in groups, without the kept image of each group.
-    """
+    """Counts of images, groups of two or more images, and duplicates: images that are not the kept one of a group."""
 
     images: int
     groups: int
@@ -58,30 +52,19 @@ class DuplicateSummary:
 
 @dataclass(frozen=True)
 class _Images:
-    """All images in order of size: the largest first, then by id.
-
-    Attributes:
-        ids: `[images]`, image ids.
-        hashes: `[images]`, hashes of the bytes; null if unknown.
-        positions: `[images] int64`, row numbers, counted over all shards.
-    """
+    """All images in order of size: the largest first, then by id."""
 
     ids: pa.StringArray
-    hashes: pa.StringArray
-    positions: Indices
+    hashes: pa.StringArray  # hashes of the bytes; null if unknown
+    positions: Indices  # row numbers, counted over all shards
 
 
 @dataclass(frozen=True)
 class _Groups:
-    """The group of each image, as `[images]` arrays in the order of `_Images`.
-
-    Attributes:
-        kept_image: index in `_Images` of the kept image of the group.
-        similarity: cosine similarity to the kept image.
-    """
+    """The group of each image, in the order of `_Images`."""
 
     kept_image: Indices
-    similarity: npt.NDArray[np.float32]
+    similarity: npt.NDArray[np.float32]  # cosine similarity to the kept image
 
 
 def find_duplicates(
@@ -132,7 +115,7 @@ def find_duplicates(
     )
     checksum = _compute_checksum(inputs)
     if not _is_current(dataset, checksum):
-        table = _group_duplicates(_list_shards(inputs), inputs[0], threshold, progress)
+        table = _group_duplicates(inputs, threshold, progress)
         dataset.mark_incomplete()
         with write_shard(dataset, 0, table.num_rows, checksum) as writer:
             writer.write(table)
@@ -143,11 +126,7 @@ def find_duplicates(
 def read_duplicate_summary(
     embeddings: Addresses, duplicates: str | os.PathLike[str], threshold: float
 ) -> DuplicateSummary | None:
-    """Returns the counts that `find_duplicates` wrote. Returns None if they are missing or out of date.
-
-    Raises:
-        DatasetError: `embeddings` are not complete embeddings datasets.
-    """
+    """Returns the counts that `find_duplicates` wrote. Returns None if they are missing or out of date."""
     inputs = _open_inputs(embeddings)
     if not Folder(duplicates).exists(DESCRIPTION_FILE):
         return None
@@ -165,7 +144,6 @@ def _compute_checksum(inputs: Sequence[ShardedDataset]) -> str:
 
 
 def _is_current(dataset: ShardedDataset, checksum: str) -> bool:
-    """Returns whether the groups were made from embeddings with this checksum."""
     marker = dataset.read_marker(0)  # records that the shard is complete; None if it is not
     return marker is not None and marker.input_checksum == checksum
 
@@ -176,21 +154,15 @@ def _summarize(dataset: ShardedDataset, inputs: Sequence[ShardedDataset]) -> Dup
     return DuplicateSummary(images, int(kept.sum()), int((~kept).sum()))
 
 
-def _list_shards(inputs: Sequence[ShardedDataset]) -> list[Shard]:
-    """Returns the shards (Parquet files) that have rows, as pairs of a dataset and the number of a shard."""
-    return [
+def _group_duplicates(inputs: Sequence[ShardedDataset], threshold: float, progress: bool) -> pa.Table:
+    shards = [
         (each, shard) for each in inputs for shard, marker in sorted(each.require_all_markers().items()) if marker.rows
     ]
-
-
-def _group_duplicates(
-    shards: Sequence[Shard], first_input: ShardedDataset, threshold: float, progress: bool
-) -> pa.Table:
-    images = _read_images(shards, first_input.schema)
+    images = _read_images(shards, inputs[0].schema)
     groups = _Groups(np.arange(len(images.ids)), np.ones(len(images.ids), np.float32))
     first = _find_first_copies(images.hashes)
     unique = np.flatnonzero(first == groups.kept_image)  # images that are not exact copies of earlier ones
-    dimension = first_input.schema.field("embedding").type.list_size
+    dimension = inputs[0].schema.field("embedding").type.list_size
     if threshold < 1:
         with progress_bar("deduplicate", len(unique), "images", progress) as bar:
             index = _index_vectors(shards, len(images.ids), dimension)
@@ -244,10 +216,7 @@ def _read_vectors(embeddings: ShardedDataset, shard: int) -> npt.NDArray[np.floa
 def _group_similar(
     index: Any, positions: Indices, unique: Indices, groups: _Groups, threshold: float, bar: ProgressBar
 ) -> None:
-    """Adds each image in `unique` to the group of the first similar kept image. Changes `groups` in place.
-
-    `unique` contains the indices of the images in `_Images`, without exact copies. `positions` is `_Images.positions`.
-    """
+    """Adds each image in `unique` to the group of the first similar kept image. Changes `groups` in place."""
     image_by_position = np.empty_like(positions)
     image_by_position[positions] = np.arange(len(positions))
     is_unique = np.zeros(len(positions), np.bool_)
@@ -269,7 +238,7 @@ def _group_similar(
 
 
 def _build_table(ids: pa.StringArray, groups: _Groups) -> pa.Table:
-    """Returns the rows of all groups of two or more images, group by group, with the kept image first."""
+    """Returns the rows of all groups of two or more images, with the kept image of each group first."""
     sizes = np.bincount(groups.kept_image, minlength=len(ids))
     images = np.flatnonzero(sizes[groups.kept_image] > 1)
     images = images[np.lexsort((images, groups.kept_image[images]))]

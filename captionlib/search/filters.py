@@ -1,21 +1,28 @@
 """Restricts searches to matching images, and counts the matches by facet.
 
-The facets are the split, the source (captions dataset), the month, and whether an image is a duplicate.
+The facets are the split, the source (captions dataset), the month, and whether an image is a duplicate. Rows with the
+same values form a group. The text index contains the group of each row, so one pass over the matches of a query counts
+them by every facet.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from captionlib.data.splits import add_split_aliases
 from captionlib.errors import QueryError
-from captionlib.search.facet_groups import FacetGroup
 
-__all__ = ["FacetCounts", "Facets", "Filter", "name_sources"]
+__all__ = ["FacetCounts", "FacetGroup", "FacetGrouper", "Facets", "Filter", "name_sources"]
+
+_GROUP = pa.field("group", pa.int64(), nullable=False)
+# If there are more groups, new ones cover a year instead of a month. Tantivy counts at most 65,000 groups in one pass.
+_MAX_GROUPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -26,9 +33,8 @@ class Filter:
         where: SQL condition over the columns of a row. It can be slow, so do not accept it from untrusted users.
         split: dataset split of the images, such as `test`; `val` and `dev` are the same split.
         min_log_prob: minimum log-probability of a caption.
-        source: name of the captions dataset; see `name_sources`.
-        date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`. If an
-            index has very many sources and splits, `Index.search_text` may only accept years.
+        source: name of the captions dataset; see `Index.sources`.
+        date: year or month in which the files of the images were last modified, such as `2026` or `2026-03`.
         exclude_duplicates: whether to leave out images that are marked as duplicates of another image.
     """
 
@@ -54,36 +60,65 @@ class Filter:
 
 
 @dataclass(frozen=True)
+class FacetGroup:
+    """Rows that have the same value in every facet."""
+
+    split: str
+    dataset: int  # position of the captions dataset among the datasets of the index
+    month: str  # in which the files were last modified, such as `2026-03`, or a year; empty if it is unknown
+    is_duplicate: bool  # whether the images are marked as duplicates of other images
+    rows: int  # number of rows
+
+
+class FacetGrouper:
+    """Numbers the groups of rows in the order of their first rows, and counts their rows."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[str, int, str, bool], int] = {}
+        self._rows: list[int] = []
+
+    @property
+    def groups(self) -> tuple[FacetGroup, ...]:
+        return tuple(FacetGroup(*values, rows) for values, rows in zip(self._numbers, self._rows, strict=True))
+
+    def add_group_numbers(self, dataset: int, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Appends a column with the group number of each row. The batches have the columns of `ROW_SCHEMA`."""
+        for batch in batches:
+            months = pc.fill_null(pc.strftime(batch["modified"], "%Y-%m"), "")
+            columns = [batch["split"], months, batch["duplicate_of"].is_valid()]
+            values = zip(*(column.to_pylist() for column in columns), strict=True)
+            numbers = [self._count(split, dataset, month, is_duplicate) for split, month, is_duplicate in values]
+            yield batch.append_column(_GROUP, pa.array(numbers, pa.int64()))
+
+    def _count(self, split: str, dataset: int, month: str, is_duplicate: bool) -> int:
+        number = self._numbers.get((split, dataset, month, is_duplicate))
+        if number is None:
+            month = month if len(self._rows) < _MAX_GROUPS else month[:4]
+            number = self._numbers.setdefault((split, dataset, month, is_duplicate), len(self._rows))
+            if number == len(self._rows):
+                self._rows.append(0)
+        self._rows[number] += 1
+        return number
+
+
+@dataclass(frozen=True)
 class FacetCounts:
-    """Numbers of images by the values of each facet.
+    """Numbers of images by the values of each facet. The counts of a facet ignore the filter's condition on it.
 
-    The counts of a facet ignore the filter's condition on that facet. They show how many images would match if the
-    filter selected a different value of the facet.
-
-    Attributes:
-        total: number of images that match all conditions.
-        splits: number of images by split.
-        sources: number of images by the name of the captions dataset.
-        months: number of images by month, such as `2026-03`. If the index has very many groups of facet values, some
-            years are not divided into months. Images without a known date are not counted.
-        non_duplicates: number of images that are not marked as duplicates of another image.
-        duplicates: number of images that are marked as duplicates.
+    The keys of `months` are such as `2026-03`. If the index has very many groups of facet values, some are years.
+    Images without a known date are not counted in `months`.
     """
 
-    total: int
+    total: int  # number of images that match all conditions
     splits: dict[str, int]
     sources: dict[str, int]
     months: dict[str, int]
-    non_duplicates: int
+    non_duplicates: int  # images that are not marked as duplicates of another image
     duplicates: int
 
 
 class Facets:
-    """The facets of one version of an index. Rows in the same group have the same value of every facet.
-
-    Attributes:
-        sources: the names of the captions datasets.
-    """
+    """The facets of one version of an index. Rows in the same group have the same value of every facet."""
 
     def __init__(self, groups: Sequence[FacetGroup], sources: Sequence[str]) -> None:
         self.sources = sources
@@ -92,7 +127,6 @@ class Facets:
         self._undivided_years = {group.month for group in groups if len(group.month) == len("2026")}
 
     def __len__(self) -> int:
-        """The number of groups."""
         return len(self._groups)
 
     def supports_date(self, where: Filter) -> bool:
@@ -101,23 +135,13 @@ class Facets:
         return date in self._undivided_years or date[: len("2026")] not in self._undivided_years
 
     def select(self, where: Filter) -> list[int] | None:
-        """Returns the indices of the groups that match a filter, or None if all groups match.
-
-        The SQL condition and the minimum log-probability of the filter are ignored.
-
-        Raises:
-            QueryError: the filter selects a month, and a group covers its whole year; see `supports_date`.
-        """
+        """Returns the numbers of the groups that match the facets of a filter, or None if all groups match."""
         tests = self._make_tests(where)
         selected = [number for number, group in enumerate(self._groups) if all(test(group) for test in tests.values())]
         return None if len(selected) == len(self._groups) else selected
 
     def count(self, where: Filter, rows: npt.NDArray[np.int64] | None = None) -> FacetCounts:
-        """Counts images by facet. `rows` is the number of images in each group, `[groups]`; None for all images.
-
-        Raises:
-            QueryError: the filter selects a month, and a group covers its whole year; see `supports_date`.
-        """
+        """Counts images by facet. `rows` is the number of images in each group, `[groups]`; None for all images."""
         tests = self._make_tests(where)
         total, non_duplicates, duplicates = 0, 0, 0
         splits, sources, months = Counter[str](), Counter[str](), Counter[str]()
@@ -137,7 +161,6 @@ class Facets:
         return FacetCounts(total, by_split, by_source, by_month, non_duplicates, duplicates)
 
     def _make_tests(self, where: Filter) -> dict[str, Callable[[FacetGroup], bool]]:
-        """Returns the conditions of a filter by the name of the facet."""
         tests: dict[str, Callable[[FacetGroup], bool]] = {}
         if where.split is not None:
             splits = add_split_aliases([where.split])
@@ -158,12 +181,7 @@ class Facets:
 
 
 def name_sources(folders: Sequence[str]) -> list[str]:
-    """Returns the shortest part of each folder's path that distinguishes it from the others.
-
-    Example:
-        >>> name_sources(["/data/holidays/phone/captions", "/data/holidays/camera/captions"])
-        ['phone', 'camera']
-    """
+    """Returns the shortest distinct parts of paths: `a` and `b` for `/data/a/captions` and `/data/b/captions`."""
     parts = [folder.rstrip("/").split("/") for folder in folders]
     while len(parts) > 1 and all(len(each) > 1 for each in parts) and len({each[-1] for each in parts}) == 1:
         parts = [each[:-1] for each in parts]

@@ -1,6 +1,6 @@
 """Searches an index of images by caption text, by embedding vector, or by both.
 
-The embeddings of images and query sentences come from a ranker, which is a dual encoder for image-text retrieval.
+The embeddings come from a ranker, which is a dual encoder for image-text retrieval.
 """
 
 import bisect
@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -43,24 +42,20 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _CACHED_FILTERS = 16
-# Fusion combines the first 200 rows of each ranking. If the requested page ends after row 200, it combines the first
-# 400, 600, ... rows. All pages that need the same number of rows show parts of the same fused ranking.
+# Fusion combines the first 200 rows of each ranking; for later pages, the first 400, 600, ... rows. Pages that need the
+# same number of rows show parts of the same fused ranking.
 _FUSION_DEPTH = 200
 _RANK_CONSTANT = 60  # see `fuse_rankings`
 _LOGGER = logging.getLogger("captionlib")
 
 
 class _Version:
-    """The open files of one version of an index. They stay readable if the files are removed. Thread-safe.
-
-    The files are closed when the last search that uses them ends.
-    """
+    """The open files of one version of an index. They stay readable if the files are removed. Thread-safe."""
 
     def __init__(self, description: IndexDescription, path: Path) -> None:
         self.description = description
         self.rows = RowStore(path / shard.rows_file for shard in description.shards)
         self.details = DetailStore([path / shard.details_file for shard in description.shards], description.first_rows)
-        # `description.groups` describes the groups of rows that have the same values of all facets.
         self.facets = Facets(description.groups, name_sources([dataset.folder for dataset in description.captions]))
         self.failures = FailureStore(
             (path / shard.failures_file, self.facets.sources[shard.dataset])
@@ -75,21 +70,21 @@ class _Version:
         self._matching: LRUCache[Filter, RowNumbers] = LRUCache(_CACHED_FILTERS)
 
     def find_matching(self, where: Filter) -> RowNumbers:
-        """Returns the numbers of the rows that match a filter. They are cached for the next page of results."""
+        """Returns the numbers of the rows that match a filter. The last results are cached."""
         with self._lock:
             rows = self._matching.get(where)
         if rows is None:
             condition, parameters = where.to_sql()
             if where.source is not None:
-                first, end = self._find_rows(where.source)
-                condition, parameters = f"{condition} AND row >= ? AND row < ?", [*parameters, first, end]
+                condition += " AND row >= ? AND row < ?"
+                parameters += self._find_rows(where.source)
             rows = self.rows.find_matching(condition, parameters)
             with self._lock:
                 self._matching[where] = rows
         return rows
 
     def _find_rows(self, source: str) -> tuple[int, int]:
-        """Returns the range of the row numbers of a source: the first number and the end (exclusive)."""
+        """Returns the range of the row numbers of a source; the end is exclusive."""
         shards = zip(self.description.shards, self.description.first_rows, strict=False)
         found = [(first, first + shard.rows) for shard, first in shards if self.facets.sources[shard.dataset] == source]
         return (found[0][0], found[-1][1]) if found else (0, 0)  # the shards of a dataset are adjacent
@@ -113,7 +108,10 @@ class Index:
     Every search returns an Arrow table, best row first, with the columns image_id, uri, split, caption, log_prob,
     tokens (number of tokens), image_text_score (null if captions have no scores), width, height and score. The score is
     BM25 for text, the inner product for vectors, and the reciprocal rank fusion score for hybrid searches.
-    Every search takes `limit`, `offset` and `where`, which is a `Filter` or a SQL condition.
+
+    Every search takes `limit`, the maximum number of rows, `offset`, the number of rows to skip, and `where`, a
+    `Filter` or SQL condition that selects the images to search. Methods with an `image_id` raise QueryError if the
+    image is not in the index.
 
     A build publishes a new version of the index, and an open index switches to it between searches. Use `snapshot` for
     several searches of the same version.
@@ -130,7 +128,7 @@ class Index:
         self._ranker = ranker
         self._cache = cache
         self._refresh_seconds = refresh_seconds
-        self._refresh_lock = threading.Lock()
+        self._refresh_lock = threading.RLock()  # `try_refresh` calls `refresh`
         self._logged_error = ""
         self._checked_at = time.monotonic()
         self._index_file_version = self._read_index_file_version()
@@ -162,7 +160,7 @@ class Index:
         return snapshot
 
     def refresh(self) -> bool:
-        """Opens the newest version of the index, unless it is already open. Returns whether the version has changed.
+        """Opens the newest version of the index. Returns whether the version has changed.
 
         Running searches continue on the previous version.
 
@@ -171,14 +169,22 @@ class Index:
             CheckpointError: a different ranker computed the embeddings; the previous version stays open.
         """
         with self._refresh_lock:
-            return self._refresh()
+            index_file_version = self._read_index_file_version()
+            if index_file_version == self._index_file_version:
+                return False
+            description = self._read_description()
+            has_changed = description.created != self.description.created
+            if has_changed:
+                self._version = self._open(description)
+            self._index_file_version = index_file_version
+            return has_changed
 
     def try_refresh(self) -> None:
-        """Works like `refresh`, but logs errors, and does nothing if another thread is refreshing the index."""
+        """Calls `refresh` and logs errors. Does nothing if another thread is refreshing the index."""
         if not self._refresh_lock.acquire(blocking=False):
             return
         try:
-            self._refresh()
+            self.refresh()
             self._logged_error = ""
         except (CaptionlibError, OSError) as error:
             if str(error) != self._logged_error:
@@ -188,19 +194,8 @@ class Index:
             self._checked_at = time.monotonic()
             self._refresh_lock.release()
 
-    def _refresh(self) -> bool:
-        index_file_version = self._read_index_file_version()
-        if index_file_version == self._index_file_version:
-            return False
-        description = self._read_description()
-        has_changed = description.created != self.description.created
-        if has_changed:
-            self._version = self._open(description)
-        self._index_file_version = index_file_version
-        return has_changed
-
     def _read_index_file_version(self) -> str:
-        """Returns a string that changes when a new version is published; empty if the index no longer exists."""
+        """Returns a string that changes with every new version; empty if the index no longer exists."""
         try:
             return self._folder.fetch_version(INDEX_FILE)
         except (FileNotFoundError, NotADirectoryError):
@@ -247,13 +242,10 @@ class Index:
     ) -> pa.Table:
         """Finds captions by the words that they contain.
 
-        Args:
-            query: words and "phrases"; `+` before a word or phrase requires it, `-` excludes it.
-            limit: maximum number of rows.
-            offset: number of rows to skip.
-            where: restricts the search to matching images.
-            sort: `relevance` sorts by BM25 score, `log_prob` by log-probability, and `image_text_score` by the
-                similarity of caption and image. Captions that lack the score to sort by are omitted.
+        `query` contains words and "phrases"; `+` before a word or phrase requires it, `-` excludes it.
+
+        `sort` is `relevance` (BM25 score), `log_prob` (log-probability) or `image_text_score` (similarity of caption
+        and image). Captions that lack the score to sort by are omitted.
 
         Raises:
             QueryError: the query contains no words other than stop words, or the condition is invalid.
@@ -269,7 +261,11 @@ class Index:
         where: Filter | None = None,
         sort: Sort = "relevance",
     ) -> tuple[pa.Table, FacetCounts]:
-        """Works like `search_text`, but also counts the matches by facet. `where` must not contain SQL."""
+        """Works like `search_text`, and also counts the matches by facet; see `count_facets`.
+
+        Raises:
+            QueryError: see `search_text` and `count_facets`; also raised if `where` contains SQL.
+        """
         where = where or Filter()
         if where.where is not None:
             raise QueryError("search_text_and_count: expected a filter without SQL; use search_text and count its rows")
@@ -328,14 +324,8 @@ class Index:
     ) -> pa.Table:
         """Finds images by caption text and by vector, and combines the two rankings by reciprocal rank fusion.
 
-        Required and excluded words apply to both rankings. Words outside the ranker's vocabulary match only captions.
-
-        Args:
-            query: see `search_text`. If `vector` is None, the query is also encoded as a sentence.
-            limit: maximum number of rows.
-            offset: number of rows to skip.
-            where: restricts the search to matching images.
-            vector: vector to search for instead of the encoded query, `[dimension]`.
+        The vector is `vector`, `[dimension]`, or by default the embedding of the query. Required and excluded words
+        apply to both rankings. Words outside the ranker's vocabulary match only captions.
 
         Raises:
             QueryError: the query contains no words other than stop words, or `vector` is None and the index does not
@@ -343,8 +333,6 @@ class Index:
         """
         depth = -(-max(1, offset + limit) // _FUSION_DEPTH) * _FUSION_DEPTH
         where = _to_filter(where)
-        if not self._version.facets.supports_date(where):
-            where = replace(where, where=where.where or "true")  # SQL selects the rows, not the facet groups
         rankings = [self._find_text(query, depth, where, "relevance")]
         sentence = self._version.text.to_sentence(query)
         # Without a ranker, `_encode` raises a QueryError.
@@ -356,11 +344,7 @@ class Index:
 
     @_on_one_version
     def get_image(self, image_id: str) -> dict[str, Any]:
-        """Returns the row of one image.
-
-        Raises:
-            QueryError: the image is not in the index.
-        """
+        """Returns the row of one image."""
         row: dict[str, Any] = self._version.rows.take(np.array([self._find_row(image_id)])).to_pylist()[0]
         return row
 
@@ -368,17 +352,14 @@ class Index:
     def get_details(self, image_id: str) -> dict[str, Any]:
         """Returns the candidate captions of an image, best first, its references and its attention weights.
 
-        The references are None if the manifest, the table that contains them, was not available when the index was
-        built. The attention weights, `[tokens, positions]`, are None if the captions were generated without them.
-
-        Raises:
-            QueryError: the image is not in the index.
+        The references are None if the index has none. The attention weights, `[tokens, positions]`, are None if the
+        captions were generated without them.
         """
         return self._version.details.read(self._find_row(image_id))
 
     @property
     def sources(self) -> Sequence[str]:
-        """The names of the captions datasets: the shortest parts of their paths that distinguish them."""
+        """The names of the captions datasets, which are the shortest distinct parts of their paths."""
         return self._version.facets.sources
 
     @property
@@ -399,7 +380,7 @@ class Index:
 
     @_on_one_version
     def suggest_query(self, query: str) -> str | None:
-        """Replaces words that no caption contains with similar words; returns None if no word was replaced."""
+        """Replaces the words of a query that no caption contains with similar words. Returns None if there are none."""
 
         def find_captions(rows: RowNumbers) -> list[str]:
             captions: list[str] = self._version.rows.take(rows)["caption"].to_pylist()
@@ -412,7 +393,7 @@ class Index:
         """Counts images by facet. The SQL condition and the minimum log-probability of `where` are ignored.
 
         Raises:
-            QueryError: `where` selects a month, but the index counts the images of its year together.
+            QueryError: `where` selects a month, and the index can only count the images of whole years.
         """
         return self._version.facets.count(where or Filter())
 
@@ -422,28 +403,17 @@ class Index:
 
     @_on_one_version
     def find_words(self, query: str, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Returns, for each caption, the start and end (exclusive) of every word that a query searches for.
-
-        Words are compared as in `search_text`, so `dogs` matches `dog`.
-        """
+        """Returns, for each caption, the start and end (exclusive) of every word that a query matches."""
         return self._version.text.find_words(query, captions)
 
     @_on_one_version
     def find_dataset(self, image_id: str) -> IndexedDataset:
-        """Returns the captions dataset that contains an image.
-
-        Raises:
-            QueryError: the image is not in the index.
-        """
+        """Returns the captions dataset that contains an image."""
         return self.description.captions[self._find_dataset(image_id)]
 
     @_on_one_version
     def find_source(self, image_id: str) -> str:
-        """Returns the name of the source of an image; see `sources`.
-
-        Raises:
-            QueryError: the image is not in the index.
-        """
+        """Returns the name of the source of an image; see `sources`."""
         return self.sources[self._find_dataset(image_id)]
 
     def _find_dataset(self, image_id: str) -> int:
@@ -451,10 +421,10 @@ class Index:
         return self.description.shards[shard].dataset
 
     def _find_text(self, query: str, limit: int, where: Filter, sort: Sort) -> Hits:
-        if where.where is None:
-            groups = self._version.facets.select(where)
-            return self._version.text.search(query, limit, None, groups, where.min_log_prob, sort)
-        return self._version.text.search(query, limit, self._version.find_matching(where), sort=sort)
+        text, facets = self._version.text, self._version.facets
+        if where.where is None and facets.supports_date(where):  # faster than SQL
+            return text.search(query, limit, None, facets.select(where), where.min_log_prob, sort)
+        return text.search(query, limit, self._version.find_matching(where), sort=sort)
 
     def _find_vector(self, vector: Vectors, limit: int, where: Filter) -> Hits:
         vectors = self._require_vectors()
@@ -503,10 +473,10 @@ class Index:
 
 
 def fuse_rankings(rankings: Sequence[Hits]) -> Hits:
-    """Combines rankings of rows by reciprocal rank fusion.
+    """Combines rankings of rows by reciprocal rank fusion (Cormack, Clarke and Buettcher, SIGIR 2009).
 
     A row's score is the sum of 1 / (60 + rank) over the rankings that contain it; ranks start at 1. Equal scores are
-    ordered by row number. See Cormack, Clarke and Buettcher, Reciprocal Rank Fusion, SIGIR 2009.
+    ordered by row number.
     """
     rows = np.concatenate([np.empty(0, np.int64), *(hits.rows for hits in rankings)])
     terms = np.concatenate([np.empty(0), *(1.0 / (_RANK_CONSTANT + 1 + np.arange(len(hits))) for hits in rankings)])
@@ -534,8 +504,7 @@ def open_index(
     Args:
         folder: path or fsspec URL of an index written by `captionlib build-index`.
         ranker: the ranker that computed the embeddings, or its checkpoint folder; required to search by sentence.
-        cache: folder for copies. The default is `$CAPTIONLIB_CACHE` if it is set, and otherwise a folder in the user's
-            cache folder.
+        cache: folder for copies. The default is `$CAPTIONLIB_CACHE`, or else a folder in the user's cache folder.
         refresh_seconds: minimum time between two checks for a new version. A search checks before it starts. If None,
             only `Index.refresh` opens a new version.
 

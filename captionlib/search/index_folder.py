@@ -9,9 +9,8 @@
       vectors-HASH.faiss      the Faiss index
       trained-HASH.faiss      an empty Faiss index with trained centroids, used to add shards
 
-HASH is the checksum of the content, so damage is detected. Files are never modified, so versions of the index can share
-them. A search does not read the datasets that the index was built from, so they can be updated at the same time. A
-build keeps the files of the previous version for readers that are still opening it. The next build removes these files.
+HASH is the checksum of the content. Files are never modified, so versions of the index can share them. A build keeps
+the files of the previous version for readers that are still opening it. The next build removes these files.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ from captionlib.config import build_config, to_dict
 from captionlib.data.shards.markers import compute_checksum, from_json, to_json
 from captionlib.errors import ConfigError, DatasetError
 from captionlib.search.config import IndexConfig, VectorLayout
-from captionlib.search.facet_groups import FacetGroup
+from captionlib.search.filters import FacetGroup
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, convert_full_disk_errors
 from captionlib.storage.retries import convert_os_errors
 
@@ -46,6 +45,7 @@ __all__ = [
     "InputShard",
     "check_hash",
     "compute_hash",
+    "damage_error",
     "fetch_locally",
     "fetch_path",
     "hash_json",
@@ -68,29 +68,17 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class IndexedDataset:
-    """A dataset that an index was built from.
-
-    Attributes:
-        folder: path or URL of the dataset.
-        fingerprint: hash of everything that determines the rows of the dataset.
-        shards: number of shards (Parquet files) of the complete dataset.
-        config: configuration that the dataset was written with, such as the encoder and the captioner.
-    """
+    """A dataset that an index was built from."""
 
     folder: str
-    fingerprint: str
-    shards: int
-    config: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str  # hash of everything that determines the rows of the dataset
+    shards: int  # number of shards (Parquet files) of the complete dataset
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the dataset, such as the encoder and the captioner
 
 
 @dataclass(frozen=True)
 class IndexedDuplicates:
-    """A dataset of duplicates. The images that it lists as duplicates are left out or marked; see `IndexConfig`.
-
-    Attributes:
-        folder: path or URL of the dataset.
-        checksum: content checksum of the dataset.
-    """
+    """A dataset of duplicates, which are left out of the index or marked; see `IndexConfig`."""
 
     folder: str
     checksum: str
@@ -98,28 +86,16 @@ class IndexedDuplicates:
 
 @dataclass(frozen=True)
 class InputShard:
-    """A finished shard of the captions, and the embeddings of the same images.
+    """A finished shard of the captions, and the checksums of all its inputs, which are empty if they do not exist."""
 
-    Attributes:
-        dataset: position of the dataset among the datasets of the index.
-        shard: index of the shard in the dataset.
-        rows: number of captioned images, excluding duplicates that are left out.
-        captions: checksum of the captions file.
-        embeddings: checksum of the embeddings file; empty if the index is text-only.
-        duplicates: hash of the duplicates that are left out or marked; empty if there are none.
-        failures: checksum of the failures file of the captions; empty if there is none.
-        manifest: checksum of the shard of the manifest (table of images) that contains the reference captions; empty
-            if it is not available.
-    """
-
-    dataset: int
-    shard: int
-    rows: int
+    dataset: int  # position of the dataset among the datasets of the index
+    shard: int  # number of the shard in the dataset
+    rows: int  # number of captioned images, excluding duplicates that are left out
     captions: str
     embeddings: str
-    duplicates: str = field(default="", kw_only=True)
+    duplicates: str = field(default="", kw_only=True)  # of the duplicates that are left out or marked
     failures: str = field(default="", kw_only=True)
-    manifest: str = field(default="", kw_only=True)
+    manifest: str = field(default="", kw_only=True)  # of the table of images, which contains the reference captions
 
     @property
     def content(self) -> tuple[str, ...]:
@@ -129,13 +105,7 @@ class InputShard:
 
 @dataclass(frozen=True)
 class IndexedShard(InputShard):
-    """A shard in an index.
-
-    Attributes:
-        rows_file: name of the file that contains the rows.
-        details_file: name of the file that contains candidate captions, references and attention.
-        failures_file: name of the file that lists the images without a caption; empty if there are none.
-    """
+    """A shard in an index, and the names of its files. `failures_file` is empty if all images have a caption."""
 
     rows_file: str
     details_file: str
@@ -144,42 +114,23 @@ class IndexedShard(InputShard):
 
 @dataclass(frozen=True)
 class IndexDescription:
-    """The content of `index.json`.
+    """The content of `index.json`. A text-only index has no `embeddings`, `layout`, `vectors` and `trained`."""
 
-    Attributes:
-        fingerprint: hash of everything that determines the search results.
-        created: time of the build, in UTC. It identifies a version: no two builds have the same time.
-        config: configuration of the build.
-        captions: the captions datasets.
-        embeddings: the embeddings datasets, in the order of the captions; empty if the index is text-only.
-        duplicates: the duplicates that are left out or marked; None if no duplicates are known.
-        layout: type of the vector index; None if the index is text-only.
-        shards: the indexed shards, in the order of their rows.
-        groups: groups of rows with the same values of all facets, such as split and source. They are used to count the
-            search results for each value of a facet. The text index contains the group number of each row.
-        captions_count: number of searchable captions.
-        vectors_count: number of searchable vectors.
-        text: folder of the text index.
-        vectors: file of the vector index; empty if the index is text-only.
-        trained: file of the trained vector index without vectors; empty if the index is text-only.
-        previous: files that only the previous version uses.
-    """
-
-    fingerprint: str
-    created: str
+    fingerprint: str  # hash of everything that determines the search results
+    created: str  # time of the build, in UTC; it identifies the version
     config: IndexConfig
     captions: tuple[IndexedDataset, ...]
-    embeddings: tuple[IndexedDataset, ...]
+    embeddings: tuple[IndexedDataset, ...]  # in the order of the captions
     layout: VectorLayout | None
-    shards: tuple[IndexedShard, ...]
-    groups: tuple[FacetGroup, ...]
-    captions_count: int
-    vectors_count: int
-    text: str
-    vectors: str
-    trained: str
-    previous: tuple[str, ...] = ()
-    duplicates: IndexedDuplicates | None = None
+    shards: tuple[IndexedShard, ...]  # in the order of their rows
+    groups: tuple[FacetGroup, ...]  # the text index contains the number of the group of each row
+    captions_count: int  # number of searchable captions
+    vectors_count: int  # number of searchable vectors
+    text: str  # folder of the text index
+    vectors: str  # file of the vector index
+    trained: str  # file of a vector index with trained centroids and no vectors
+    previous: tuple[str, ...] = ()  # files that only the previous version uses
+    duplicates: IndexedDuplicates | None = None  # that are left out or marked
 
     @property
     def files(self) -> list[str]:
@@ -194,25 +145,13 @@ class IndexDescription:
         return list(accumulate((shard.rows for shard in self.shards[:-1]), initial=0))
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the index contains every shard of the captions."""
-        return len(self.shards) == sum(dataset.shards for dataset in self.captions)
-
-    @property
     def ranker(self) -> str:
-        """Hash of the ranker (image-text retrieval model) that computed the embeddings.
-
-        Empty if it is unknown or the index is text-only.
-        """
+        """Hash of the ranker (image-text retrieval model) that computed the embeddings; empty if there is none."""
         return str(self.embeddings[0].config.get("ranker", "")) if self.embeddings else ""
 
 
 def read_description(folder: Folder) -> IndexDescription | None:
-    """Reads the description of an index; returns None if the folder has none.
-
-    Raises:
-        DatasetError: the description is damaged or has a different format version.
-    """
+    """Reads the description of an index; returns None if the folder has none."""
     address = folder.address(INDEX_FILE)
     try:
         content: dict[str, Any] = from_json(folder.read(INDEX_FILE))
@@ -227,7 +166,7 @@ def read_description(folder: Folder) -> IndexDescription | None:
             "build the index again with --overwrite"
         )
     if content.pop("checksum", None) != hash_json(content):
-        raise _damage_error(address)
+        raise damage_error(address)
     del content["kind"], content["format_version"]
     try:
         return build_config(IndexDescription, content, origin=address)
@@ -243,7 +182,7 @@ def write_description(folder: Folder, description: IndexDescription) -> None:
 
 
 def hash_json(content: Mapping[str, Any]) -> str:
-    """Returns the checksum of JSON values; the order of keys does not matter."""
+    """Returns the checksum of JSON values."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -266,7 +205,7 @@ def temporary_folder(folder: Folder) -> Iterator[Path]:
 
 
 def compute_hash(path: Path) -> str:
-    """Returns the checksum of a file or folder, as it appears in file names. Lock files of Tantivy are ignored."""
+    """Returns the checksum of a file or folder, as it appears in file names. Tantivy's lock files are ignored."""
     if not path.is_dir():
         with path.open("rb") as file:
             return compute_checksum(file).removeprefix("sha256:")[:_HASH_CHARACTERS]
@@ -277,14 +216,9 @@ def compute_hash(path: Path) -> str:
 
 
 def check_hash(path: Path, name: str, address: str) -> Path:
-    """Checks that the content of `path` has the checksum in `name`, its name in the index. Returns `path`.
-
-    Raises:
-        DatasetError: the checksums differ. The message contains `address`.
-        FileNotFoundError: the file does not exist.
-    """
+    """Checks that the content of `path` has the checksum in `name`, its name in the index. Returns `path`."""
     if compute_hash(path) != Path(name).stem.rpartition("-")[-1]:
-        raise _damage_error(address)
+        raise damage_error(address)
     return path
 
 
@@ -326,9 +260,9 @@ def fetch_path(folder: Folder, name: str, copy: Path) -> Path:
 def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | None = None) -> Path:
     """Returns a local folder with all files of an index: the index itself, or a copy in the cache.
 
-    All files are compared with their checksums, except the details of a local index: `DetailStore` checks these when it
-    reads them. The cache contains one version of each index. Files that it already contains are not copied again. The
-    default of `cache` is `$CAPTIONLIB_CACHE` if it is set, or else `captionlib/indexes` in the user's cache folder.
+    All files are compared with their checksums, except the details of a local index, which `DetailStore` checks. The
+    cache contains one version of each index. Its default is `$CAPTIONLIB_CACHE`, or else `captionlib/indexes` in the
+    user's cache folder.
 
     Raises:
         DatasetError: a file is damaged.
@@ -351,7 +285,6 @@ def fetch_locally(folder: Folder, description: IndexDescription, cache: Path | N
 
 
 def _fetch_to_cache(folder: Folder, index_copy: Path, name: str) -> None:
-    """Copies a file or folder to the cache, unless the cache already contains an undamaged copy."""
     cached = index_copy / name
     with suppress(FileNotFoundError, DatasetError):
         check_hash(cached, name, str(cached))
@@ -360,7 +293,7 @@ def _fetch_to_cache(folder: Folder, index_copy: Path, name: str) -> None:
     with tempfile.TemporaryDirectory(prefix=".copying-", dir=index_copy) as temporary:
         copy = Path(temporary) / cached.name
         path = fetch_path(folder, name, copy)
-        if path != copy:  # the index is local, but read-only
+        if path != copy:  # the folder of a local index is read-only
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
         check_hash(copy, name, folder.address(name))
         if cached.is_dir():
@@ -377,7 +310,7 @@ def user_cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "captionlib"
 
 
-def _damage_error(address: str) -> DatasetError:
+def damage_error(address: str) -> DatasetError:
     return DatasetError(
         f"{address} is damaged: its content does not match its checksum; build the index again with --overwrite"
     )

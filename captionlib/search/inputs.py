@@ -44,19 +44,13 @@ _SEED = 0
 
 
 def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -> None:
-    """Compares the numbers of images in each shard, which are recorded in the marker files of the shards.
-
-    Raises:
-        DatasetError: the datasets cover different images.
-    """
+    """Raises DatasetError if the numbers of images in a shard differ."""
     if captions.shards != embeddings.shards:
         problem = f"the captions have {captions.shards} shards, the embeddings have {embeddings.shards}"
         raise _mismatch_error(captions, embeddings, problem)
     caption_markers, embedding_markers = captions.read_markers(), embeddings.read_markers()
     for shard in sorted(caption_markers.keys() & embedding_markers.keys()):
-        in_captions, in_embeddings = (
-            markers[shard].rows + markers[shard].failures for markers in (caption_markers, embedding_markers)
-        )
+        in_captions, in_embeddings = caption_markers[shard].images, embedding_markers[shard].images
         if in_captions != in_embeddings:
             problem = (
                 f"{part_name(shard)} has {in_captions} images in the captions, but {in_embeddings} in the embeddings"
@@ -65,11 +59,7 @@ def check_datasets_match(captions: ShardedDataset, embeddings: ShardedDataset) -
 
 
 def check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:
-    """Checks that the same ranker (dual encoder for image-text retrieval) computed all embeddings.
-
-    Raises:
-        DatasetError: different rankers computed them.
-    """
+    """Raises DatasetError if different rankers (image-text retrieval models) computed the embeddings."""
     for dataset in embeddings[1:]:
         first, other = (
             (str(each.config.get("ranker", "")), each.schema.field("embedding").type.list_size)
@@ -85,11 +75,7 @@ def check_same_ranker(embeddings: Sequence[ShardedDataset]) -> None:
 
 @contextmanager
 def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[pq.ParquetFile]:
-    """Opens the file of a shard, after verifying its checksum. The open file stays readable if the shard is replaced.
-
-    Raises:
-        DatasetError: the shard has a different checksum, or does not exist.
-    """
+    """Opens a shard after verifying its checksum. The open file stays readable if the shard is replaced."""
     name = f"{part_name(shard)}.parquet"
     with scratch_folder() as temporary:
         path = temporary / name
@@ -111,7 +97,7 @@ def open_shard(dataset: ShardedDataset, shard: int, checksum: str) -> Iterator[p
 
 
 def find_kept_rows(parquet: pq.ParquetFile, excluded_ids: Collection[str]) -> npt.NDArray[np.bool_]:
-    """Returns a mask of the rows of a captions shard that selects the images that are not in `excluded_ids`."""
+    """Returns a mask of the rows of a captions shard whose images are not in `excluded_ids`."""
     if not excluded_ids:
         return np.ones(parquet.metadata.num_rows, np.bool_)
     ids = _read_image_ids(parquet).to_pylist()
@@ -119,35 +105,32 @@ def find_kept_rows(parquet: pq.ParquetFile, excluded_ids: Collection[str]) -> np
 
 
 def read_caption_rows(
-    parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], representatives: Mapping[str, str]
+    parquet: pq.ParquetFile, mask: npt.NDArray[np.bool_], kept_images: Mapping[str, str]
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a captions shard for which `kept` is true, with the columns of `ROW_SCHEMA`.
+    """Yields the rows of a captions shard that `mask` selects, with the columns of `ROW_SCHEMA`.
 
-    `kept` has one value per row. `representatives` maps the id of each duplicate image to the id of the image that
-    represents its group.
+    `kept_images` maps the id of each duplicate to the id of the image that is kept from its group.
     """
     stored = pa.schema([ROW_SCHEMA.field(name) for name in (*RESULT_COLUMNS, "version")])
-    for batch in _read_kept(parquet, stored.names, kept, _TEXT_BATCH_ROWS):
+    for batch in _read_selected(parquet, stored.names, mask, _TEXT_BATCH_ROWS):
         rows = add_missing_columns(batch, stored)
         duplicate_of = pa.nulls(rows.num_rows, pa.string())
-        if representatives:
-            kept_ids = [representatives.get(image_id) for image_id in rows["image_id"].to_pylist()]
-            duplicate_of = pa.array(kept_ids, pa.string())
+        if kept_images:
+            duplicate_of = pa.array(map(kept_images.get, rows["image_id"].to_pylist()), pa.string())
         # The version of an image is a string that changes with its file, and can contain the modification time.
         columns = [*rows.columns, find_modified_times(rows["version"]), duplicate_of]
         yield pa.RecordBatch.from_arrays(columns, schema=ROW_SCHEMA)
 
 
 def read_details(
-    parquet: pq.ParquetFile, kept: npt.NDArray[np.bool_], references: pa.Table | None
+    parquet: pq.ParquetFile, mask: npt.NDArray[np.bool_], references: pa.Table | None
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows of a captions shard for which `kept` is true, with the columns of `DETAILS_SCHEMA`.
+    """Yields the rows of a captions shard that `mask` selects, with the columns of `DETAILS_SCHEMA`.
 
-    Only the page of an image shows these columns. `kept` has one value per row. `references` has the columns image_id
-    and captions of the manifest (table of images with reference captions). It is None if the manifest is not available.
+    `references` has the columns image_id and captions of the manifest. It is None if the manifest is not available.
     """
     ids = None if references is None else references["image_id"].combine_chunks()
-    for batch in _read_kept(parquet, ["image_id", *DETAILS_SCHEMA.names], kept, DETAILS_BATCH_ROWS):
+    for batch in _read_selected(parquet, ["image_id", *DETAILS_SCHEMA.names], mask, DETAILS_BATCH_ROWS):
         columns = {name: batch[name] for name in DETAILS_SCHEMA.names if name in batch.schema.names}
         if references is not None:
             columns["references"] = references["captions"].take(pc.index_in(batch["image_id"], value_set=ids))
@@ -162,14 +145,14 @@ def read_details(
         )
 
 
-def _read_kept(
-    parquet: pq.ParquetFile, columns: Sequence[str], kept: npt.NDArray[np.bool_], batch_rows: int
+def _read_selected(
+    parquet: pq.ParquetFile, columns: Sequence[str], mask: npt.NDArray[np.bool_], batch_rows: int
 ) -> Iterator[pa.RecordBatch]:
     start = 0
     for batch in parquet.iter_batches(batch_rows, columns=list(columns)):
-        mask = kept[start : start + batch.num_rows]
+        is_selected = mask[start : start + batch.num_rows]
         start += batch.num_rows
-        yield batch if mask.all() else batch.filter(pa.array(mask))
+        yield batch if is_selected.all() else batch.filter(pa.array(is_selected))
 
 
 def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
@@ -177,9 +160,7 @@ def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
 
     The captions may have been generated from a features dataset that was extracted from the manifest. If some of these
     datasets are local and others remote, the manifest is ignored, because not every machine can read all of them.
-
-    Raises:
-        DatasetError: one of these datasets exists, but cannot be read.
+    Raises DatasetError if a dataset exists, but cannot be read.
     """
     markers = [captions.require_markers()]
     dataset = captions
@@ -200,12 +181,7 @@ def find_manifest(captions: ShardedDataset) -> "ManifestShards | None":
 
 @dataclass(frozen=True)
 class ManifestShards:
-    """A manifest, and the checksums of its shards.
-
-    Attributes:
-        dataset: the manifest.
-        checksums: checksums by shard number. Shards that have changed since the captions were generated are omitted.
-    """
+    """A manifest, and the checksums of the shards that have not changed since the captions were generated."""
 
     dataset: ShardedDataset
     checksums: Mapping[int, str]
@@ -217,17 +193,14 @@ class ManifestShards:
 
 
 def _match_shards(markers: Sequence[Mapping[int, Marker]]) -> dict[int, str]:
-    """Returns the checksums of the manifest's shards that have not changed since the captions were generated from them.
+    """Returns the checksums of the shards of the manifest that have not changed since the captions were generated.
 
-    `markers` starts with those of the captions and ends with those of the manifest. Each dataset was created from the
-    next one.
+    `markers` starts with those of the captions and ends with those of the manifest. Each dataset is made from the next.
     """
     matches = {}
-    for shard in markers[0]:
-        chain = [each[shard] for each in markers if shard in each]
-        if len(chain) == len(markers) and all(
-            output.input_checksum == source.checksum for output, source in pairwise(chain)
-        ):
+    for shard in set.intersection(*map(set, markers)):
+        chain = [each[shard] for each in markers]
+        if all(output.input_checksum == source.checksum for output, source in pairwise(chain)):
             matches[shard] = chain[-1].checksum
     return matches
 
@@ -241,10 +214,7 @@ def match_embeddings_to_captions(
 ) -> npt.NDArray[np.int64]:
     """Returns, for each embedding of a shard, the row of its caption, `[embeddings]`; -1 if captioning failed.
 
-    `caption_file` and `embedding_file` are the opened files of the shard.
-
-    Raises:
-        DatasetError: an image is in one dataset, but has neither a row nor a recorded failure in the other.
+    Raises DatasetError if an image has neither a row nor a recorded failure in one of the datasets.
     """
     captioned, embedded = map(_read_image_ids, (caption_file, embedding_file))
     indices = pc.fill_null(pc.index_in(embedded, value_set=captioned), -1)
@@ -259,32 +229,31 @@ def match_embeddings_to_captions(
     return positions
 
 
-def read_embeddings(parquet: pq.ParquetFile, dimension: int) -> npt.NDArray[np.float32]:
+def read_embeddings(parquet: pq.ParquetFile) -> npt.NDArray[np.float32]:
     """Reads the vectors of a shard, `[rows, dimension]`, scaled to unit length."""
-    return np.concatenate([np.empty((0, dimension), np.float32), *_read_vector_batches(parquet)])
+    empty = parquet.schema_arrow.empty_table()["embedding"]
+    columns = [
+        empty,
+        *(batch["embedding"] for batch in parquet.iter_batches(_VECTOR_BATCH_ROWS, columns=["embedding"])),
+    ]
+    return np.concatenate([to_unit_vectors(column) for column in columns])
 
 
-def sample_embeddings(
-    shards: Sequence[tuple[ShardedDataset, InputShard]], count: int, dimension: int
-) -> npt.NDArray[np.float32]:
-    """Returns a sample of about `count` vectors from evenly spaced shards, `[sample, dimension]`.
+def sample_embeddings(shards: Sequence[tuple[ShardedDataset, InputShard]], count: int) -> npt.NDArray[np.float32]:
+    """Returns about `count` vectors from evenly spaced shards of embeddings datasets, `[sample, dimension]`.
 
-    `shards` contains pairs of an embeddings dataset and one of its shards. Only the sample is held in memory.
+    The sample and one shard are held in memory.
     """
     chosen = [shards[position] for position in np.unique(np.linspace(0, len(shards) - 1, _SAMPLED_SHARDS).astype(int))]
     rows = sum(shard.rows for _, shard in chosen)
     fraction = min(1.0, 1.05 * count / max(1, rows))  # the size of the sample varies, so aim for 5% more
     generator = np.random.default_rng(_SEED)
-    samples = [np.empty((0, dimension), np.float32)]
+    samples = []
     for embeddings, shard in chosen:
-        with open_shard(embeddings, shard.shard, checksum=shard.embeddings) as parquet:
-            samples += [batch[generator.random(len(batch)) < fraction] for batch in _read_vector_batches(parquet)]
+        with open_shard(embeddings, shard.shard, shard.embeddings) as parquet:
+            vectors = read_embeddings(parquet)
+        samples.append(vectors[generator.random(len(vectors)) < fraction])
     return np.concatenate(samples)
-
-
-def _read_vector_batches(parquet: pq.ParquetFile) -> Iterator[npt.NDArray[np.float32]]:
-    for batch in parquet.iter_batches(_VECTOR_BATCH_ROWS, columns=["embedding"]):
-        yield to_unit_vectors(batch["embedding"])
 
 
 def to_unit_vectors(column: pa.FixedSizeListArray | pa.ChunkedArray) -> npt.NDArray[np.float32]:
@@ -300,7 +269,7 @@ def _read_image_ids(parquet: pq.ParquetFile) -> pa.Array:
 
 
 def _find_missing_without_failure(dataset: ShardedDataset, shard: int, missing: pa.Array) -> str | None:
-    """Returns the id of the first of the `missing` images that is not recorded as a failure; None if all are."""
+    """Returns the first id in `missing` that is not recorded as a failure; None if all are."""
     if not len(missing):
         return None
     failures = dataset.read_failures(shard)

@@ -31,11 +31,7 @@ _SENTENCES = pa.schema([("sentence", pa.string()), ("score", pa.float32())])
 
 
 def read_sentences(path: str) -> list[str]:
-    """Reads the sentences for `ImageQueryModels.rank_sentences` from a text file, one per line.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
+    """Reads the sentences for `ImageQueryModels.rank_sentences` from a text file, one per line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -44,16 +40,13 @@ def read_sentences(path: str) -> list[str]:
 
 
 class ImageQueryModels:
-    """Embeds and captions images. Thread-safe. As a context manager, it stops the decoder processes on exit.
+    """Embeds images with a ranker (image-text retrieval model), and captions them with a captioner. Thread-safe.
 
-    Args:
-        ranker: a dual encoder for image-text retrieval. Without it, images cannot be embedded.
-        captioner: folder of a captioner, or an address such as `hf:FOLDER`. If None, images cannot be captioned.
-        weights: weights file of the image encoder. Required only if the models were trained with an encoder whose
-            weights come from a file, and the captioner does not contain these weights.
-        device: device of the models, such as `cuda`.
-        image_decoding: limits for decoding image files.
-        generation: settings for generating captions.
+    As a context manager, it stops the decoder processes on exit. `captioner` is a folder, or an address such as
+    `hf:FOLDER`. `weights` is the weights file of the image encoder, if the models do not contain its weights.
+
+    A method raises QueryError if the model that it needs is missing, and DecodeError if the file is not an image or
+    exceeds the limits.
 
     Raises:
         CheckpointError: the captioner is missing, or the encoder differs from the one that a model was trained with.
@@ -74,7 +67,7 @@ class ImageQueryModels:
         self._device = device
         self._lock = threading.Lock()  # a model uses all cores for one image
         self._resources = ExitStack()
-        self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []  # with the encoder's description
+        self._loaded: list[tuple[Mapping[str, Any], _ImageEncoder]] = []  # with the description of the encoder
         self._caption_encoder = None
         self._generation = generation
         if captioner is not None:
@@ -93,7 +86,6 @@ class ImageQueryModels:
         self.close()
 
     def close(self) -> None:
-        """Stops the decoder processes."""
         self._resources.close()
 
     @property
@@ -105,12 +97,7 @@ class ImageQueryModels:
         return self._caption_encoder is not None
 
     def embed(self, content: bytes) -> npt.NDArray[np.float32]:
-        """Returns the embedding of an image file, `[dimension]`, scaled to unit length.
-
-        Raises:
-            DecodeError: the file is not an image, or exceeds the limits.
-            QueryError: there is no ranker.
-        """
+        """Returns the embedding of an image file, `[dimension]`, scaled to unit length."""
         if self._embedding_encoder is None or self._ranker is None:
             raise QueryError("searching by image requires the ranker that computed the embeddings")
         images = self._encode(self._embedding_encoder, content)
@@ -119,11 +106,7 @@ class ImageQueryModels:
         return vector
 
     def rank_sentences(self, vector: npt.NDArray[np.float32], sentences: Sequence[str]) -> pa.Table:
-        """Returns the columns sentence and score, sorted by similarity to the vector of an image, best first.
-
-        Raises:
-            QueryError: there is no ranker, or `sentences` is empty.
-        """
+        """Returns the columns sentence and score, the similarity to the vector of an image, best first."""
         if self._ranker is None:
             raise QueryError("ranking sentences requires the ranker that computed the embeddings")
         if not sentences:
@@ -138,10 +121,6 @@ class ImageQueryModels:
         """Returns candidate captions for an image file, best first, in the columns caption, log_prob and tokens.
 
         With a ranker, the table also has the column image_text_score.
-
-        Raises:
-            DecodeError: the file is not an image, or exceeds the limits.
-            QueryError: there is no captioner.
         """
         if self._caption_encoder is None:
             raise QueryError("captioning an image requires a captioner")
@@ -168,13 +147,11 @@ class ImageQueryModels:
         encoder, decoders = image_encoder
         pixels = decoders.decode(content).pixels
         with self._lock:
-            wait_for_features = encoder.encode_async([pixels])
-            return wait_for_features()
+            return encoder.encode_async([pixels])()
 
     def _load_encoder(self, model: ImageModel, weights: str | None) -> _ImageEncoder:
-        encoder_description = model.encoder
         for description, image_encoder in self._loaded:
-            if description == encoder_description:
+            if description == model.encoder:
                 return image_encoder
         transform = model.find_input_transform(weights)
         if isinstance(transform, EncoderConfig):
@@ -183,5 +160,5 @@ class ImageQueryModels:
         else:
             encoder = PixelPassthrough(transform)  # the model takes pixels
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._image_decoding))
-        self._loaded.append((encoder_description, (encoder, decoders)))
+        self._loaded.append((model.encoder, (encoder, decoders)))
         return encoder, decoders

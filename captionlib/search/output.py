@@ -107,10 +107,7 @@ def _write_table(schema: pa.Schema, batches: Iterable[pa.RecordBatch], sink: Bin
 
 
 def _merge_single_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Merges batches so that each, except for the last, has at least two rows.
-
-    A first batch with only one row therefore contains all rows.
-    """
+    """Merges batches so that only the last can have a single row. A first batch with one row thus contains all rows."""
     pending: pa.RecordBatch | None = None
     for batch in batches:
         merged = batch if pending is None else pa.concat_batches([pending, batch])
@@ -191,12 +188,10 @@ def _dump_json(value: Any) -> str:
 
 
 def _to_json_values(column: pa.Array) -> list[Any]:
-    """Converts the values of a column to types that JSON has."""
     return [_to_json_value(value, column.type) for value in column.to_pylist()]
 
 
 def _to_json_value(value: Any, kind: pa.DataType) -> Any:
-    """Converts a value to types that JSON has. `kind` is the Arrow type of the value."""
     if value is None or not pa.types.is_nested(kind):
         return _to_json_scalar(value, kind)
     if pa.types.is_map(kind):

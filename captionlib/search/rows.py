@@ -1,7 +1,6 @@
 """Stores the rows of an index, one per captioned image, in memory-mapped Arrow files, and filters them with SQL.
 
-Row numbers identify rows throughout the index. Reading 20 rows takes microseconds. With Parquet, each row could
-require decoding a whole row group.
+Reading 20 rows takes microseconds. With Parquet, each row could require decoding a whole row group.
 """
 
 import hashlib
@@ -9,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import duckdb
 import numpy as np
@@ -20,6 +19,7 @@ import pyarrow.compute as pc
 from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.schemas import FAILURES_SCHEMA, add_missing_columns, captions_schema
 from captionlib.errors import DatasetError, QueryError
+from captionlib.search.index_folder import damage_error
 from captionlib.search.sql.session import SqlLimits, connect, restrict_connection
 from captionlib.search.sql.statements import check_condition, check_reads_only, to_query_error
 
@@ -41,10 +41,7 @@ __all__ = [
 ]
 
 RESULT_COLUMNS = ("image_id", "uri", "split", "caption", "log_prob", "tokens", "image_text_score", "width", "height")
-"""The columns of a captions dataset that search results show.
-
-`tokens` is the number of tokens of the caption. The last three columns are null if their values are unknown.
-"""
+"""The columns of search results. `tokens` is the number of tokens. The last three are null if they are unknown."""
 
 _CAPTIONS = captions_schema(has_scores=True)
 ROW_SCHEMA = pa.schema(
@@ -56,9 +53,8 @@ ROW_SCHEMA = pa.schema(
 )
 """The columns of a row.
 
-`version` is a string that changes when the file of the image does. `modified` is the time, in UTC, at which the file of
-the image was last modified; null if it is unknown. For duplicates, `duplicate_of` is the id of the image that
-represents their group; for other images, it is null.
+`version` changes when the file of the image does. `modified` is the time, in UTC, of the last change of the file; null
+if it is unknown. `duplicate_of` is the id of the image that is kept instead of a duplicate; null for other images.
 """
 
 _REFERENCES = pa.field("references", pa.list_(pa.string()))
@@ -77,15 +73,7 @@ DETAILS_BATCH_ROWS = 256
 _MAX_SLICED_ROWS = 100  # up to this many rows, slicing each row is much faster than `take`
 
 
-class RepeatedId(NamedTuple):
-    """An image id, and the number of rows that have it."""
-
-    image_id: str
-    rows: int
-
-
 def write_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """Writes rows to an Arrow file."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as writer:
         for batch in batches:
             writer.write_batch(batch)
@@ -94,27 +82,19 @@ def write_rows(path: Path, batches: Iterable[pa.RecordBatch]) -> None:
 def write_details(path: Path, batches: Iterator[pa.RecordBatch]) -> None:
     """Writes details to a compressed Arrow file, in batches of equal size, so `DetailStore` can find a row."""
     buffer = RowBuffer(batches)
-    compressed = pa.ipc.IpcWriteOptions(compression="zstd")
-    with (
-        pa.OSFile(str(path), "wb") as file,
-        pa.ipc.new_file(file, DETAILS_SCHEMA, options=compressed) as writer,
-    ):
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, DETAILS_SCHEMA, options=options) as writer:
         while details := buffer.take_table(DETAILS_BATCH_ROWS, DETAILS_SCHEMA):
             writer.write_table(details.combine_chunks(), max_chunksize=DETAILS_BATCH_ROWS)
 
 
 def write_failures(path: Path, failures: pa.Table) -> None:
-    """Writes images without a caption to an Arrow file."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, INDEX_FAILURES_SCHEMA) as writer:
         writer.write_table(failures.select(INDEX_FAILURES_SCHEMA.names))
 
 
 def read_rows(path: Path) -> Iterator[pa.RecordBatch]:
-    """Maps an Arrow file into memory and yields its batches, with all columns of `ROW_SCHEMA`.
-
-    Raises:
-        DatasetError: the file is missing or invalid.
-    """
+    """Maps an Arrow file into memory and yields its batches, with all columns of `ROW_SCHEMA`."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         for index in range(reader.num_record_batches):
@@ -132,20 +112,18 @@ def number_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         start += batch.num_rows
 
 
-def find_repeated_id(paths: Iterable[Path]) -> RepeatedId | None:
-    """Returns an image id that occurs in several rows of the files, or None. Spills to disk if needed."""
+def find_repeated_id(paths: Iterable[Path]) -> tuple[str, int] | None:
+    """Returns an image id that occurs in several rows of the files, and their number. Spills to disk if needed."""
     ids = pa.schema([ROW_SCHEMA.field("image_id")])
     batches = (batch.select(ids.names) for path in paths for batch in read_rows(path))
     with tempfile.TemporaryDirectory(prefix="captionlib-") as spill, closing(connect(SqlLimits(), spill)) as connection:
         connection.register("images", pa.RecordBatchReader.from_batches(ids, batches))
-        found = connection.execute(
-            "SELECT image_id, count(*) FROM images GROUP BY image_id HAVING count(*) > 1 LIMIT 1"
-        ).fetchone()
-    return None if found is None else RepeatedId(*found)
+        sql = "SELECT image_id, count(*) FROM images GROUP BY image_id HAVING count(*) > 1 LIMIT 1"
+        return cast("tuple[str, int] | None", connection.execute(sql).fetchone())
 
 
 class RowStore:
-    """The rows of an index. `paths` are the Arrow files of its shards, in order. This class is thread-safe."""
+    """The rows of an index, from the Arrow files of its shards. This class is thread-safe."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._batches = [batch for path in paths for batch in read_rows(path) if batch.num_rows]
@@ -184,27 +162,17 @@ class RowStore:
             yield from batch["uri"].to_pylist()
 
     def find_matching(self, where: str, parameters: Sequence[Any] = ()) -> npt.NDArray[np.int64]:
-        """Returns the numbers of the rows that match a SQL condition, in ascending order.
-
-        The condition can use the columns of `ROW_SCHEMA`, and `row`, the row number.
-
-        Raises:
-            QueryError: the condition is invalid or fails.
-        """
+        """Returns the numbers of the rows that match a SQL condition over `ROW_SCHEMA` and `row`, the row number."""
         if self._filter is None:
             self._filter = _RowFilter(pa.Table.from_batches(number_rows(self._batches), pa.schema([_ROW, *ROW_SCHEMA])))
         return self._filter.find_matching(where, parameters)
 
 
 class DetailStore:
-    """The details of all rows of an index: candidate captions, references and attention. This class is thread-safe.
+    """The details of all rows of an index; see `DETAILS_SCHEMA`. This class is thread-safe.
 
-    All files are mapped into memory at the start, so they stay readable after a build removes them. A file is
-    compared with its checksum when it is first read.
-
-    Args:
-        paths: the files, whose names are the first characters of their checksums.
-        first_rows: the row number of the first row of each file.
+    The files are mapped into memory, so they stay readable after a build removes them. The name of a file begins with
+    its checksum, which is verified when the file is first read. `first_rows` are the numbers of the files' first rows.
     """
 
     def __init__(self, paths: Sequence[Path], first_rows: Sequence[int]) -> None:
@@ -214,17 +182,11 @@ class DetailStore:
         self._checked: set[int] = set()
 
     def read(self, row: int) -> dict[str, Any]:
-        """Returns the details of a row; see `DETAILS_SCHEMA`.
-
-        Raises:
-            DatasetError: the file is damaged.
-        """
+        """Returns the details of a row."""
         index = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         path, file = self._paths[index], self._files[index]
         if index not in self._checked and not hashlib.sha256(file).hexdigest().startswith(path.stem):
-            raise DatasetError(
-                f"{path} is damaged: its content does not match its checksum; build the index again with --overwrite"
-            )
+            raise damage_error(str(path))
         self._checked.add(index)
         batch_index, position = divmod(row - int(self._first_rows[index]), DETAILS_BATCH_ROWS)
         details: dict[str, Any] = pa.ipc.open_file(file).get_batch(batch_index).slice(position, 1).to_pylist()[0]
@@ -234,15 +196,14 @@ class DetailStore:
 class FailureStore:
     """The images without a caption, with the reasons. This class is thread-safe.
 
-    Args:
-        files: the path of each file, and the source (name of the captions dataset) of the images in it.
+    `files` contains the path of each file, and the source (name of the captions dataset) of its images.
     """
 
     def __init__(self, files: Iterable[tuple[Path, str]]) -> None:
         tables = [INDEX_FAILURES_SCHEMA.append(_SOURCE).empty_table()]
         for path, source in files:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            tables.append(table.append_column(_SOURCE, pa.repeat(pa.scalar(source), len(table))))
+            tables.append(table.append_column(_SOURCE, pa.repeat(source, len(table))))
         self._failures = pa.concat_tables(tables)
 
     def __len__(self) -> int:

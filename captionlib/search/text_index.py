@@ -1,7 +1,6 @@
 """Full-text search over captions with Tantivy, ranked by BM25.
 
-A query is a list of words and "phrases". `+` before a word or phrase requires it, and `-` excludes it. The last phrase
-need not be closed.
+A query is a list of words and "phrases". `+` before a word or phrase requires it, and `-` excludes it.
 """
 
 import re
@@ -51,14 +50,10 @@ class _Clause(NamedTuple):
 def write_text_index(path: Path, language: str, rows: Iterable[pa.RecordBatch]) -> None:
     """Writes a text index to a new folder.
 
-    `rows` have the columns of an index (`search.rows.ROW_SCHEMA`), the row number `row`, and `group`, the number of the
-    row's group. Rows with the same values of all facets, such as the split and the month, form a group.
+    `rows` have the columns of `search.rows.ROW_SCHEMA`, the row number `row`, and the number of a facet group, `group`.
 
-    The index is always built from scratch. If captions were removed from an existing index, Tantivy would only mark
-    them as removed: they would remain in the files and in the word counts that determine BM25 scores.
-
-    Raises:
-        StorageError: a file cannot be written.
+    The index is always built from scratch. Captions that are removed from an existing index would remain in its files
+    and in the word counts that determine BM25 scores.
     """
     try:
         _write_text_index(path, language, rows)
@@ -109,11 +104,7 @@ def _make_analyzer(language: str) -> tantivy.TextAnalyzer:
 
 
 class TextIndex:
-    """An open text index. This class is thread-safe. `language` must be the one that the index was written with.
-
-    Raises:
-        DatasetError: the folder is not a text index.
-    """
+    """An open text index. This class is thread-safe. `language` must be the one that the index was written with."""
 
     def __init__(self, path: Path, language: str) -> None:
         try:
@@ -139,11 +130,8 @@ class TextIndex:
     ) -> Hits:
         """Returns the best captions for a query.
 
-        `matching` contains the row numbers to search, ascending. `groups` contains the numbers of the groups
-        to search; see `write_text_index`. If an argument is None, it does not restrict the search.
-
-        Raises:
-            QueryError: the query contains only stop words, or too many words and phrases.
+        `matching` contains the row numbers to search, ascending; `groups` contains the facet groups to search. None
+        does not restrict the search.
         """
         parsed = self._restrict(self._parse(query), groups, min_log_prob)
         if matching is None:
@@ -161,7 +149,7 @@ class TextIndex:
                 return hits[is_match][:limit]
 
     def count_groups(self, query: str, groups: int, min_log_prob: float | None = None) -> npt.NDArray[np.int64]:
-        """Counts the captions that match a query, by group, `[groups]`; see `search`."""
+        """Counts the captions that match a query, by facet group, `[groups]`."""
         parsed = self._restrict(self._parse(query), None, min_log_prob)
         counts = np.zeros(groups, np.int64)
         if groups:
@@ -171,10 +159,7 @@ class TextIndex:
         return counts
 
     def filter_hits(self, query: str, hits: Hits) -> Hits:
-        """Returns the hits whose captions contain every required word and no excluded word of a query.
-
-        The hits may come from a different search, such as a vector search.
-        """
+        """Returns the hits of another search whose captions contain every required word and no excluded word."""
         clauses = [clause for clause in self._parse_clauses(query) if clause.occur != Occur.Should]
         if not clauses or not len(hits):
             return hits
@@ -201,10 +186,7 @@ class TextIndex:
         return " ".join(phrase or word for sign, phrase, word in _find_clauses(query) if sign != "-")
 
     def suggest_query(self, query: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
-        """Corrects the spelling of words that occur in no caption. Returns None if no word was corrected.
-
-        `find_captions` returns the captions of rows.
-        """
+        """Corrects the spelling of words that occur in no caption. Returns None if no word was corrected."""
         replacements: dict[str, str] = {}
         for clause in self._parse_clauses(query):
             for _, word in clause.words:
@@ -220,7 +202,7 @@ class TextIndex:
         return "".join([*parts, query[end:]]) if parts else None
 
     def _find_similar_word(self, word: str, find_captions: Callable[[RowNumbers], list[str]]) -> str | None:
-        """Returns the most frequent similar word in captions; None if there is none. `word` is stemmed."""
+        """Returns the most frequent word in captions that is similar to a stemmed word; None if there is none."""
         if len(word) < _MIN_CORRECTED_LENGTH:
             return None
         for distance in (1, 2):
@@ -250,11 +232,9 @@ class TextIndex:
             if order_by != "image_text_score":
                 raise
             raise QueryError("the index has no image_text_score; build it again with --overwrite") from error
-        return self._to_hits([hit for hit in result.hits if hit[0] is not None])  # captions may have no score
-
-    def _to_hits(self, scored_addresses: list[tuple[Any, Any]]) -> Hits:
-        rows = self._searcher.fast_field_values("row", [address for _, address in scored_addresses])
-        return Hits(np.array(rows, np.int64), np.array([score for score, _ in scored_addresses], np.float32))
+        hits = [hit for hit in result.hits if hit[0] is not None]  # captions may have no score
+        rows = self._searcher.fast_field_values("row", [address for _, address in hits])
+        return Hits(np.array(rows, np.int64), np.array([score for score, _ in hits], np.float32))
 
     def _restrict(self, query: Query, groups: Sequence[int] | None, min_log_prob: float | None) -> Query:
         conditions = []
@@ -296,7 +276,7 @@ class TextIndex:
 
 
 def _find_clauses(query: str) -> list[tuple[str, str, str]]:
-    """Returns the sign and the phrase or word of each clause. A phrase that is not closed ends with the query."""
+    """Returns the sign, phrase and word of each clause; the phrase or the word is empty."""
     clauses: list[tuple[str, str, str]] = _CLAUSE.findall(query.translate(_QUOTES))
     return clauses
 

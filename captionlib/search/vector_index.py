@@ -1,9 +1,7 @@
 """Builds and searches a Faiss index of embeddings.
 
-A build trains centroids, writes a partial index for each shard, and merges the partial indexes.
-
-Scores are inner products of unit vectors. Every index is an inverted file. An index with the encoding `Flat` has a
-single inverted list, so search is exact.
+A build trains centroids, writes a partial index for each shard, and merges the partial indexes. Scores are inner
+products of unit vectors. An index with the encoding `Flat` has a single inverted list, so search is exact.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,15 +45,10 @@ class RowMove(NamedTuple):
 
 @dataclass(frozen=True)
 class Hits:
-    """The rows that match a query, best first.
+    """The rows that match a query, best first."""
 
-    Attributes:
-        rows: `[hits] int64`, row numbers in the index.
-        scores: `[hits] float32`, descending unless sorted by a different field.
-    """
-
-    rows: RowNumbers
-    scores: npt.NDArray[np.float32]
+    rows: RowNumbers  # `[hits]`
+    scores: npt.NDArray[np.float32]  # `[hits]`, descending unless sorted by a different field
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -111,13 +104,7 @@ def merge_indexes(base: Path, moves: Sequence[RowMove], parts: Iterable[Path], p
 
 
 def _write_index(index: Any, path: Path) -> None:
-    """Writes an index through a Python file.
-
-    If the disk is full, Faiss's own writer may print an error instead of raising an exception.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Writes an index through a Python file. Faiss's own writer may not raise an exception if the disk is full."""
     errors: list[OSError] = []
     with path.open("wb") as file:
 
@@ -148,7 +135,7 @@ def _move_rows(index: Any, moves: Sequence[RowMove]) -> None:
 
 
 def _iter_lists(index: Any) -> Iterator[tuple[RowNumbers, npt.NDArray[np.uint8]]]:
-    """Yields the row numbers and codes of each inverted list, as arrays that share the memory of the index."""
+    """Yields the row numbers and codes of each inverted list, without copying them."""
     lists = index.invlists
     for list_id in range(index.nlist):
         if size := lists.list_size(list_id):
@@ -157,14 +144,9 @@ def _iter_lists(index: Any) -> Iterator[tuple[RowNumbers, npt.NDArray[np.uint8]]
 
 
 class VectorIndex:
-    """An open vector index. This class is thread-safe.
-
-    The file is memory-mapped. A query runs on one thread and loads only the parts of the file that it needs.
+    """An open, memory-mapped vector index. This class is thread-safe. A query runs on one thread.
 
     `rows` is the number of rows of the whole index, including rows without a vector.
-
-    Raises:
-        DatasetError: the file is invalid or has a different layout.
     """
 
     def __init__(self, path: Path, layout: VectorLayout, rows: int) -> None:
@@ -188,14 +170,19 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors. Equal scores are ordered by row number.
 
-        If `matching` is not None, only these rows are searched. The fewer rows match, the more inverted lists are
-        searched. If there are fewer than `limit` hits, the search continues in more lists, up to all of them.
+        If `matching` is not None, only these rows are searched: the fewer, the more inverted lists. If there are fewer
+        than `limit` hits, the search continues in more lists, up to all of them.
         """
         searchable_count = len(self) if matching is None else len(matching)
         if not min(limit, searchable_count):
             return Hits.empty()
         depth = min(limit + 1, searchable_count)
-        selector, _bitmap = self._make_selector(matching)
+        selector = None
+        if matching is not None:
+            mask = np.zeros(self._rows, np.bool_)
+            mask[matching] = True
+            bitmap = np.packbits(mask, bitorder="little")  # the selector points to it, so it must stay alive
+            selector = faiss.IDSelectorBitmap(bitmap)
         hits = self._search_lists(vector, depth, searchable_count, selector)
         # Ties are ordered by row number, so search deeper while rows that tie with the last hit may be missing.
         while len(hits) > limit and hits.scores[limit - 1] == hits.scores[-1] and len(hits) == depth < searchable_count:
@@ -220,7 +207,7 @@ class VectorIndex:
             nprobe = min(layout.nlist, 4 * nprobe)
 
     def get_vector(self, row: int) -> Vectors | None:
-        """Returns the stored vector of a row, `[dimension]`, scaled to unit length; None if the row has no vector."""
+        """Returns the vector of a row, `[dimension]`, scaled to unit length; None if it has none."""
         lists = self._index.invlists
         for list_id in range(self.layout.nlist):
             ids = faiss.rev_swig_ptr(lists.get_ids(list_id), lists.list_size(list_id))
@@ -230,12 +217,3 @@ class VectorIndex:
                 self._index.reconstruct_from_offset(list_id, int(positions[0]), faiss.swig_ptr(vector))
                 return vector / max(float(np.linalg.norm(vector)), 1e-12)
         return None
-
-    def _make_selector(self, matching: RowNumbers | None) -> tuple[Any, Any]:
-        """Returns a Faiss filter and its bitmap. The filter points to the bitmap, so the caller must keep it alive."""
-        if matching is None:
-            return None, None
-        mask = np.zeros(self._rows, np.bool_)
-        mask[matching] = True
-        bitmap = np.packbits(mask, bitorder="little")
-        return faiss.IDSelectorBitmap(bitmap), bitmap

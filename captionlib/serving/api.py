@@ -9,7 +9,9 @@ from starlette.concurrency import run_in_threadpool
 
 from captionlib import __version__
 from captionlib.errors import ImageError
+from captionlib.search.filters import Filter
 from captionlib.search.text_index import Sort
+from captionlib.serving.fair_thread_pool import FairThreadPool
 from captionlib.serving.monitoring import format_metrics
 from captionlib.serving.problems import describe_problems, make_problem, render_problem
 from captionlib.serving.responses import (
@@ -23,11 +25,11 @@ from captionlib.serving.responses import (
     SearchMode,
     SearchResponse,
 )
-from captionlib.serving.service import MAX_QUERY_CHARACTERS, MAX_RESULTS, Search, SearchService
+from captionlib.serving.service import MAX_QUERY_CHARACTERS, MAX_RESULTS, Search, SearchService, read_cursor
 from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize
-from captionlib.serving.uploads import Uploads
+from captionlib.serving.uploads import process_upload
 
-__all__ = ["API", "DATE_PATTERN", "ImageId", "Service", "ThumbnailStore", "UploadQueue", "read_state", "router"]
+__all__ = ["API", "DATE_PATTERN", "ImageId", "Service", "ThumbnailStore", "UploadPool", "read_state", "router"]
 
 API = "/api/v1"
 """Path prefix of the API. A change that breaks clients gets a new prefix."""
@@ -59,7 +61,7 @@ async def _take_snapshot(request: Request) -> SearchService:
 
 Service = Annotated[SearchService, Depends(_take_snapshot)]
 ThumbnailStore = Annotated[Thumbnails, read_state("thumbnails")]
-UploadQueue = Annotated[Uploads, read_state("uploads")]
+UploadPool = Annotated[FairThreadPool, read_state("uploads")]
 ImageId = Annotated[
     str, Query(alias="id", description="Id of the image, as in a search result.", examples=["1000268201_693b08cb0e"])
 ]
@@ -170,9 +172,9 @@ def search_images(
 ) -> SearchResponse:
     if mode not in service.modes:
         raise HTTPException(400, f"mode {mode} is not available; expected {' or '.join(service.modes)}")
-    exclude_duplicates = duplicates == "exclude"
-    search = Search(q, mode, split or None, min_log_prob, sort, source or None, date or None, exclude_duplicates)
-    return service.search(search, cursor, limit)
+    where = Filter(None, split or None, min_log_prob, source or None, date or None, duplicates == "exclude")
+    search = Search(q, mode, where, sort)
+    return service.search(search, read_cursor(cursor, search), limit)
 
 
 @router.get(
@@ -196,7 +198,8 @@ def list_failures(
         int, Query(ge=1, le=MAX_RESULTS, description="Maximum number of images on a page.", examples=[100])
     ] = 100,
 ) -> FailuresResponse:
-    return service.find_failures(reason or None, source or None, cursor, limit)
+    reason, source = reason or None, source or None
+    return service.find_failures(reason, source, read_cursor(cursor, (reason, source)), limit)
 
 
 @router.get(
@@ -218,10 +221,10 @@ def get_image(service: Service, image_id: ImageId) -> ImageResponse:
 async def search_by_image(
     request: Request,
     service: Service,
-    uploads: UploadQueue,
+    uploads: UploadPool,
     image: Annotated[UploadFile, File(description="An image file.")],
 ) -> ImageSearchResponse:
-    return await uploads.process(request, lambda: service.search_by_image(image.file.read()))
+    return await process_upload(uploads, request, lambda: service.search_by_image(image.file.read()))
 
 
 @router.post(
@@ -233,7 +236,7 @@ async def search_by_image(
 async def caption(
     request: Request,
     service: Service,
-    uploads: UploadQueue,
+    uploads: UploadPool,
     images: Annotated[
         list[UploadFile],
         File(
@@ -247,7 +250,7 @@ async def caption(
     for image in images:
         result = CaptionedImage(name=image.filename or "", captions=[], problem=None)
         try:
-            result.captions = await uploads.process(request, partial(_caption_file, service, image.file))
+            result.captions = await process_upload(uploads, request, partial(_caption_file, service, image.file))
         except ImageError as error:
             result.problem = make_problem(400, str(error), reason=error.reason)
         captioned.append(result)

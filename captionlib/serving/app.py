@@ -23,7 +23,7 @@ from captionlib.serving.problems import add_problem_type, make_problem, render_p
 from captionlib.serving.responses import InvalidParameter, Problem
 from captionlib.serving.service import CursorError, SearchService
 from captionlib.serving.thumbnails import Thumbnails
-from captionlib.serving.uploads import Uploads
+from captionlib.serving.uploads import create_upload_pool
 
 __all__ = ["create_app"]
 
@@ -36,7 +36,7 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
     """Creates the web application, which stores thumbnails in `thumbnail_folder`."""
     config = service.config
     thumbnails = Thumbnails(thumbnail_folder, config)
-    uploads = Uploads(config)
+    uploads = create_upload_pool(config)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -71,7 +71,7 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
         max_body_bytes=config.max_upload_bytes + _FORM_BYTES,
         too_large_message=f"expected images of at most {config.max_upload_bytes / 2**20:.3g} MB in total",
         make_error=lambda request, status, detail, headers: _render_error(
-            app, request, make_problem(status, detail), headers
+            request, make_problem(status, detail), headers
         ),
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.allowed_hosts), www_redirect=False)
@@ -81,31 +81,28 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    def render(request: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
-        return _render_error(app, request, problem, headers)
-
     @app.exception_handler(StarletteHTTPException)
     async def handle_http_error(request: Request, error: HTTPException) -> Response:
         detail = str(error.detail)
         if detail == "Not Found":
             detail = f"{request.url.path} does not exist"
-        return render(request, make_problem(error.status_code, detail), error.headers)
+        return _render_error(request, make_problem(error.status_code, detail), error.headers)
 
     @app.exception_handler(QueryError)
     async def handle_query_error(request: Request, error: QueryError) -> Response:
-        return render(request, make_problem(400 if isinstance(error, CursorError) else 404, str(error)))
+        return _render_error(request, make_problem(400 if isinstance(error, CursorError) else 404, str(error)))
 
     @app.exception_handler(ImageError)
     async def handle_image_error(request: Request, error: ImageError) -> Response:
-        return render(request, make_problem(400, str(error), reason=error.reason))
+        return _render_error(request, make_problem(400, str(error), reason=error.reason))
 
     @app.exception_handler(BusyError)
     async def handle_busy_error(request: Request, error: BusyError) -> Response:
-        return render(request, make_problem(503, str(error)), {"Retry-After": _RETRY_SECONDS})
+        return _render_error(request, make_problem(503, str(error)), {"Retry-After": _RETRY_SECONDS})
 
     @app.exception_handler(Exception)
     async def handle_failure(request: Request, _error: Exception) -> Response:
-        return render(request, make_problem(500, "the server failed; see its log for the reason"))
+        return _render_error(request, make_problem(500, "the server failed; see its log for the reason"))
 
     @app.exception_handler(ClientDisconnect)
     async def handle_disconnect(_request: Request, _error: ClientDisconnect) -> Response:
@@ -116,15 +113,13 @@ def _add_error_handlers(app: FastAPI) -> None:
         # Omits the rejected values, which may be files or binary data.
         errors = [InvalidParameter(name=str(each["loc"][-1]), detail=each["msg"]) for each in error.errors()]
         detail = "; ".join(f"{each.name}: {each.detail}" for each in errors)
-        return render(request, make_problem(422, detail, errors=errors))
+        return _render_error(request, make_problem(422, detail, errors=errors))
 
 
-def _render_error(
-    app: FastAPI, request: Request, problem: Problem, headers: Mapping[str, str] | None = None
-) -> Response:
+def _render_error(request: Request, problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """Returns a page to browsers and problem details to other clients."""
     if "text/html" in request.headers.get("accept", ""):
-        response: Response = app.state.pages.render_error(problem)
+        response: Response = request.app.state.pages.render_error(problem)
     else:
         response = render_problem(problem)
     response.headers.update(headers or {})

@@ -16,20 +16,12 @@ class LimitedConnection(H11Protocol):
 
     If there are too many connections, a new connection replaces the one that has waited longest for a request.
     Therefore, clients that open many connections and send no requests cannot lock out other clients.
-
-    Attributes:
-        max_connections: maximum number of connections per process.
-        headers_timeout_seconds: time limit from the start of a connection, or from the first byte of a later request,
-            until all headers of the request have arrived.
-        idle_timeout_seconds: time limit from the end of a response until the first byte of the next request.
-        write_timeout_seconds: time limit for a client to receive the part of a response that is waiting in the send
-            buffer.
     """
 
-    max_connections = 1000
-    headers_timeout_seconds = 15.0
-    idle_timeout_seconds = 75.0
-    write_timeout_seconds = 30.0
+    max_connections = 1000  # per process
+    headers_timeout_seconds = 15.0  # from the start of a connection, or of a further request, to the last header
+    idle_timeout_seconds = 75.0  # from the end of a response to the next request
+    write_timeout_seconds = 30.0  # for a client to receive what is waiting in the send buffer
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,7 +32,7 @@ class LimitedConnection(H11Protocol):
 
     @property
     def waiting_since(self) -> float | None:
-        """Time at which the connection began to wait for a request, or None if a request is in progress."""
+        """When the connection began to wait for a request, or None if a request is in progress."""
         is_waiting = self.cycle is None or self.cycle.response_complete
         return self._waiting_since if is_waiting else None
 
@@ -57,7 +49,7 @@ class LimitedConnection(H11Protocol):
             self._write_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
-        if self._headers_timer is None and self.waiting_since is not None:
+        if self._headers_timer is None:  # the first byte of a further request
             self._start_headers_timer()
         super().data_received(data)
 

@@ -30,9 +30,7 @@ class Exports:
     ) -> AsyncIterator[bytes]:
         """Returns the parts of a tar. Images that cannot be exported are listed in its last member, `__failures__`.
 
-        Args:
-            rows: rows of the index. The addresses of the images are not exported.
-            fetch: returns the bytes of the image at an address.
+        `fetch` returns the bytes of the image at an address. The addresses are not exported.
 
         Raises:
             BusyError: too many exports are running.
@@ -45,17 +43,16 @@ class Exports:
         self, rows: Sequence[Mapping[str, Any]], fetch: Callable[[str], Awaitable[bytes]]
     ) -> AsyncIterator[bytes]:
         async with self._slots:  # requests that arrive at the same moment wait here
-            written = _Buffer()
+            written = io.BytesIO()
             failures: list[dict[str, str]] = []
             with tarfile.open(fileobj=written, mode="w|") as tar:
                 async for number, row, content in self._fetch_images(rows, fetch, failures):
                     columns = {name: row[name] for name in EXPORT_COLUMNS if name in row and name != "uri"}
                     add_sample(tar, f"selection-{number:06}", columns, content)
-                    for part in written.take():
+                    if part := _take(written):
                         yield part
                 _add_failures(tar, failures)
-            for part in written.take():
-                yield part
+            yield _take(written)
 
     async def _fetch_images(
         self,
@@ -79,23 +76,12 @@ class Exports:
                     yield number, row, content
 
 
-class _Buffer(io.RawIOBase):
-    """A file that keeps written bytes in memory until `take` returns them."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._parts.append(bytes(data))
-        return len(data)
-
-    def take(self) -> list[bytes]:
-        """Returns the bytes written since the last call."""
-        parts, self._parts = self._parts, []
-        return parts
+def _take(buffer: io.BytesIO) -> bytes:
+    """Empties a buffer and returns its content."""
+    content = buffer.getvalue()
+    buffer.seek(0)
+    buffer.truncate()
+    return content
 
 
 async def _fetch(uri: str, fetch: Callable[[str], Awaitable[bytes]]) -> bytes | str:

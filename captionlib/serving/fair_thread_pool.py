@@ -17,15 +17,9 @@ Result = TypeVar("Result")
 class FairThreadPool:
     """Runs functions in threads. Each call has a key, such as a client, and keys take turns.
 
-    If too many calls wait, the latest call of the key with the most waiting calls is rejected, so no key can lock out
-    others. All methods must be called in the same event loop.
-
-    Args:
-        name: prefix of the names of the threads.
-        threads: maximum number of functions that run at once.
-        threads_per_key: maximum number of functions that run at once for the same key.
-        max_waiting: maximum number of calls that wait for a thread.
-        max_wait_seconds: maximum time that a call waits for a thread.
+    If more than `max_waiting` calls wait, the latest call of the key with the most waiting calls is rejected, so no key
+    can lock out others. `threads_per_key` limits the functions that run at once for the same key. All methods must be
+    called in the same event loop.
     """
 
     def __init__(
@@ -39,9 +33,11 @@ class FairThreadPool:
         self._running: Counter[str] = Counter()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # keys in the order of their next turns
 
-    def close(self) -> None:
-        """Waits for running functions to return."""
-        self._executor.shutdown(cancel_futures=True)
+    def __enter__(self) -> "FairThreadPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()  # waits for running functions to return
 
     async def run(self, key: str, function: Callable[[], Result]) -> Result:
         """Waits for a turn, runs a function in a thread, and returns its result.

@@ -47,7 +47,7 @@ def create_job_app(folder: str | os.PathLike[str], allowed_hosts: Sequence[str])
 
 
 class _Page:
-    """The page. It is rendered at most every 2 seconds, or less often if reading the dataset takes long."""
+    """Renders the page again only after 2 seconds, or later if reading the dataset takes long."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self._folder = folder

@@ -2,9 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,10 +31,8 @@ _MIN_BYTES_PER_SECOND = 2**14
 _DISCARD_SECONDS = 5.0
 
 
-class MakeError(Protocol):
-    """Creates an error response in the format that the client accepts."""
-
-    def __call__(self, request: Request, status_code: int, detail: str, headers: Mapping[str, str]) -> Response: ...
+MakeError = Callable[[Request, int, str, Mapping[str, str]], Response]
+"""Creates an error response from a request, a status code, a message and headers."""
 
 
 class RequestLimits:
@@ -112,8 +109,6 @@ class RequestLimits:
 
 
 class _LimitedBody:
-    """The body of a request, with limits on its size and on the time that it takes to arrive."""
-
     def __init__(self, receive: Receive, timeout_seconds: float, max_bytes: int, too_large_message: str) -> None:
         self._receive = receive
         self._max_bytes = max_bytes
@@ -124,7 +119,7 @@ class _LimitedBody:
 
     async def receive(self) -> Message:
         """Returns the next message. Raises _RejectedError if the body exceeds a limit."""
-        if self._is_complete:  # only `http.disconnect` can follow
+        if self._is_complete:  # waits until the client disconnects
             return await self._receive()
         remaining = self._deadline + self._received / _MIN_BYTES_PER_SECOND - _now()
         try:
@@ -138,7 +133,6 @@ class _LimitedBody:
         return message
 
     async def discard(self) -> None:
-        """Reads and discards the rest of the body, for a few seconds at most."""
         deadline = _now() + _DISCARD_SECONDS
         with suppress(asyncio.TimeoutError):
             while not self._is_complete:

@@ -20,18 +20,11 @@ from captionlib.evaluation.pages import create_environment
 from captionlib.search.filters import Filter
 from captionlib.search.output import write_output
 from captionlib.search.text_index import Sort, find_unclosed_phrase
-from captionlib.serving.api import DATE_PATTERN, ImageId, Service, ThumbnailStore, UploadQueue, read_state
+from captionlib.serving.api import DATE_PATTERN, ImageId, Service, ThumbnailStore, UploadPool, read_state
 from captionlib.serving.exports import Exports
 from captionlib.serving.responses import FacetsResponse, Problem, SearchResult
-from captionlib.serving.service import (
-    MAX_OFFSET,
-    MAX_QUERY_CHARACTERS,
-    MAX_RESULTS,
-    Search,
-    SearchService,
-    make_cursor,
-    make_failures_cursor,
-)
+from captionlib.serving.service import MAX_OFFSET, MAX_QUERY_CHARACTERS, MAX_RESULTS, Search, SearchService
+from captionlib.serving.uploads import process_upload
 
 __all__ = ["Pages", "router"]
 
@@ -126,18 +119,17 @@ def _read_search(
     duplicates: str = "include",
     similar_to: str = "",
 ) -> Search:
-    """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default.
-
-    `source` is the name of a captions dataset. `similar_to` is the id of an image; the search returns similar images.
-    """
+    """Reads a search from the parameters of a URL. An unknown or unavailable value is replaced by the default."""
     return Search(
         query=q,
         mode=next((available for available in service.modes if available == mode), "text"),
-        split=split or None,
+        where=Filter(
+            split=split or None,
+            source=source or None,
+            date=date if date and re.fullmatch(DATE_PATTERN, date) else None,
+            exclude_duplicates=duplicates == "exclude",
+        ),
         sort=next((known for known in get_args(Sort) if known == sort), "relevance"),
-        source=source or None,
-        date=date if date and re.fullmatch(DATE_PATTERN, date) else None,
-        exclude_duplicates=duplicates == "exclude",
         similar_to=None if q.strip() else similar_to or None,
     )
 
@@ -156,9 +148,9 @@ def show_search(
     # While the user types, a script requests only the results and sets `fragment`.
     page = min(page, _LAST_PAGE)
     first = (page - 1) * _PAGE_RESULTS
-    response = service.search(search, make_cursor(first, search), _PAGE_RESULTS)
+    response = service.search(search, first, _PAGE_RESULTS)
     is_home = search.is_empty
-    shown = service.sample(_PAGE_RESULTS, search.filter) if is_home else response.results
+    shown = service.sample(_PAGE_RESULTS, search.where) if is_home else response.results
     examples = [] if shown or is_home or page > 1 else service.sample(_EXAMPLES, Filter())
     captions = [result.caption for result in shown]
     return pages.render(
@@ -203,9 +195,7 @@ def show_failures(
     page: Annotated[int, Query(ge=1)] = 1,
 ) -> HTMLResponse:
     page = min(page, MAX_OFFSET // MAX_RESULTS)
-    first = (page - 1) * MAX_RESULTS
-    cursor = make_failures_cursor(first, reason or None, source or None)
-    response = service.find_failures(reason or None, source or None, cursor, MAX_RESULTS)
+    response = service.find_failures(reason or None, source or None, (page - 1) * MAX_RESULTS, MAX_RESULTS)
     return pages.render("failures.html", service=service, response=response, reason=reason, source=source, page=page)
 
 
@@ -251,7 +241,7 @@ async def show_image_search(
     service: Service,
     pages: PageRenderer,
     thumbnails: ThumbnailStore,
-    uploads: UploadQueue,
+    uploads: UploadPool,
     image: Annotated[UploadFile, File()],
 ) -> HTMLResponse:
     def search() -> HTMLResponse:
@@ -267,7 +257,7 @@ async def show_image_search(
             name=image.filename or "Uploaded image",
         )
 
-    return await uploads.process(request, search)
+    return await process_upload(uploads, request, search)
 
 
 @router.get("/docs")
@@ -277,38 +267,26 @@ def show_docs(pages: PageRenderer) -> HTMLResponse:
 
 @dataclass(frozen=True)
 class _Facet:
-    """A choice among the values of a facet.
-
-    Attributes:
-        name: name of the parameter in the URL.
-        label: displayed name of the facet.
-        unset_label: label of the choice that does not restrict the search.
-        selected: the chosen value; empty if there is none.
-        options: the values, their labels and the number of images with each; the number is None if it is unknown.
-    """
-
-    name: str
+    parameter: str  # in the URL
     label: str
-    unset_label: str
-    selected: str
-    options: Sequence[tuple[str, str, int | None]]
+    unset_label: str  # of the choice that does not restrict the search
+    selected: str  # value; empty if none
+    options: Sequence[tuple[str, str, int | None]]  # value, label, and number of images if known
 
 
 def _list_facets(service: SearchService, search: Search, counts: FacetsResponse | None) -> list[_Facet]:
-    """Returns the facets with more than one value in the index, or with a chosen value.
-
-    Without counts, the facets only have the chosen values, so that a visitor can remove them.
-    """
+    """Returns the facets with a choice of values or with a selected value, which a visitor can then remove."""
     splits, sources, dates = (counts.splits, counts.sources, counts.dates) if counts else ({}, {}, {})
+    where = search.where
     facets = [
-        _Facet("split", "Split", "All splits", search.split or "", _list_values(splits)),
-        _Facet("source", "Source", "All sources", search.source or "", _list_values(sources)),
-        _Facet("date", "File modified", "Any date", search.date or "", _list_dates(dates)),
+        _Facet("split", "Split", "All splits", where.split or "", _list_values(splits)),
+        _Facet("source", "Source", "All sources", where.source or "", _list_values(sources)),
+        _Facet("date", "File modified", "Any date", where.date or "", _list_dates(dates)),
     ]
     shown = [facet for facet in facets if facet.selected or len(facet.options) > 1]
-    if service.count_duplicates():
+    if service.index.count_facets().duplicates:
         options = [("exclude", "Without duplicates", counts.non_duplicates if counts else None)]
-        selected = "exclude" if search.exclude_duplicates else ""
+        selected = "exclude" if where.exclude_duplicates else ""
         shown.append(_Facet("duplicates", "Duplicates", "With duplicates", selected, options))
     return shown
 
@@ -356,10 +334,10 @@ def _format_search(search: Search, path: str = "/", **changes: Any) -> str:
     values = {
         "q": search.query,
         "mode": search.mode,
-        "split": search.split,
-        "source": search.source,
-        "date": search.date,
-        "duplicates": "exclude" if search.exclude_duplicates else "include",
+        "split": search.where.split,
+        "source": search.where.source,
+        "date": search.where.date,
+        "duplicates": "exclude" if search.where.exclude_duplicates else "include",
         "sort": search.sort,
         "similar_to": search.similar_to,
     }

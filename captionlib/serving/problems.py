@@ -27,10 +27,7 @@ def make_problem(
     status: int, detail: str, reason: str | None = None, errors: list[InvalidParameter] | None = None
 ) -> Problem:
     """Returns a problem whose title is the phrase of its HTTP status, such as `Not Found`."""
-    try:
-        title = HTTPStatus(status).phrase
-    except ValueError:
-        title = "Error"
+    title = HTTPStatus(status).phrase
     return Problem(type="about:blank", title=title, status=status, detail=detail, reason=reason, errors=errors or [])
 
 
@@ -49,9 +46,8 @@ def add_problem_type(app: FastAPI) -> None:
     make_schema = app.openapi
 
     def make_schema_with_type() -> Mapping[str, Any]:
-        is_new = app.openapi_schema is None  # FastAPI caches the schema
-        schema = make_schema()
-        for operation in (each for methods in schema["paths"].values() for each in methods.values() if is_new):
+        schema = make_schema()  # FastAPI caches it
+        for operation in (each for methods in schema["paths"].values() for each in methods.values()):
             for code, response in operation["responses"].items():
                 if code >= "400":
                     response["content"] = {PROBLEM_TYPE: next(iter(response["content"].values()))}

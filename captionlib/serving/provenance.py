@@ -4,9 +4,11 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import DatasetError
-from captionlib.evaluation.image_display import build_image_display
+from captionlib.evaluation.image_display import make_attention_maps, parse_preprocessing
 from captionlib.serving.responses import Attention
 
 __all__ = ["describe_provenance", "make_attention"]
@@ -15,10 +17,7 @@ _SHOWN_HASH_LENGTH = 12  # a model is shown as the first characters of the hash 
 
 
 def describe_provenance(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the models and settings in the configuration of a captions dataset, without paths.
-
-    The ranker is the image-text retrieval model that scored the captions.
-    """
+    """Returns the models and settings in the configuration of a captions dataset, without paths."""
     encoder, decoding = config.get("encoder", {}), config.get("decoding", {})
     model = str(encoder.get("model", "")).rstrip("/").rpartition("/")[2]  # the path of a model is private
     node = encoder.get("node")  # the layer of the network whose output is used
@@ -38,27 +37,19 @@ def describe_provenance(config: Mapping[str, Any]) -> dict[str, str]:
 def make_attention(
     weights: Sequence[Sequence[float]] | None, config: Mapping[str, Any], row: Mapping[str, Any]
 ) -> Attention | None:
-    """Returns the attention maps of a caption, and the part of the image that they cover.
+    """Returns the attention maps of a caption from its attention weights, `[tokens, positions]`.
 
-    Args:
-        weights: the attention weights of the caption, `[tokens, positions]`, or None.
-        config: the configuration of the captions dataset, with the encoder's preprocessing.
-        row: the row of the image in the index, with its width and height.
-
-    Returns:
-        The maps; None if there are no weights, the maps are not square, or the size of the image or the preprocessing
-        is unknown.
+    They are None if there are no weights, the maps are not square, or the preprocessing (in `config`, the configuration
+    of the captions dataset) or the size of the image (in `row`) is unknown.
     """
-    if not weights or not row["width"] or not row["height"]:
+    preprocessing = parse_preprocessing(config.get("encoder", {}))
+    if preprocessing is None or not weights or not row["width"] or not row["height"]:
         return None
     try:
-        display = build_image_display([{"image_id": "", "attention": weights}], config.get("encoder", {}))
+        maps = make_attention_maps(np.array(weights, np.float32))
     except DatasetError:  # the maps are not square
         return None
-    if display.preprocessing is None:
-        return None
-    crop = _find_crop(display.preprocessing, row["width"], row["height"])
-    maps = display.attention_maps[""]
+    crop = _find_crop(preprocessing, row["width"], row["height"])
     return Attention(maps=[base64.b64encode(each.tobytes()).decode() for each in maps], crop=crop)
 
 

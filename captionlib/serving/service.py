@@ -7,7 +7,7 @@ import threading
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -44,15 +44,14 @@ __all__ = [
     "CursorError",
     "Search",
     "SearchService",
-    "make_cursor",
-    "make_failures_cursor",
+    "read_cursor",
 ]
 
 MAX_QUERY_CHARACTERS = 500
 MAX_RESULTS = 100
 MAX_OFFSET = 10_000
 
-_RESPONSE_COLUMNS = ("image_id", "caption", "log_prob", "image_text_score", "split", "width", "height", "score")
+_SHARED_COLUMNS = ("image_id", "caption", "log_prob", "image_text_score", "split", "width", "height")
 _SIMILAR_IMAGES = 24
 _SIMILAR_SENTENCES = 10
 _REFRESH_SECONDS = 1.0
@@ -64,33 +63,13 @@ class CursorError(QueryError):
 
 @dataclass(frozen=True)
 class Search:
-    """What a visitor searches for.
-
-    Attributes:
-        query: words, or a description of the images.
-        mode: what the query is compared with: words of captions (`text`), images (`sentence`), or both (`hybrid`).
-        split: dataset split of the images; None for all splits.
-        min_log_prob: minimum log-probability of a caption.
-        sort: order of the results in mode `text`.
-        source: name of the captions dataset of the images; None for all.
-        date: year or month in which the files of the images were last modified; None for all.
-        exclude_duplicates: whether to leave out images that are marked as duplicates.
-        similar_to: id of an image in the index, to find similar images. It is used only if there is no query.
-    """
+    """What a visitor searches for."""
 
     query: str = ""
     mode: SearchMode = "text"
-    split: str | None = None
-    min_log_prob: float | None = None
-    sort: Sort = "relevance"
-    source: str | None = None
-    date: str | None = None
-    exclude_duplicates: bool = False
-    similar_to: str | None = None
-
-    @property
-    def filter(self) -> Filter:
-        return Filter(None, self.split, self.min_log_prob, self.source, self.date, self.exclude_duplicates)
+    where: Filter = field(default_factory=Filter)
+    sort: Sort = "relevance"  # only in mode `text`
+    similar_to: str | None = None  # id of an image; only without a query
 
     @property
     def is_empty(self) -> bool:
@@ -104,12 +83,8 @@ class SearchService:
     Within the context, the service switches to a new version of the index within seconds after it is published. Exiting
     the context closes the models.
 
-    Args:
-        index: the index to search.
-        config: the limits of the web application.
-        models: a captioner, a ranker (dual encoder for image-text retrieval), or both. If None, searching by image is
-            disabled.
-        sentences: sentences to compare with uploaded images. If empty, the captions of similar images are used.
+    Searching by image needs `models`: a captioner, a ranker, or both. Uploaded images are compared with `sentences` or,
+    by default, with the captions of similar images.
     """
 
     def __init__(
@@ -153,15 +128,9 @@ class SearchService:
     def supports_image_search(self) -> bool:
         return self._models is not None
 
-    def search(self, search: Search, cursor: str | None, limit: int) -> SearchResponse:
-        """Searches the index.
-
-        `cursor` is the `next_cursor` of the previous page of the same search; None for the first page.
-
-        Raises:
-            CursorError: the cursor belongs to a different search.
-        """
-        query, where = search.query, search.filter
+    def search(self, search: Search, offset: int, limit: int) -> SearchResponse:
+        """Searches the index. `offset` is the number of results to skip."""
+        query, where = search.query, search.where
         response = SearchResponse(
             query=query,
             mode=search.mode,
@@ -172,7 +141,6 @@ class SearchService:
             facets=None,
             results=[],
         )
-        offset = _read_cursor(cursor, search)
         page = limit + 1, offset, where  # one more row shows whether there is a next page
         counts = None
         try:
@@ -205,16 +173,13 @@ class SearchService:
             response.suggestion = self.index.suggest_query(query)
         response.results = _to_results(table.slice(0, limit))
         if table.num_rows > limit and offset + limit <= MAX_OFFSET:
-            response.next_cursor = make_cursor(offset + limit, search)
+            response.next_cursor = _make_cursor(offset + limit, search)
         return response
 
     def find_adjacent(self, search: Search, position: int, image_id: str) -> tuple[str | None, str | None]:
-        """Returns the ids of the results before and after an image; an id is None if there is no result.
-
-        `position` is the position of the image in the results.
-        """
+        """Returns the ids of the results before and after the image at `position`, or None where there is no result."""
         first = max(0, position - 1)
-        ids = [result.image_id for result in self.search(search, make_cursor(first, search), 3).results]
+        ids = [result.image_id for result in self.search(search, first, 3).results]
         index = position - first
         if len(ids) <= index or ids[index] != image_id:  # the search index has changed
             return None, None
@@ -224,17 +189,8 @@ class SearchService:
         """Returns evenly spaced images of the index as examples."""
         return _to_results(self.index.sample(limit, where))
 
-    def count_duplicates(self) -> int:
-        """Returns the number of images in the index that are marked as duplicates of another image."""
-        return self.index.count_facets().duplicates
-
-    def find_failures(self, reason: str | None, source: str | None, cursor: str | None, limit: int) -> FailuresResponse:
-        """Returns images without a caption.
-
-        Raises:
-            CursorError: the cursor belongs to a different list.
-        """
-        offset = _read_cursor(cursor, (reason, source))
+    def find_failures(self, reason: str | None, source: str | None, offset: int, limit: int) -> FailuresResponse:
+        """Returns images without a caption. `offset` is the number of images to skip."""
         failures = self.index.failures
         found = failures.find(reason, source)
         has_next = len(found) > offset + limit and offset + limit <= MAX_OFFSET
@@ -242,7 +198,7 @@ class SearchService:
             total=len(found),
             reasons=failures.count("error"),
             sources=failures.count("source"),
-            next_cursor=make_failures_cursor(offset + limit, reason, source) if has_next else None,
+            next_cursor=_make_cursor(offset + limit, (reason, source)) if has_next else None,
             images=[
                 FailedImage(image_id=row["image_id"], source=row["source"], stage=row["stage"], reason=row["error"])
                 for row in found.slice(offset, limit).to_pylist()
@@ -250,22 +206,13 @@ class SearchService:
         )
 
     def get_image(self, image_id: str) -> ImageResponse:
-        """Returns one image with its caption candidates and similar images; see `Index.get_image`."""
+        """Returns one image with its caption candidates and similar images, or raises a QueryError."""
         row = self.index.get_image(image_id)
         details = self.index.get_details(image_id)
         config = self.index.find_dataset(image_id).config
         return ImageResponse(
-            image_id=image_id,
-            caption=row["caption"],
-            log_prob=row["log_prob"],
+            **{name: row[name] for name in (*_SHARED_COLUMNS, "modified", "version", "duplicate_of")},
             word_probability=_compute_word_probability(row["log_prob"], row["tokens"]),
-            image_text_score=row["image_text_score"],
-            split=row["split"],
-            width=row["width"],
-            height=row["height"],
-            modified=row["modified"],
-            version=row["version"],
-            duplicate_of=row["duplicate_of"],
             source=self.index.find_source(image_id),
             provenance=describe_provenance(config),
             references=details["references"],
@@ -285,7 +232,7 @@ class SearchService:
         return pa.Table.from_pylist(rows, ROW_SCHEMA).select(RESULT_COLUMNS)
 
     def get_image_uri(self, image_id: str) -> str:
-        """Returns the URI of an image, which must not be shown to visitors; see `Index.get_image`."""
+        """Returns the URI of an image, which must not be shown to visitors."""
         return str(self.index.get_image(image_id)["uri"])
 
     def caption(self, content: bytes) -> list[CaptionCandidate]:
@@ -315,7 +262,7 @@ class SearchService:
         if self._models is None:
             raise QueryError("searching by image is not available: the server has no ranker and no captioner")
         captions = self.caption(content) if self._models.can_caption else []
-        sentences: list[dict[str, Any]] = []
+        sentences: list[ScoredSentence] = []
         images: list[SearchResult] = []
         if self._models.can_embed and self.index.has_vectors:
             with MODEL_SECONDS.labels("embed").time():
@@ -324,43 +271,32 @@ class SearchService:
             candidates = self._sentences or list(dict.fromkeys(image.caption for image in images))
             if candidates:
                 ranked = self._models.rank_sentences(vector, candidates)
-                sentences = ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()
-        return ImageSearchResponse(
-            captions=captions,
-            sentences=[ScoredSentence(**row) for row in sentences],
-            images=images,
-        )
+                sentences = [ScoredSentence(**row) for row in ranked.slice(0, _SIMILAR_SENTENCES).to_pylist()]
+        return ImageSearchResponse(captions=captions, sentences=sentences, images=images)
 
     def _find_similar(self, image_id: str) -> list[SearchResult]:
-        if not self.index.has_vectors:
-            return []
         try:
             return _to_results(self.index.search_similar(image_id, _SIMILAR_IMAGES))
-        except QueryError:  # the image has no vector, because computing its embedding failed
+        except QueryError:  # the index has no vectors, or computing the embedding of the image failed
             return []
 
 
-def make_cursor(offset: int, search: object) -> str:
-    """Returns the cursor of the page that starts at an offset.
-
-    The cursor contains a checksum of `search`, the parameters of a search or of another list, so it is rejected for
-    different parameters.
-    """
+def _make_cursor(offset: int, search: object) -> str:
+    """Returns an offset with a checksum of the search, so that the cursor is rejected for other searches."""
     return f"{offset}-{zlib.crc32(repr(search).encode('utf-8', 'surrogatepass')):08x}"
 
 
-def make_failures_cursor(offset: int, reason: str | None, source: str | None) -> str:
-    """Returns the cursor that continues a list of images without a caption at an offset."""
-    return make_cursor(offset, (reason, source))
+def read_cursor(cursor: str | None, search: object) -> int:
+    """Returns the offset in a cursor, or 0 if there is no cursor. `search` identifies the search or list.
 
-
-def _read_cursor(cursor: str | None, search: object) -> int:
-    """Returns the offset in a cursor, or 0 if there is no cursor. See `make_cursor`."""
+    Raises:
+        CursorError: the cursor is damaged, or belongs to a different search.
+    """
     if not cursor:
         return 0
     found = re.fullmatch("([0-9]{1,5})-[0-9a-f]{8}", cursor)
     offset = int(found[1]) if found else -1
-    if cursor != make_cursor(offset, search) or offset > MAX_OFFSET + MAX_RESULTS:
+    if cursor != _make_cursor(offset, search) or offset > MAX_OFFSET + MAX_RESULTS:
         raise CursorError(
             "cursor: expected the next_cursor of a previous page of the same search; leave it out for the first page"
         )
@@ -371,20 +307,19 @@ def _to_results(table: pa.Table) -> list[SearchResult]:
     """Converts rows of the index, omitting the URIs of the images."""
     return [
         SearchResult(
-            **{name: row[name] for name in _RESPONSE_COLUMNS},
+            **{name: row[name] for name in (*_SHARED_COLUMNS, "score")},
             word_probability=_compute_word_probability(row["log_prob"], row["tokens"]),
             thumbnail_url=_thumbnail_url(row["image_id"], "small"),
         )
-        for row in table.drop_columns(["uri"]).to_pylist()
+        for row in table.to_pylist()
     ]
 
 
 def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[CaptionCandidate]:
     """Converts the candidate captions of a row.
 
-    `word_probability` requires the number of tokens, which the index stores only for the best candidate. If the best
-    candidate has one more token than words (the END token), tokens are words, so the tokens of all candidates can be
-    counted. Otherwise, `word_probability` is None.
+    The index stores the number of tokens only for the best candidate. If that is the number of its words and the END
+    token, tokens are words, and those of the other candidates are counted. Otherwise, `word_probability` is None.
     """
     tokens_are_words = row["tokens"] == len(row["caption"].split()) + 1
     return [
@@ -399,7 +334,7 @@ def _to_candidates(candidates: Sequence[dict[str, Any]], row: dict[str, Any]) ->
 
 
 def _compute_word_probability(log_prob: float, token_count: int) -> float:
-    """Returns the geometric mean of the probabilities of a caption's tokens."""
+    """Returns the geometric mean of the probabilities of the tokens."""
     return math.exp(min(0.0, log_prob) / max(1, token_count))
 
 

@@ -22,28 +22,15 @@ _M_ARENA_MAX = -8  # from glibc's malloc.h
 
 @configclass
 class AppConfig:
-    """Paths and settings of the web application. They are passed to every server process.
-
-    Attributes:
-        index: folder of the index.
-        thumbnails: folder for thumbnails.
-        ranker: folder of the ranker (dual encoder for image-text retrieval) that computed the embeddings of the index.
-        captioner: folder of the captioner for uploaded images.
-        weights: weights file of the image encoder, if the models were trained with an encoder from a file.
-        sentences: text file of sentences to compare uploaded images with, one per line.
-        generation: how to caption uploaded images. The keys are those of the configuration of `captionlib
-            generate-captions`, such as `decoding`.
-        device: device of the models: `auto`, `cpu`, `cuda` or `cuda:N`.
-        serving: limits of the application.
-    """
+    """Folders, files and settings of the web application. They are passed to every server process."""
 
     index: str
     thumbnails: str
-    ranker: str | None = None
-    captioner: str | None = None
-    weights: str | None = None
-    sentences: str | None = None
-    generation: dict[str, Any] = field(default_factory=dict)
+    ranker: str | None = None  # computed the embeddings of the index
+    captioner: str | None = None  # for uploaded images
+    weights: str | None = None  # of the image encoder, if the models were trained with an encoder from a file
+    sentences: str | None = None  # text file to compare uploaded images with, one sentence per line
+    generation: dict[str, Any] = field(default_factory=dict)  # see `GenerationConfig`
     device: str = "auto"
     serving: ServingConfig = field(default_factory=ServingConfig)
 
@@ -59,8 +46,8 @@ def load_app(config: AppConfig) -> FastAPI:
     _limit_allocator()
     limits = config.serving
     if config.ranker is None and config.captioner is None:
-        service = SearchService(open_index(config.index, refresh_seconds=None), limits)
-        return create_app(service, Path(config.thumbnails))
+        index = open_index(config.index, refresh_seconds=None)
+        return create_app(SearchService(index, limits), Path(config.thumbnails))
 
     from captionlib.models.families.ranker import open_ranker  # imports torch, which takes seconds
     from captionlib.models.inference.captioning import GenerationConfig

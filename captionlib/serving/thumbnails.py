@@ -31,10 +31,7 @@ __all__ = ["ThumbnailSize", "Thumbnails", "create_thumbnails", "remove_thumbnail
 
 ThumbnailSize = Literal["small", "large"]
 
-_PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {
-    "small": SizeLimit(400),
-    "large": SizeLimit(1280),
-}
+_PREPROCESSING: dict[ThumbnailSize, SizeLimit] = {"small": SizeLimit(400), "large": SizeLimit(1280)}
 _FAILURE_CACHE_SECONDS = 30.0
 _MAX_CACHED_FAILURES = 10_000
 _PRUNE_EVERY = 200  # created thumbnails
@@ -47,8 +44,8 @@ _MAX_WAIT_SECONDS = 5.0
 class Thumbnails:
     """Creates thumbnails and stores them as JPEG files in a folder. Exiting the context stops its threads.
 
-    Images are fetched and decoded in a separate thread pool, so slow hosts do not delay other requests. A host can use
-    only a quarter of these threads.
+    Slow hosts do not delay other requests, because images are fetched and decoded in separate threads, and a host can
+    use only a quarter of them.
     """
 
     def __init__(self, folder: Path, config: ServingConfig) -> None:
@@ -62,8 +59,9 @@ class Thumbnails:
         threads = config.max_concurrent_fetches
         per_host = max(1, threads // _HOST_DIVISOR)
         max_waiting = _MAX_WAITING_PER_THREAD * threads
-        self._threads = FairThreadPool("thumbnails", threads, per_host, max_waiting, _MAX_WAIT_SECONDS)
-        self._resources.callback(self._threads.close)
+        self._threads = self._resources.enter_context(
+            FairThreadPool("thumbnails", threads, per_host, max_waiting, _MAX_WAIT_SECONDS)
+        )
         fetching = FetchConfig(
             timeout_seconds=config.image_timeout_seconds, attempts=1, allow_private_hosts=config.allow_private_hosts
         )
@@ -85,8 +83,6 @@ class Thumbnails:
 
     async def get(self, uri: str, size: ThumbnailSize) -> bytes:
         """Returns the thumbnail of an image. `uri` must come from a dataset, not from a visitor.
-
-        Concurrent calls for the same thumbnail fetch the image only once.
 
         Raises:
             ImageError: the image cannot be read; the error is cached for half a minute.

@@ -57,11 +57,7 @@ def split_protocol(address: str) -> tuple[str, str]:
 
 
 def strip_local_protocol(url: str) -> str:
-    """Returns the absolute path of a local path or of a `file:` URL. The path is not percent-decoded.
-
-    Raises:
-        ConfigError: the URL names a different host.
-    """
+    """Returns the absolute path of a local path or of a `file:` URL. The path is not percent-decoded."""
     protocol, url = split_protocol(url)
     if protocol:
         host, slash, path = url[len(protocol) + len("://") :].partition("/")
@@ -100,8 +96,7 @@ def open_file_system(address: str | os.PathLike[str], **options: Any) -> tuple[A
     `options` are passed to the file system. They override options that the address contains, such as a host or a port.
 
     Raises:
-        ConfigError: the address is empty or chains file systems, or its protocol is unknown, is one of
-            `UNSAFE_PROTOCOLS`, or needs a package that is not installed.
+        ConfigError: the address is empty, unsafe or not supported.
     """
     given = os.fspath(address)
     protocol, url = split_protocol(given)

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, cast
 from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import ConfigError, StorageError
-from captionlib.storage.file_systems import open_file_system
-from captionlib.storage.remote_errors import is_temporary_error
+from captionlib.storage.file_systems import open_file_system, split_protocol
+from captionlib.storage.remote_errors import get_http_status, is_temporary_error
 from captionlib.storage.retries import RangedFile, call_with_retries, convert_os_errors, find_file_type
 
 __all__ = [
@@ -73,7 +73,6 @@ class Folder:
 
     @property
     def fs(self) -> Any:
-        """The fsspec file system of the folder."""
         return self._opened[0]
 
     @property
@@ -82,15 +81,13 @@ class Folder:
 
     @property
     def _has_atomic_put(self) -> bool:
-        protocols = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-        return bool(protocols & _ATOMIC_PUT)
+        return split_protocol(self.uri)[0] in _ATOMIC_PUT
 
     def path(self, name: str) -> str:
-        """Returns the path of a file within the file system. If `name` is empty, the path of the folder is returned."""
+        """Returns the path of a file within the file system, or of the folder if `name` is empty."""
         return f"{self._opened[1].rstrip('/')}/{name}".rstrip("/")
 
     def address(self, name: str) -> str:
-        """Returns the path or URL of a file in the folder, for messages to the user."""
         return f"{self.uri}/{name}"
 
     def list(self, subfolder: str = "") -> list[str]:
@@ -99,30 +96,28 @@ class Folder:
 
         def list_paths() -> list[str]:
             self.fs.invalidate_cache()
-            try:
-                paths: list[str] = self.fs.ls(folder, detail=False)
-            except FileNotFoundError:
-                return []
+            paths: list[str] = self.fs.ls(folder, detail=False)
             self.fs.invalidate_cache()  # cached listings take about 1 kB of memory per file
             return paths
 
-        paths = [path.rstrip("/") for path in call_with_retries(folder, list_paths)]
+        try:
+            paths = [path.rstrip("/") for path in call_with_retries(folder, list_paths)]
+        except FileNotFoundError:
+            return []
         return sorted(path.rsplit("/", 1)[-1] for path in paths if path != folder)
 
     def exists(self, name: str) -> bool:
-        """Returns whether there is a file or a folder with this name.
-
-        Raises:
-            StorageError: the storage failed or refused the request.
-        """
-        return find_file_type(self.fs, self.path(name)) is not None
+        """Returns whether there is a file or a folder with this name. If a web server answers 403, returns False."""
+        try:
+            return find_file_type(self.fs, self.path(name)) is not None
+        except StorageError as error:
+            # A public bucket that cannot be listed answers 403 for a missing file.
+            if split_protocol(self.uri)[0] in ("http", "https") and get_http_status(error) == 403:
+                return False
+            raise
 
     def fetch_version(self, name: str) -> str:
-        """Returns a string that changes whenever the file is replaced. Does not read the file.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-        """
+        """Returns a string that changes whenever the file is replaced. Does not read the file."""
         path = self.path(name)
 
         def fetch() -> str:
@@ -152,7 +147,6 @@ class Folder:
                 yield from contents
 
     def download(self, name: str, local_path: Path) -> None:
-        """Copies a file to a local path."""
         path = self.path(name)
         call_with_retries(path, lambda: self.fs.get_file(path, str(local_path)))
 
@@ -163,8 +157,8 @@ class Folder:
     def create(self, name: str, content: bytes) -> bool:
         """Writes a small file unless it exists, and returns whether it was written.
 
-        If several processes create the same file at once, only one succeeds. On object stores other than S3, several
-        may succeed, and the file of the last one remains.
+        If several processes create the same file at once, one succeeds. On object stores other than S3, several may
+        succeed, and the file of the last one remains.
         """
         path = self.path(name)
         try:
@@ -248,10 +242,7 @@ class Folder:
         call_with_retries(self.path(name), publish)
 
     def move(self, old_name: str, new_name: str) -> None:
-        """Renames a file, and replaces any file that has the new name. Does nothing if the old file does not exist.
-
-        On object stores, the file is copied, and the old file remains.
-        """
+        """Renames a file, if it exists, and replaces any file with the new name. On object stores, copies the file."""
         old, new = self.path(old_name), self.path(new_name)
         if self.is_local:
             try:
@@ -293,8 +284,7 @@ class Folder:
     def remove_if_equal(self, name: str, content: bytes) -> None:
         """Removes a file if its content equals `content`.
 
-        On a local file system, several processes can call this at once. Each one locks the file before it compares the
-        content, so none removes a file that another process has just created.
+        Local files are locked, so that no process removes a file that another process has just created.
         """
         if not self.is_local:
             with suppress(FileNotFoundError):
@@ -311,10 +301,7 @@ class Folder:
 
 @contextmanager
 def _create_temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    """Yields the path of a new file, and removes the file when the block ends.
-
-    Within the block, a lock protects the file from `Folder.remove_temporary_files`.
-    """
+    """Yields the path of a new file, which is removed when the block ends and locked until then."""
     while True:
         with convert_os_errors(str(folder)):
             try:
@@ -355,20 +342,13 @@ def convert_full_disk_errors(address: str) -> Iterator[None]:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Creates a folder for temporary files on this machine, and removes it when the block ends.
-
-    Raises:
-        StorageError: the disk with the temporary files is full or read-only.
-    """
+    """Creates a folder for temporary files on this machine, and removes it when the block ends."""
     with tempfile.TemporaryDirectory(prefix="captionlib-") as path, convert_full_disk_errors(path):
         yield Path(path)
 
 
 def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
-    """Returns the contents of the files that were read, and the paths of the files to read again.
-
-    Raises the first permanent error. If no file was read, temporary errors are raised too.
-    """
+    """Returns the contents of the files that were read, and the paths of the files to read again."""
     results = fs.cat_ranges(paths, None, None, on_error="return")
     contents = [result for result in results if isinstance(result, bytes)]
     errors = {
@@ -383,7 +363,6 @@ def _read_batch(fs: Any, paths: list[str]) -> tuple[list[bytes], list[str]]:
 
 
 def list_addresses(addresses: Addresses) -> list[str | os.PathLike[str]]:
-    """Returns one or several addresses as a list."""
     return [addresses] if isinstance(addresses, str | os.PathLike) else list(addresses)
 
 
@@ -394,18 +373,13 @@ def resolve_address(address: str | os.PathLike[str]) -> str:
 
 
 def write_file(address: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file at a local path or a URL; see `stage_file`."""
     with stage_file(address) as path:
         path.write_bytes(content)
 
 
 @contextmanager
 def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a local path to write. Publishes the file at `address` when the block ends without an exception.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """Yields a local path to write. Publishes the file at `address` when the block ends without an exception."""
     fs, path = open_file_system(address)
     try:
         if isinstance(fs, LocalFileSystem):
@@ -427,8 +401,7 @@ def stage_file(address: str | os.PathLike[str]) -> Iterator[Path]:
 def _create_partial_file(destination: Path) -> Iterator[Path]:
     """Yields the path of a file beside `destination`, and removes the file when the block ends.
 
-    Its name is `NAME.partial`, so that a file left by a killed process is overwritten. While another process writes
-    this file, a unique name is used instead.
+    It overwrites `NAME.partial`, the file of a killed process, unless another process is writing that file.
     """
     with ExitStack() as stack:
         for suffix in (".partial", f".{uuid.uuid4().hex}.partial"):

@@ -29,11 +29,7 @@ _HELD_LOCKS: set[str] = set()  # ids of the locks that this process holds
 
 @contextmanager
 def lock_folder(folder: Folder, command: str) -> Iterator[None]:
-    """Holds the lock of a folder until the block ends.
-
-    Args:
-        folder: folder to lock.
-        command: name of the running command, shown in the error messages of other processes that need the folder.
+    """Holds the lock of a folder until the block ends. Errors of other processes show the name of the command.
 
     Raises:
         LockError: another process holds the lock.
@@ -98,7 +94,6 @@ def _is_running(process: Any) -> bool:
 
 
 def _read(folder: Folder) -> bytes | None:
-    """Returns the content of the lock file, or None if there is no lock."""
     try:
         return folder.read(LOCK_FILE)
     except (FileNotFoundError, NotADirectoryError):
@@ -106,7 +101,7 @@ def _read(folder: Folder) -> bytes | None:
 
 
 def _decode(content: bytes | None) -> dict[str, Any]:
-    """Returns the description of the owner in a lock file; empty if the file is missing or damaged."""
+    """Returns the description of the owner; empty if the lock file is missing or damaged."""
     try:
         owner = json.loads(content or b"{}")
     except (ValueError, RecursionError):

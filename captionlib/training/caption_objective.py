@@ -1,15 +1,17 @@
-"""Trains captioners with cross-entropy, and validates them by perplexity and by the CIDEr of generated captions."""
+"""Trains captioners with cross-entropy or on bags of words. Validates by perplexity and CIDEr."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from itertools import chain
+from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from captionlib.data.batches.captions import CaptionBatch, CaptionBatches
 from captionlib.data.batches.images import ImageBatches
-from captionlib.data.text.vocabulary import Vocabulary
+from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.evaluation.caption_scores import CiderScorer
 from captionlib.models.captioners.captioner import CaptionerNetwork, TokenLogProbs
@@ -17,26 +19,24 @@ from captionlib.models.captioners.end_to_end import ImageCaptioner
 from captionlib.models.captioners.packed_sequences import pad_sentences
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
-from captionlib.training.objective import BatchLoss, Model, Objective, SaveModel, compute_perplexity
+from captionlib.training.objective import BatchLoss, Model, Objective, SaveCheckpoint, compute_perplexity
 
-__all__ = ["Batches", "CaptioningObjective", "CiderValidation"]
-
-Batches: TypeAlias = CaptionBatches | ImageBatches
+__all__ = ["BagOfWordsObjective", "CaptioningObjective", "CiderValidation"]
 
 
 class CaptioningObjective(Objective[CaptionBatch, Model]):
-    """Maximizes the log-probability of reference captions. Validates by perplexity, and by CIDEr if configured.
+    """Maximizes the log-probability of reference captions.
 
     The model is a `CaptionerNetwork` or any module with the same `forward`. If `cider` is set, CIDEr selects the best
-    epoch. See `Objective` and `CaptionerTrainingConfig` for the other arguments.
+    epoch; otherwise, perplexity does.
     """
 
     def __init__(
         self,
         model: Model,
-        training: Batches,
-        validation: Batches,
-        save: SaveModel[Model],
+        training: CaptionBatches | ImageBatches,
+        validation: CaptionBatches | ImageBatches,
+        save: SaveCheckpoint,
         label_smoothing: float = 0.0,
         cider: "CiderValidation | None" = None,
         module_learning_rates: Mapping[str, float] | None = None,
@@ -56,7 +56,6 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         return self._training.count(self._group.world_size)
 
     def loss(self, batch: CaptionBatch) -> BatchLoss:
-        """Computes the mean negative log-probability per token. The reported total ignores label smoothing."""
         log_probs, _, mean_log_probs = self.score(batch, mean_log_probs=self._smoothing > 0)
         total = -log_probs.sum()
         smoothed = total
@@ -65,16 +64,12 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         return BatchLoss(smoothed / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes the perplexity, exp(-sum ln p / number of tokens including END), and CIDEr if configured."""
         log_probs = (self.score(batch).log_probs for batch in self._validation.in_order())
         scores = {"perplexity": compute_perplexity(log_probs)}
         return scores if self._cider is None else {**scores, "CIDEr": self._cider.score(self.model)}
 
     def score(self, batch: CaptionBatch, mean_log_probs: bool = False) -> TokenLogProbs:
-        """Computes the log-probability of each token of a batch of captions.
-
-        With `mean_log_probs`, also computes the mean log-probability over the vocabulary. See `CaptionerNetwork`.
-        """
+        """Computes the log-probability of each token and, optionally, the mean log-probability over the vocabulary."""
         scores: TokenLogProbs = self.model(
             torch.from_numpy(batch.features).to(self._device),
             pad_sentences(batch.sentences).to(self._device),
@@ -84,11 +79,38 @@ class CaptioningObjective(Objective[CaptionBatch, Model]):
         return scores
 
 
+class BagOfWordsObjective(CaptioningObjective[CaptionerNetwork]):
+    """Maximizes the log-probability of each word of an image's captions that is in the vocabulary, given the image.
+
+    On small datasets, this is a first stage that trains the layers that process the image: attention, and the encoder
+    layers that are fine-tuned with the captioner (`encoder_top`).
+    """
+
+    score_name = "word_perplexity"
+
+    def loss(self, batch: CaptionBatch) -> BatchLoss:
+        log_probs = self._score_words(batch)
+        total = -log_probs.sum()
+        return BatchLoss(total / max(len(log_probs), 1), total.item(), len(log_probs))
+
+    def validate(self) -> dict[str, float]:
+        return {"word_perplexity": compute_perplexity(map(self._score_words, self._validation.in_order()))}
+
+    def _score_words(self, batch: CaptionBatch) -> Tensor:
+        """Returns the log-probability of each caption word that is in the vocabulary, `[words] float32`."""
+        words = np.fromiter(chain.from_iterable(batch.sentences), np.int64)
+        image_of_word = np.repeat(batch.image_of_caption, [len(sentence) for sentence in batch.sentences])
+        is_known = words != UNKNOWN
+        log_probs = self.model.predict_bag_of_words(torch.from_numpy(batch.features).to(self._device))
+        rows, columns = (torch.from_numpy(ids[is_known]).to(self._device) for ids in (image_of_word, words))
+        selected: Tensor = log_probs[rows, columns]
+        return selected
+
+
 class CiderValidation:
     """Measures the CIDEr of the captions that a captioner generates for the validation images.
 
-    The caption of an unreadable image is empty. `references` holds the reference captions of each image, in the order
-    of `batches`.
+    `references` holds the reference captions of each image of `batches`. An unreadable image has an empty caption.
 
     Raises:
         ConfigError: Java, which CIDEr's tokenizer requires, is missing, or `decoding` requires a ranker or a datastore.
@@ -96,7 +118,11 @@ class CiderValidation:
     """
 
     def __init__(
-        self, batches: Batches, references: Sequence[Sequence[str]], vocabulary: Vocabulary, decoding: DecodingConfig
+        self,
+        batches: CaptionBatches | ImageBatches,
+        references: Sequence[Sequence[str]],
+        vocabulary: Vocabulary,
+        decoding: DecodingConfig,
     ) -> None:
         if decoding.rerank.method == "image_text":
             raise ConfigError("decoding.rerank.method: expected none or mbr during training, got image_text; change it")
@@ -118,7 +144,7 @@ class CiderValidation:
         decoder = Decoder(captioner, self._decoding, vocabulary=self._vocabulary)
         captions = [""] * self._image_count
         for image_indices, inputs in self._batches.images_in_order():
-            features: npt.NDArray[Any] | torch.Tensor = inputs
+            features: npt.NDArray[Any] | Tensor = inputs
             if isinstance(model, ImageCaptioner):
                 pixels = torch.from_numpy(inputs).to(next(model.parameters()).device)
                 features = model.encoder.encode(pixels).float()

@@ -5,6 +5,7 @@ import sys
 from dataclasses import field, replace
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from captionlib.config import configclass, to_dict
@@ -25,8 +26,7 @@ from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
-from captionlib.training.bag_of_words import BagOfWordsObjective
-from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
+from captionlib.training.caption_objective import BagOfWordsObjective, CaptioningObjective, CiderValidation
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import (
     build_captioner,
@@ -35,9 +35,10 @@ from captionlib.training.initialization import (
     load_initial_captioner,
     require_other_folder,
 )
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, train
 from captionlib.training.objective import Objective
 from captionlib.training.self_critical import SelfCriticalConfig, SelfCriticalObjective
+from captionlib.training.state import check_run_folder, delete_run
 
 __all__ = ["CaptionerTrainingConfig", "train_captioner"]
 
@@ -62,8 +63,7 @@ class CaptionerTrainingConfig:
             captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if `tokenization` is `characters`.
+        max_words: words or characters after which training truncates a caption. If None, 30 words or 200 characters.
         batch_images: images per batch in each process. The batch contains all captions of these images.
         random_crop: crop feature maps to at least this fraction of their height and width; 0 disables cropping.
         horizontal_flip: flip feature maps with probability 0.5. This has an effect only with attention or `encoder_top`
@@ -155,7 +155,7 @@ def train_captioner(
         progress: show a progress bar.
 
     Returns:
-        The metrics of each epoch, as described by `train` in loop.py.
+        The metrics of each epoch, which are also in `metrics.jsonl`.
 
     Raises:
         DatasetError: the features are incomplete, or a split has no captions.
@@ -172,27 +172,25 @@ def train_captioner(
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
-        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: check_run_folder(folder))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
-        seed_everything(config.training.seed)
+        torch.manual_seed(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
         if progress and group.is_first and "word_vectors" in provenance:
             print(f"word vectors: {provenance['word_vectors']}", file=sys.stderr)
-        settings = {
-            "features": dataset.compute_content_checksum(),
-            "world_size": group.world_size,
-            **to_dict(config),
-        }
+        settings = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
         if "init_from" in provenance:
             settings["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
         objective = _make_objective(dataset, model.to(process_device), vocabulary, config, provenance)
+        if overwrite:
+            group.run_on_process_0(lambda: delete_run(folder))
         return train(objective, config.training, folder, settings, progress)
 
 
 def _initialize(
     config: CaptionerTrainingConfig, dataset: ShardedDataset, weights: str | None
 ) -> tuple[CaptionerNetwork, Vocabulary, CaptionerTrainingConfig, dict[str, Any]]:
-    """Builds or loads a captioner. Also returns its vocabulary, configuration and provenance (its training data)."""
+    """Returns the initial captioner, its vocabulary, the resolved configuration and a record of the training data."""
     provenance: dict[str, Any] = {
         **describe_training_data(dataset, config.train_splits, config.validation_splits),
         "objective": config.objective,
@@ -217,20 +215,18 @@ def _make_objective(
     config: CaptionerTrainingConfig,
     provenance: dict[str, Any],
 ) -> Objective[Any, CaptionerNetwork]:
-    encode = make_caption_tokenizer(vocabulary, config.max_words)
     training, validation = _make_batches(dataset, config, model, vocabulary)
     cider = None
     if config.best_by == "cider":
-        references = [
-            captions for captions in read_references(dataset, config.validation_splits) if any(map(encode, captions))
-        ]
+        all_references = read_references(dataset, config.validation_splits)
+        references = [captions for captions in all_references if any(map(vocabulary.encode, captions))]
         cider = CiderValidation(validation, references, vocabulary, config.decoding)
     module_learning_rates = {}
     if model.encoder_top is not None:
         module_learning_rates["encoder_top"] = config.encoder_top_learning_rate
         model.encoder_top.requires_grad_(config.encoder_top_learning_rate > 0)
 
-    def save(output: Folder, model: CaptionerNetwork, history: dict[str, Any]) -> None:
+    def save(output: Folder, history: dict[str, Any]) -> None:
         encoder, record = dataset.config["encoder"], add_versions_and_time(provenance)
         save_captioner(output, model, vocabulary, encoder, provenance=record, training=history)
 
@@ -243,17 +239,15 @@ def _make_objective(
         [*vocabulary.encode(caption), END] for caption in read_captions(dataset, config.validation_splits)
     )
     if config.objective == "self_critical":
-        reference_ids = (list(map(encode, captions)) for captions in read_references(dataset, config.train_splits))
+        train_references = read_references(dataset, config.train_splits)
+        reference_ids = (list(map(training.encode, captions)) for captions in train_references)
         max_tokens = config.decoding.find_max_tokens(vocabulary.unit)
         return SelfCriticalObjective(captioning, config.self_critical, reference_ids, max_tokens)
     return captioning
 
 
 def _make_batches(
-    dataset: ShardedDataset,
-    config: CaptionerTrainingConfig,
-    model: CaptionerNetwork,
-    vocabulary: Vocabulary,
+    dataset: ShardedDataset, config: CaptionerTrainingConfig, model: CaptionerNetwork, vocabulary: Vocabulary
 ) -> tuple[CaptionBatches, CaptionBatches]:
     augmentation = FeatureMapAugmentation(config.random_crop, config.horizontal_flip)
     if augmentation and len(get_feature_shape(dataset)) == 1:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,17 +29,14 @@ class ProcessGroup:
     Attributes:
         rank: the index of this process, from 0.
         world_size: the number of processes.
+        is_first: whether this is process 0.
     """
 
     def __init__(self) -> None:
         is_distributed = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank() if is_distributed else 0
         self.world_size: int = dist.get_world_size() if is_distributed else 1
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is process 0."""
-        return self.rank == 0
+        self.is_first = self.rank == 0
 
     def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
         """Returns the sum of each value over all processes."""
@@ -47,17 +44,15 @@ class ProcessGroup:
             return list(values)
         summed = torch.tensor(values, dtype=torch.float64, device=device)
         dist.all_reduce(summed)
-        totals: list[float] = summed.tolist()
-        return totals
+        return cast(list[float], summed.tolist())
 
     def average_gradients(self, parameters: Sequence[Tensor], weight: float) -> None:
         """Replaces each gradient with its weighted average over all processes.
 
         `weight` is the weight of this process. The weights of all processes must sum to 1.
-
-        DistributedDataParallel is unsuitable. It weights all processes equally, and requires that each process has a
-        part of every batch. It also requires calls to `forward`, whereas some objectives call other methods.
         """
+        # DistributedDataParallel weights all processes equally, needs a part of every batch in each process, and only
+        # supports calls of `forward`.
         if self.world_size == 1:
             return
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -87,8 +82,7 @@ class ProcessGroup:
         dist.broadcast_object_list(outcome)
         if outcome[1] is not None:
             raise outcome[1]
-        value: Value = outcome[0]
-        return value
+        return cast(Value, outcome[0])
 
     def gather(self, value: Value) -> list[Value]:
         """Returns the values of all processes, in the order of their ranks."""
@@ -106,13 +100,9 @@ def is_first_process() -> bool:
 
 @contextmanager
 def join_process_group(device: torch.device) -> Iterator[torch.device]:
-    """Joins the process group for the duration of the block if `torchrun` started this process.
+    """Joins the process group during the block if `torchrun` started this process. Yields the device to use.
 
-    Args:
-        device: the configured device. With CUDA, each process uses its own GPU.
-
-    Yields:
-        The device of this process.
+    With CUDA, each process uses its own GPU.
 
     Raises:
         ConfigError: CUDA is used, and this machine has more processes than GPUs.

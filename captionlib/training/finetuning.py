@@ -6,12 +6,10 @@ the encoder. The encoder has its own learning rate (1e-5 in neuraltalk2) and sta
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -35,8 +33,9 @@ from captionlib.models.encoders.weights import serialize_weights
 from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
 from captionlib.training.distributed import ProcessGroup, join_process_group
-from captionlib.training.initialization import require_other_folder
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
+from captionlib.training.initialization import describe_training_data, require_other_folder
+from captionlib.training.loop import TrainingConfig, train
+from captionlib.training.state import check_run_folder, delete_run
 
 __all__ = ["EncoderFinetuningConfig", "FinetuningConfig", "finetune_captioner"]
 
@@ -65,8 +64,7 @@ class FinetuningConfig:
         training: settings of the training loop, including the captioner's learning rate.
         train_splits: the training splits; `restval` is the part of COCO's validation set that is used for training.
         validation_splits: the splits that select the best epoch.
-        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if the captioner's tokens are characters.
+        max_words: words or characters after which training truncates a caption. If None, 30 words or 200 characters.
         batch_images: images per batch in each process. The batch contains all captions of these images.
         horizontal_flip: flip each image with probability 0.5.
         label_smoothing: the fraction of the probability of each reference token that is spread over the vocabulary.
@@ -128,25 +126,23 @@ def finetune_captioner(
     with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, process_device)
-        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: check_run_folder(folder))
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
+        provenance = {
+            **describe_training_data(dataset, config.train_splits, config.validation_splits),
+            "init_from": {"checkpoint": config.init_from, "fingerprint": initial.fingerprint},
+        }
         settings = {
-            "manifest": dataset.compute_content_checksum(),
+            "manifest": provenance["manifest"],
             "world_size": group.world_size,
             "init_from_fingerprint": initial.fingerprint,
             **to_dict(config),
         }
-        provenance = {
-            "manifest": dataset.compute_content_checksum(),
-            "data": {
-                "training": _describe_rows(config.train_splits, training),
-                "validation": _describe_rows(config.validation_splits, validation),
-            },
-            "init_from": {"checkpoint": config.init_from, "fingerprint": initial.fingerprint},
-        }
+        if overwrite:
+            group.run_on_process_0(lambda: delete_run(folder))
         skipped = SkippedImages(folder, group.rank, len(training) + len(validation), config.max_failure_ratio)
-        seed_everything(config.training.seed)
+        torch.manual_seed(config.training.seed)
         with open_loader(config.loading, encoder.preprocessing) as load:
             objective = _make_objective(config, initial, encoder, provenance, training, validation, load, skipped)
             try:
@@ -155,12 +151,6 @@ def finetune_captioner(
                 skipped.write()
                 if len(skipped):
                     print(f"{skipped.describe()}: see {folder.address(FAILURES_FOLDER)}", file=sys.stderr)
-
-
-def _describe_rows(splits: Sequence[str], rows: pa.Table) -> dict[str, Any]:
-    """Describes the images of some splits for the checkpoint's provenance (the record of its training data)."""
-    captions = pc.sum(pc.list_value_length(rows["captions"])).as_py()
-    return {"splits": list(splits), "images": len(rows), "captions": captions}
 
 
 def _load_trainable_encoder(
@@ -201,7 +191,7 @@ def _make_objective(
     if config.best_by == "cider":
         cider = CiderValidation(validation_batches, validation["captions"].to_pylist(), vocabulary, config.decoding)
 
-    def save(output: Folder, model: ImageCaptioner, history: dict[str, Any]) -> None:
+    def save(output: Folder, history: dict[str, Any]) -> None:
         weights = model.encoder.export_weights()
         save_captioner(
             output,

@@ -47,14 +47,13 @@ def build_captioner(
 ) -> CaptionerNetwork:
     """Builds a captioner, initialized with statistics of the features and words of the training splits.
 
-    `weights` is the encoder's weights file, if any. It also contains the weights of `encoder_top`, the encoder layers
-    that are fine-tuned with the captioner.
+    `weights` is the encoder's weights file, which also contains those of `encoder_top`, the encoder layers that are
+    fine-tuned with the captioner.
 
     Raises:
         DatasetError: the captioner has attention, but the features are one vector per image.
         CheckpointError: the weights belong to a different encoder.
-        ConfigError: `encoder_top` does not come after the node that the features were extracted at, or its weights are
-            missing.
+        ConfigError: `encoder_top` does not follow the node of the features, or its weights are missing.
     """
     shape = get_feature_shape(dataset)
     if config.attention_size and len(shape) == 1:
@@ -78,9 +77,9 @@ def build_captioner(
 def describe_training_data(
     dataset: ShardedDataset, train_splits: Sequence[str], validation_splits: Sequence[str]
 ) -> dict[str, Any]:
-    """Returns the provenance (record of the training data) of a model that is trained on a features dataset."""
+    """Returns a record of the training data of a model that is trained on a features dataset or a manifest."""
     provenance = {
-        "features": dataset.compute_content_checksum(),
+        dataset.kind: dataset.compute_content_checksum(),
         "data": count_training_data(dataset, train_splits, validation_splits),
     }
     return {**provenance, ENCODER_ADDRESS: dataset.encoder_weights} if dataset.encoder_weights else provenance
@@ -88,10 +87,7 @@ def describe_training_data(
 
 @torch.no_grad()
 def _set_feature_statistics(model: CaptionerNetwork, dataset: ShardedDataset, splits: Sequence[str]) -> None:
-    """Computes the standardization or principal components of a captioner from the features of the training splits.
-
-    If the captioner has an `encoder_top`, the statistics are those of its output.
-    """
+    """Computes the standardization or the principal components of the features, or of the output of `encoder_top`."""
 
     def compute_features(rows: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
         features = torch.from_numpy(rows.astype(np.float32))
@@ -125,9 +121,7 @@ def require_other_folder(init_from: str | None, output: Folder) -> None:
 
 
 def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: ShardedDataset) -> LoadedCaptioner:
-    """Loads the captioner whose weights, architecture and vocabulary a run starts from.
-
-    Values of `config` that differ from the defaults must match the checkpoint.
+    """Loads the captioner of a checkpoint. Values of `config` that differ from the defaults must match it.
 
     Raises:
         CheckpointError: the folder is not a checkpoint, or its captioner uses a different encoder.
@@ -147,9 +141,7 @@ def load_initial_captioner(folder: str, config: CaptionerConfig, dataset: Sharde
 
 @torch.no_grad()
 def initialize_word_vectors(model: CaptionerNetwork, vocabulary: Vocabulary, uri: str) -> dict[str, Any]:
-    """Initializes word embeddings from a word2vec, GloVe or fastText file.
-
-    Words that are not in the file keep their random embeddings.
+    """Initializes word embeddings from a word2vec, GloVe or fastText file. Missing words keep random embeddings.
 
     Returns:
         `file`, the numbers of `found` and `missing` words, and `examples`: the five most frequent missing words.

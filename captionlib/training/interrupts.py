@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from captionlib.errors import TrainingInterrupted
 
@@ -11,14 +11,10 @@ __all__ = ["catch_stop_signals"]
 
 @contextmanager
 def catch_stop_signals(abort_on_repeat: bool = True) -> Iterator[Callable[[], bool]]:
-    """Catches Ctrl-C and SIGTERM within the block.
+    """Catches Ctrl-C and SIGTERM within the block. Yields a function that returns whether a signal has arrived.
 
-    Args:
-        abort_on_repeat: raise KeyboardInterrupt on the second signal. Turn this off under `torchrun`, which repeats
-            signals that the processes have already received from the terminal.
-
-    Yields:
-        A function that returns whether a signal has arrived.
+    With `abort_on_repeat`, the second signal raises KeyboardInterrupt. Turn this off under `torchrun`, which repeats
+    signals that the processes have already received from the terminal.
     """
     received: list[int] = []
 
@@ -28,11 +24,9 @@ def catch_stop_signals(abort_on_repeat: bool = True) -> Iterator[Callable[[], bo
         received.append(number)
 
     previous = {}
-    try:
+    with suppress(ValueError):  # only the main thread can handle signals
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, handle)
-    except ValueError:  # only the main thread can handle signals
-        previous = {}
     try:
         yield lambda: bool(received)
     except TrainingInterrupted as interruption:

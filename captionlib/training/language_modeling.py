@@ -16,14 +16,16 @@ from captionlib.config import configclass, to_dict
 from captionlib.data.batches.text import SentenceBatches, SequenceBatches, TextBatches
 from captionlib.data.text.corpora import TextLayout, open_corpus
 from captionlib.data.text.vocabulary import END, PAD, Tokenization, Vocabulary
+from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.checkpoints.checkpoint import save_language_model
 from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
-from captionlib.training.objective import BatchLoss, Objective, SaveModel, compute_perplexity
+from captionlib.training.loop import TrainingConfig, train
+from captionlib.training.objective import BatchLoss, Objective, SaveCheckpoint, compute_perplexity
+from captionlib.training.state import check_run_folder, delete_run
 
 __all__ = ["LanguageModelObjective", "LanguageModelTrainingConfig", "train_language_model"]
 
@@ -67,7 +69,7 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork])
     """Maximizes the log-probability of sentences, or of sequences of a continuous text."""
 
     def __init__(
-        self, model: CaptionerNetwork, training: TextBatches, validation: TextBatches, save: SaveModel[CaptionerNetwork]
+        self, model: CaptionerNetwork, training: TextBatches, validation: TextBatches, save: SaveCheckpoint
     ) -> None:
         super().__init__(model, save)
         self._training = training
@@ -80,25 +82,21 @@ class LanguageModelObjective(Objective[npt.NDArray[np.int64], CaptionerNetwork])
         return self._training.count()
 
     def loss(self, batch: npt.NDArray[np.int64]) -> BatchLoss:
-        """Computes the mean negative log-probability per token."""
-        log_probs = self._score(batch, self._training.rows_are_sentences)
+        log_probs = self._score(batch)
         total = -log_probs.sum()
         return BatchLoss(total / len(log_probs), total.item(), len(log_probs))
 
     def validate(self) -> dict[str, float]:
-        """Computes the perplexity, exp(-sum ln p / tokens). The END token of a sentence counts as one of its tokens."""
-        rows_are_sentences = self._validation.rows_are_sentences
-        log_probs = (self._score(batch, rows_are_sentences) for batch in self._validation.in_order())
-        return {"perplexity": compute_perplexity(log_probs)}
+        return {"perplexity": compute_perplexity(map(self._score, self._validation.in_order()))}
 
-    def _score(self, batch: npt.NDArray[np.int64], rows_are_sentences: bool) -> Tensor:
+    def _score(self, batch: npt.NDArray[np.int64]) -> Tensor:
         sentences = torch.from_numpy(batch).to(self._device)
         no_image = torch.zeros(1, 0, device=self._device)  # all sentences share one image without features
         scores = self.model(no_image, sentences, sentences.new_zeros(len(sentences)))
         log_probs: Tensor = scores.log_probs
-        # The model appends END to each row, but continuous text has no END, so these entries are dropped. They are the
-        # last ones, because log_probs is ordered by time step and all sequences of a continuous text are equally long.
-        return log_probs if rows_are_sentences else log_probs[: -len(sentences)]
+        # The model appends END to each row, but continuous text has no END. These entries are the last ones, because
+        # log_probs is ordered by time step and all sequences of a continuous text are equally long.
+        return log_probs if self._training.rows_are_sentences else log_probs[: -len(sentences)]
 
 
 def train_language_model(
@@ -110,30 +108,31 @@ def train_language_model(
     overwrite: bool = False,
     progress: bool = True,
 ) -> list[dict[str, float]]:
-    """Trains a language model, or resumes an interrupted run.
+    """Trains a language model, or resumes an interrupted run. `train_captioner` describes the other arguments.
 
-    `source` is a text file, or a features dataset or manifest (a list of images) whose captions are the text. The other
-    arguments and the result are the same as for `train_captioner`.
+    `source` is a text file, or a features dataset or manifest (a list of images) whose captions are the text.
 
     Raises:
         DatasetError: the dataset is incomplete or has no captions, or the text is unreadable or too short.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # set by torchrun
+        raise ConfigError(f"language models are trained by one process, got {processes}; start it without torchrun")
+    model_device = resolve_device(device)
     corpus = open_corpus(
         source, config.layout, config.train_splits, config.validation_splits, config.validation_fraction
     )
     folder = Folder(output)
-    prepare_run_folder(folder, overwrite)
-    model_device = resolve_device(device)
+    check_run_folder(folder)
     vocabulary = Vocabulary.from_captions(
         corpus.read_training(), config.min_count, config.tokenization, config.vocabulary_size
     )
     training = _make_batches(corpus.read_training(), vocabulary, config, config.max_tokens)
     validation = _make_batches(corpus.read_validation(), vocabulary, config)
-    seed_everything(config.training.seed)
+    torch.manual_seed(config.training.seed)
     model = build_language_model(config.model, len(vocabulary))
     model.initialize_bias(torch.from_numpy(vocabulary.log_frequencies()))
 
-    def save(output: Folder, model: CaptionerNetwork, history: dict[str, Any]) -> None:
+    def save(output: Folder, history: dict[str, Any]) -> None:
         provenance = add_versions_and_time({"source": corpus.fingerprint})
         save_language_model(
             output, model, config.model, vocabulary, config.layout, provenance=provenance, training=history
@@ -145,13 +144,14 @@ def train_language_model(
         for batch in validation.in_order()
         for row in batch
     )
+    if overwrite:
+        delete_run(folder)
     return train(objective, config.training, folder, {"source": corpus.fingerprint, **to_dict(config)}, progress)
 
 
 def _make_batches(
     texts: Iterator[str], vocabulary: Vocabulary, config: LanguageModelTrainingConfig, max_tokens: int | None = None
 ) -> TextBatches:
-    """Returns batches of text. Sentences are truncated after `max_tokens` tokens, unless it is None."""
     encoded = map(vocabulary.encode, texts)
     if config.layout == "continuous":
         return SequenceBatches(chain.from_iterable(encoded), config.sequence_length, config.batch_size)

@@ -6,7 +6,6 @@ uninterrupted run.
 """
 
 import math
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -38,12 +37,11 @@ from captionlib.training.state import (
     RunState,
     get_rng_states,
     load_state,
-    prepare_run_folder,
     save_state,
     set_rng_states,
 )
 
-__all__ = ["Objective", "TrainingConfig", "prepare_run_folder", "seed_everything", "train"]
+__all__ = ["TrainingConfig", "train"]
 
 _CURVES_INTERVAL_SECONDS = 30.0
 
@@ -57,15 +55,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Trains a model, or resumes an interrupted run. `output` holds the checkpoint of the best epoch so far.
 
-    Inside a `join_process_group` block, all processes train one model together.
-
-    Args:
-        objective: the model, its training data and its loss.
-        config: settings of the optimizer and the loop.
-        output: the run's folder.
-        settings: all settings of the run, including `config` under the key `training`, and the fingerprints (hashes) of
-            its inputs.
-        progress: show a progress bar.
+    Inside a `join_process_group` block, all processes train one model together. `settings` holds all settings of the
+    run, including `config` under the key `training`, and the fingerprints (hashes) of its inputs.
 
     Returns:
         The metrics of each epoch: `epoch`, `loss`, the mean `reward` of sampled captions if the objective has rewards,
@@ -78,14 +69,13 @@ def train(
             model. The checkpoint of the best epoch is kept.
         TrainingInterrupted: Ctrl-C or SIGTERM stopped the run; its state is saved.
     """
-    run = _Run(objective, config, output, settings)
+    run = _Run(objective, config, output, settings, progress)
     run.resume()
-    progress = progress and run.group.is_first
     with catch_stop_signals(abort_on_repeat=run.group.world_size == 1) as is_stop_requested:
         while not run.is_finished():
             run.require_better_than_unigram()
-            run.train_epoch(is_stop_requested, progress)
-            run.complete_epoch(progress)
+            run.train_epoch(is_stop_requested)
+            run.complete_epoch()
         run.plot_new_curves()
         run.require_better_than_unigram()
         run.require_checkpoint()
@@ -96,7 +86,12 @@ class _Run(Generic[Batch, Model]):
     """The state and methods of a single call to `train`."""
 
     def __init__(
-        self, objective: Objective[Batch, Model], config: TrainingConfig, output: Folder, settings: dict[str, Any]
+        self,
+        objective: Objective[Batch, Model],
+        config: TrainingConfig,
+        output: Folder,
+        settings: dict[str, Any],
+        progress: bool,
     ) -> None:
         model = objective.model
         self.state = RunState()
@@ -105,6 +100,7 @@ class _Run(Generic[Batch, Model]):
         self._config = config
         self._output = output
         self._settings = settings
+        self._progress = progress and self.group.is_first
         self.group.broadcast(model.state_dict().values())
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._device = self._parameters[0].device
@@ -114,10 +110,10 @@ class _Run(Generic[Batch, Model]):
         self._average = None if config.ema_decay is None else average_weights(model, config.ema_decay)
         self._curves_plotted_time = time.monotonic()
         self._curves_plotted_epochs = 0
-        seed_everything(config.seed + self.group.rank)
+        torch.manual_seed(config.seed + self.group.rank)
 
     def resume(self) -> None:
-        """Restores the last saved state, if there is one, and writes the settings of the run."""
+        """Restores the last saved state, if any, and writes the settings of the run."""
         saved = self.group.run_on_process_0(lambda: load_state(self._output, self._settings))
         if saved is not None:
             self.state, state_dicts = saved
@@ -192,13 +188,13 @@ class _Run(Generic[Batch, Model]):
             }
             save_state(self._output, self._settings, self.state, state_dicts)
 
-    def train_epoch(self, is_stop_requested: Callable[[], bool], progress: bool) -> None:
+    def train_epoch(self, is_stop_requested: Callable[[], bool]) -> None:
         state, config = self.state, self._config
         self._objective.model.train()
         batches = self._objective.batches(config.seed, state.epoch, state.step)
         label = f"epoch {state.epoch + 1}/{config.epochs}"
         last_save = time.monotonic()
-        with progress_bar(label, self._steps_per_epoch, "batches", progress) as bar:
+        with progress_bar(label, self._steps_per_epoch, "batches", self._progress) as bar:
             bar.skip(state.step)
             for batch in self._measure_time(batches):
                 save_at = last_save + config.checkpoint_interval_seconds
@@ -211,7 +207,6 @@ class _Run(Generic[Batch, Model]):
                     raise TrainingInterrupted("training was stopped; run the same command again to resume")
 
     def _measure_time(self, batches: Iterator[Batch | None]) -> Iterator[Batch | None]:
-        """Yields the batches and measures the time spent on training and on waiting for data."""
         started = time.monotonic()
         for batch in batches:
             self.state.data_wait_seconds += time.monotonic() - started
@@ -249,7 +244,7 @@ class _Run(Generic[Batch, Model]):
         self.state.complete_step(*group_totals)
         return stops > 0, saves > 0
 
-    def complete_epoch(self, progress: bool) -> None:
+    def complete_epoch(self) -> None:
         """Validates the model, with averaged weights if `ema_decay` is set, and saves the results."""
         model = self._objective.model
         with nullcontext() if self._average is None else apply_average(model, self._average):
@@ -257,20 +252,19 @@ class _Run(Generic[Batch, Model]):
             with torch.inference_mode():
                 scores = self.group.run_on_process_0(self._objective.validate)
             self._require_finite(scores)
-            self._record_epoch(scores, progress)
+            self._record_epoch(scores)
         self.save()
         if time.monotonic() > self._curves_plotted_time + _CURVES_INTERVAL_SECONDS:
             self.plot_new_curves()
 
     def plot_new_curves(self) -> None:
-        """Plots the metrics of all epochs, unless the plot is up to date."""
         history = self.state.history
         if self.group.is_first and len(history) > self._curves_plotted_epochs:
             plot_curves(self._output, history)
             self._curves_plotted_time, self._curves_plotted_epochs = time.monotonic(), len(history)
 
-    def _record_epoch(self, scores: dict[str, float], progress: bool) -> None:
-        """Logs the metrics of an epoch, writes the checkpoint if the epoch is the best so far, and ends the epoch."""
+    def _record_epoch(self, scores: dict[str, float]) -> None:
+        """Logs the metrics of an epoch, and writes the checkpoint if the epoch is the best so far."""
         state, objective = self.state, self._objective
         factor = schedule_factor(self._config, self._scheduler.last_epoch, self._steps_per_epoch)
         row = {
@@ -282,7 +276,7 @@ class _Run(Generic[Batch, Model]):
             "data_wait_fraction": round(state.data_wait_seconds / max(state.training_seconds, 1e-9), 4),
         }
         state.history.append(row)
-        if progress:
+        if self._progress:
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
         score = scores[objective.score_name] * (-1 if objective.higher_is_better else 1)
         is_best = score < state.best_score
@@ -293,9 +287,3 @@ class _Run(Generic[Batch, Model]):
             if is_best:
                 objective.save(self._output, {"history": state.history, "resolved": self._settings})
             log_epoch(self._output, state.history)
-
-
-def seed_everything(seed: int) -> None:
-    """Seeds the random number generators that training uses."""
-    random.seed(seed)
-    torch.manual_seed(seed)

@@ -1,7 +1,6 @@
 """Writes the metrics of a run: `metrics.jsonl` for programs, event files for TensorBoard, and plots in `curves.png`."""
 
 import json
-import time
 from collections.abc import Sequence
 
 from captionlib.storage.folders import Folder, scratch_folder
@@ -14,15 +13,13 @@ TENSORBOARD = "tensorboard"
 
 _NOT_PLOTTED = frozenset({"epoch", "total_seconds", "learning_rate", "data_wait_fraction"})
 
-Row = dict[str, float]
-"""Metrics of an epoch. `data_wait_fraction` is the fraction of the training time spent waiting for data."""
+Row = dict[str, float]  # metrics of an epoch
 
 
 def log_epoch(output: Folder, history: Sequence[Row]) -> None:
     """Rewrites `metrics.jsonl` and writes the metrics of the last epoch to an event file in `tensorboard/`.
 
-    Each epoch has its own event file, because object stores cannot append to files. If an epoch is repeated after
-    a crash, its file is replaced.
+    Each epoch has its own event file, because object stores cannot append to files.
     """
     output.write(METRICS, "".join(json.dumps(row) + "\n" for row in history).encode())
     epoch = int(history[-1]["epoch"])
@@ -36,20 +33,18 @@ def _serialize_events(row: Row) -> bytes:
         with SummaryWriter(str(folder)) as writer:
             for name, value in row.items():
                 if name != "epoch":
-                    writer.add_scalar(name, value, int(row["epoch"]), walltime=time.time())
+                    writer.add_scalar(name, value, int(row["epoch"]))
         (path,) = folder.iterdir()
         return path.read_bytes()
 
 
 def plot_curves(output: Folder, history: Sequence[Row]) -> None:
     """Plots the loss and the validation scores of all epochs in `curves.png`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [name for name in history[0] if name not in _NOT_PLOTTED]
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(4.5 * len(names), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         axes.plot(epochs, [row[name] for row in history], marker="o", markersize=3)
         axes.set(title=name, xlabel="epoch")

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup
 
-__all__ = ["Batch", "BatchLoss", "Model", "Objective", "SaveModel", "compute_perplexity"]
+__all__ = ["Batch", "BatchLoss", "Model", "Objective", "SaveCheckpoint", "compute_perplexity"]
 
 Batch = TypeVar("Batch")
 Model = TypeVar("Model", bound=nn.Module)
-SaveModel = Callable[[Folder, Model, dict[str, Any]], object]
-"""Writes a checkpoint, given the folder, the model and the record of the run; see `Objective.save`."""
+SaveCheckpoint = Callable[[Folder, dict[str, Any]], object]
+"""Writes a checkpoint to a folder, with a record of the run: the metrics of each epoch and all settings."""
 
 
 class BatchLoss(NamedTuple):
@@ -23,8 +23,7 @@ class BatchLoss(NamedTuple):
 
     Attributes:
         mean: `[] float32`, the value to minimize. It may include label smoothing.
-        total: the loss that is logged, summed over the tokens of a batch, or over its image-caption pairs if the model
-            is a dual encoder for retrieval. It includes no label smoothing.
+        total: the logged loss, summed over tokens or image-caption pairs, without label smoothing.
         size: the number of terms of `total`, and the weight of a process's gradients in data-parallel training.
         reward_total: the sum of the rewards of sampled captions.
         reward_count: the number of sampled captions; 0 for objectives without rewards.
@@ -42,15 +41,15 @@ class Objective(ABC, Generic[Batch, Model]):
 
     Args:
         model: the model to train, on its device.
-        save_model: writes a checkpoint.
+        save: writes a checkpoint of the model.
         module_learning_rates: learning rates of submodules of the model, by attribute name; all other parameters use
             the configured learning rate.
 
     Attributes:
         score_name: the validation score that selects the best epoch.
         higher_is_better: whether a higher score is better, as for CIDEr, or a lower one, as for perplexity.
-        unigram_perplexity: the validation perplexity of a unigram model, which uses only the word frequencies of the
-            training data. The trained model must reach a lower perplexity. If None, this is not checked.
+        unigram_perplexity: the validation perplexity of a unigram model (word frequencies alone). Training stops if the
+            perplexity stays above it. If None, this is not checked.
     """
 
     score_name = "perplexity"
@@ -58,11 +57,11 @@ class Objective(ABC, Generic[Batch, Model]):
     unigram_perplexity: float | None = None
 
     def __init__(
-        self, model: Model, save_model: SaveModel[Model], module_learning_rates: Mapping[str, float] | None = None
+        self, model: Model, save: SaveCheckpoint, module_learning_rates: Mapping[str, float] | None = None
     ) -> None:
         self.model = model
         self.module_learning_rates = module_learning_rates or {}
-        self.save_model = save_model
+        self.save = save
         self._group = ProcessGroup()
         self._device = next(model.parameters()).device
 
@@ -78,16 +77,11 @@ class Objective(ABC, Generic[Batch, Model]):
         """Returns the number of batches per epoch. The actual number may differ slightly between epochs."""
 
     @abstractmethod
-    def loss(self, batch: Batch) -> BatchLoss:
-        """Computes the loss of a batch."""
+    def loss(self, batch: Batch) -> BatchLoss: ...
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
         """Computes the scores on the validation data."""
-
-    def save(self, output: Folder, training: dict[str, Any]) -> None:
-        """Writes the checkpoint. `training` is the record of the run: the metrics of each epoch and all settings."""
-        self.save_model(output, self.model, training)
 
 
 def compute_perplexity(log_probs: Iterable[Tensor]) -> float:

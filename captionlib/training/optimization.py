@@ -13,14 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from captionlib.config import configclass
 
-__all__ = [
-    "TrainingConfig",
-    "apply_average",
-    "average_weights",
-    "make_optimizer",
-    "make_scheduler",
-    "schedule_factor",
-]
+__all__ = ["TrainingConfig", "apply_average", "average_weights", "make_optimizer", "make_scheduler", "schedule_factor"]
 
 _RMSPROP_DECAY = 0.999  # as in NeuralTalk
 _COSINE_FLOOR = 0.01  # final learning rate, as a fraction of the base learning rate
@@ -71,7 +64,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Returns an optimizer for the parameters that require gradients, with one parameter group per learning rate.
 
-    `module_learning_rates` holds the learning rates of submodules of the model, by attribute name.
+    `module_learning_rates` is as in `Objective`.
     """
     rates = module_learning_rates or {}
     modules: dict[str, list[nn.Parameter]] = {}
@@ -106,9 +99,8 @@ def schedule_factor(config: TrainingConfig, step: int, steps_per_epoch: int) -> 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """Returns an exponential moving average of a model's weights, to be updated after each optimizer step.
 
-    The average often generalizes better than the final weights. It starts as a copy of the weights after the first
-    step. At the n-th update after that, the decay is at most (1 + n) / (10 + n), as in TensorFlow's
-    `ExponentialMovingAverage`. So early weights fade quickly.
+    The first update copies the weights. At the n-th update after that, the decay is at most (1 + n) / (10 + n), as in
+    TensorFlow's `ExponentialMovingAverage`, so that early weights fade quickly.
     """
 
     @torch.no_grad()
@@ -122,7 +114,7 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
 
 @contextmanager
 def apply_average(model: nn.Module, average: AveragedModel) -> Iterator[None]:
-    """Replaces the model's weights with their averages within the block, and restores the original weights after it."""
+    """Replaces the model's weights with their averages within the block."""
     original = [parameter.detach().clone() for parameter in model.parameters()]
     _copy_weights(average.module.parameters(), model)
     try:

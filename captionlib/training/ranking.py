@@ -33,9 +33,10 @@ from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import describe_training_data
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
-from captionlib.training.objective import BatchLoss, Objective, SaveModel
+from captionlib.training.loop import TrainingConfig, train
+from captionlib.training.objective import BatchLoss, Objective, SaveCheckpoint
 from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
+from captionlib.training.state import check_run_folder, delete_run
 
 __all__ = ["RankerTrainingConfig", "RankingBatch", "RankingObjective", "sample_captions", "train_ranker"]
 
@@ -59,8 +60,7 @@ class RankerTrainingConfig:
             captions and require `pip install captionlib[subwords]`.
         min_count: words or characters with fewer occurrences than this are replaced by the UNKNOWN token.
         vocabulary_size: the maximum number of subwords.
-        max_words: the maximum length of a caption in training; longer captions are truncated. If None, it is 30 words,
-            or 200 characters if `tokenization` is `characters`.
+        max_words: words or characters after which training truncates a caption. If None, 30 words or 200 characters.
         batch_images: images per batch in each process. All negatives come from the batch of the same process.
         captions_per_image: the number of captions to sample per image and epoch; 0 uses all captions.
         shuffle_buffer_megabytes: the size of the buffer in which features are shuffled.
@@ -94,14 +94,14 @@ class RankerTrainingConfig:
 
 @dataclass(frozen=True)
 class RankingBatch:
-    """Images with captions, and the epoch number, because the loss can depend on the epoch."""
+    """Images with captions, and the epoch, which the loss can depend on."""
 
     captions: CaptionBatch
     epoch: int
 
 
 class RankingObjective(Objective[RankingBatch, RankerNetwork]):
-    """Trains a ranker to rank an image's captions above other captions, and a caption's image above other images."""
+    """Ranks an image's captions above other captions, and a caption's image above other images."""
 
     score_name = "mean_recall"
     higher_is_better = True
@@ -112,7 +112,7 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
         config: RankerTrainingConfig,
         training: CaptionBatches,
         validation: CaptionBatches,
-        save: SaveModel[RankerNetwork],
+        save: SaveCheckpoint,
     ) -> None:
         super().__init__(model, save)
         self._config = config
@@ -133,7 +133,6 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
         return self._training.count(self._group.world_size)
 
     def loss(self, batch: RankingBatch) -> BatchLoss:
-        """Computes the mean loss over all pairs of an image and one of its captions."""
         images, captions = self._embed(batch.captions)
         image_of_caption = torch.from_numpy(batch.captions.image_of_caption).to(self._device)
         with torch.autocast(self._device.type, enabled=False):  # a temperature of 0.04 amplifies rounding errors
@@ -146,7 +145,6 @@ class RankingObjective(Objective[RankingBatch, RankerNetwork]):
         return BatchLoss(loss, loss.item() * len(image_of_caption), len(image_of_caption))
 
     def validate(self) -> dict[str, float]:
-        """Computes the mean recall and the median ranks of retrieval in both directions."""
         images, captions, image_of_caption, image_count = [], [], [], 0
         for batch in self._validation.in_order():
             image_embeddings, caption_embeddings = self._embed(batch)
@@ -209,7 +207,7 @@ def train_ranker(
         progress: show a progress bar.
 
     Returns:
-        The metrics of each epoch, as described by `train` in loop.py.
+        The metrics of each epoch, which are also in `metrics.jsonl`.
 
     Raises:
         DatasetError: the features are incomplete, or a split has no captions.
@@ -218,14 +216,12 @@ def train_ranker(
     with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
-        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: check_run_folder(folder))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         objective = _make_objective(dataset, config, process_device)
-        settings = {
-            "features": dataset.compute_content_checksum(),
-            "world_size": group.world_size,
-            **to_dict(config),
-        }
+        settings = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
+        if overwrite:
+            group.run_on_process_0(lambda: delete_run(folder))
         return train(objective, config.training, folder, settings, progress)
 
 
@@ -237,12 +233,12 @@ def _make_objective(dataset: ShardedDataset, config: RankerTrainingConfig, devic
     validation = CaptionBatches(
         dataset, config.validation_splits, vocabulary.encode, _VALIDATION_IMAGES, buffer_bytes, pooled=True
     )
-    seed_everything(config.training.seed)
+    torch.manual_seed(config.training.seed)
     model = RankerNetwork(config.ranker, get_feature_shape(dataset)[-1], len(vocabulary))
     model.standardization.set_statistics(*map(torch.from_numpy, compute_mean_and_std(dataset, config.train_splits)))
     provenance = describe_training_data(dataset, config.train_splits, config.validation_splits)
 
-    def save(output: Folder, model: RankerNetwork, history: dict[str, Any]) -> None:
+    def save(output: Folder, history: dict[str, Any]) -> None:
         encoder, record = dataset.config["encoder"], add_versions_and_time(provenance)
         save_ranker(output, model, vocabulary, encoder, provenance=record, training=history)
 

@@ -1,7 +1,7 @@
 """Losses that raise the similarity of captions to their own images and lower their similarity to other images.
 
-`scores` is `[images, captions]`, and `image_of_caption` is `[captions] int64`, the row in `scores` of the image that
-each caption describes. Other captions of the same image are not negatives.
+`scores` is `[images, captions]`, the cosine similarities, and `image_of_caption` is `[captions] int64`, the row in
+`scores` of the image that each caption describes. Other captions of the same image are not negatives.
 """
 
 import torch
@@ -18,12 +18,6 @@ def max_margin_loss(scores: Tensor, image_of_caption: Tensor, margin: float, har
     captions of other images, and the caption's negatives are the other images. The loss of a pair is the sum of the
     costs of all its negatives (Karpathy & Fei-Fei 2015). With `hard_negatives`, it is the sum of only two costs: the
     highest among the image's negatives and the highest among the caption's negatives (Faghri et al. 2018, VSE++).
-
-    Args:
-        scores: `[images, captions]`, cosine similarities.
-        image_of_caption: `[captions] int64`.
-        margin: the margin by which the score of a pair must exceed the scores of its negatives.
-        hard_negatives: use only the hardest negative of the image and the hardest negative of the caption.
     """
     is_negative = _find_negatives(scores, image_of_caption)
     pairs = _select_pair_scores(scores, image_of_caption)
@@ -40,12 +34,7 @@ def contrastive_loss(scores: Tensor, image_of_caption: Tensor, log_temperature: 
 
     A pair costs -ln softmax(score / temperature). From caption to image, the softmax is over all images. From image to
     caption, it is over the caption of the pair and all captions of other images. The loss is the mean over both
-    directions and all pairs.
-
-    Args:
-        scores: `[images, captions]`, cosine similarities.
-        image_of_caption: `[captions] int64`.
-        log_temperature: `[]`, the natural logarithm of the temperature.
+    directions and all pairs. `log_temperature` is a scalar tensor, the natural logarithm of the temperature.
     """
     logits = scores * torch.exp(-log_temperature)
     image_loss = F.cross_entropy(logits.t(), image_of_caption)
@@ -57,7 +46,7 @@ def contrastive_loss(scores: Tensor, image_of_caption: Tensor, log_temperature: 
 
 
 def _find_negatives(scores: Tensor, image_of_caption: Tensor) -> Tensor:
-    """Returns `[images, captions] bool`, which is True where the caption describes a different image."""
+    """Returns `[images, captions] bool`: whether the caption describes a different image."""
     return torch.arange(len(scores), device=scores.device)[:, None] != image_of_caption
 
 

@@ -72,12 +72,12 @@ class SelfCriticalBatch:
 
 
 class _Samples(NamedTuple):
-    """The sampled captions, grouped by image, with the same number of captions for each image.
+    """The sampled captions, grouped by image, with the same number for each image.
 
     Attributes:
         captions: the token ids of each caption, ending with END unless the caption was truncated.
         log_probs: `[tokens] float32`, the log-probabilities of the tokens of all captions, ordered by time step.
-        sentences: `[tokens] int64`, the index of the caption that each token belongs to.
+        sentences: `[tokens] int64`, the index of each token's caption.
     """
 
     captions: list[list[int]]
@@ -99,7 +99,7 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         references: Iterable[Sequence[list[int]]],
         max_tokens: int,
     ) -> None:
-        super().__init__(captioning.model, captioning.save_model, captioning.module_learning_rates)
+        super().__init__(captioning.model, captioning.save, captioning.module_learning_rates)
         self.score_name, self.higher_is_better = captioning.score_name, captioning.higher_is_better
         self._captioning = captioning
         self._config = config
@@ -117,7 +117,6 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         return self._captioning.steps_per_epoch()
 
     def loss(self, batch: SelfCriticalBatch) -> BatchLoss:
-        """Computes the mean loss over the sampled tokens."""
         samples = self._sample(batch)
         rewards, advantages = self._compute_rewards(batch.captions, samples.captions)
         weights = torch.from_numpy(advantages.flatten()).to(self._device, torch.float32)
@@ -129,7 +128,6 @@ class SelfCriticalObjective(Objective[SelfCriticalBatch, CaptionerNetwork]):
         return self._captioning.validate()
 
     def _sample(self, batch: SelfCriticalBatch) -> _Samples:
-        """Samples captions for each image, keeping the gradients of their log-probabilities."""
         images, samples = batch.captions.features, self._config.samples
         seed_keys = [f"{batch.seed} {batch.epoch} ".encode() + image.tobytes() for image in images]
         uniforms = generate_uniforms(seed_keys, samples, self._sampling.find_max_tokens(), seed=0).to(self._device)

@@ -1,6 +1,7 @@
 """Saves and restores the state of a training run, and checks that its folder can be used."""
 
 import io
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +19,10 @@ from captionlib.training.metrics_log import CURVES, METRICS, TENSORBOARD
 __all__ = [
     "SETTINGS_FILE",
     "RunState",
+    "check_run_folder",
+    "delete_run",
     "get_rng_states",
     "load_state",
-    "prepare_run_folder",
     "save_state",
     "set_rng_states",
 ]
@@ -29,7 +31,6 @@ STATE = "_training/state.pt"
 SETTINGS_FILE = "resolved.json"
 _RUN_FILES = {"_training", FAILURES_FOLDER, SETTINGS_FILE, METRICS, TENSORBOARD, CURVES, *CHECKPOINT_FILES}
 _CHANGEABLE = {"loading", "max_failure_ratio"}  # settings that may differ when a run is resumed
-# `unigram_patience`: epochs after which a run stops if its perplexity is not lower than that of a unigram model.
 _CHANGEABLE_TRAINING = {"patience", "unigram_patience", "checkpoint_interval_seconds"}
 
 
@@ -44,10 +45,8 @@ class RunState:
         data_wait_seconds: the time spent waiting for data.
         best_score: the best validation score, negated if higher is better.
         best_epoch: the index of the epoch with the best score; -1 before the first epoch has ended.
-        loss_total: the sum of the loss in the current epoch.
-        loss_count: the number of terms of `loss_total`.
-        reward_total: the sum of the rewards of the captions sampled in the current epoch.
-        reward_count: the number of captions that `reward_total` sums over.
+        loss_total: the sum of the loss in the current epoch, over `loss_count` terms; see `BatchLoss`.
+        reward_total: the sum of the rewards in the current epoch, of `reward_count` sampled captions.
         history: the metrics of each epoch.
     """
 
@@ -64,7 +63,7 @@ class RunState:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def complete_step(self, loss_total: float, loss_count: float, reward_total: float, reward_count: float) -> None:
-        """Adds the totals of one step, summed over all processes; see `BatchLoss`."""
+        """Adds the totals of one step, summed over all processes."""
         self.step += 1
         self.loss_total += loss_total
         self.loss_count += int(loss_count)
@@ -77,33 +76,33 @@ class RunState:
         return {**means, "reward": self.reward_total / self.reward_count} if self.reward_count else means
 
     def complete_epoch(self) -> None:
-        """Advances to the next epoch and resets the totals."""
         self.epoch, self.step = self.epoch + 1, 0
         self.loss_total, self.loss_count, self.reward_total, self.reward_count = 0.0, 0, 0.0, 0
 
 
-def prepare_run_folder(output: Folder, overwrite: bool) -> None:
-    """Checks that a run may write to a folder. If `overwrite` is True, deletes the files of an earlier run.
+def check_run_folder(output: Folder) -> None:
+    """Checks that a run may write to a folder.
 
     Raises:
         DatasetError: the folder holds files that do not belong to a training run.
     """
-    names = {name for name in output.list() if name != TEMPORARY_FOLDER}
-    if foreign := sorted(names - _RUN_FILES):
+    if foreign := sorted(set(output.list()) - _RUN_FILES - {TEMPORARY_FOLDER}):
         raise DatasetError(
             f"{output.uri} holds files that do not belong to a training run ({', '.join(foreign[:3])}); "
             "specify an empty or new folder"
         )
-    if overwrite:
-        for name in names:
+
+
+def delete_run(output: Folder) -> None:
+    """Deletes the files of an earlier run. Call it only when the new run can start."""
+    check_run_folder(output)
+    for name in output.list():
+        if name != TEMPORARY_FOLDER:
             output.remove(name)
 
 
 def save_state(output: Folder, settings: Mapping[str, Any], state: RunState, state_dicts: Mapping[str, Any]) -> None:
-    """Writes or replaces the state of a run.
-
-    `settings` holds all settings of the run. `state_dicts` holds the states of the model, the optimizer and so on.
-    """
+    """Saves the state of a run. `state_dicts` holds the states of the model, the optimizer and so on."""
     with output.stage(STATE) as path:
         torch.save({"resolved": settings, "state": vars(state), **state_dicts}, path)
 
@@ -112,11 +111,18 @@ def load_state(output: Folder, settings: Mapping[str, Any]) -> tuple[RunState, d
     """Returns the progress and the state dicts that `save_state` wrote, or None if the folder holds no saved state.
 
     Raises:
-        DatasetError: the folder holds a run with a different configuration.
+        DatasetError: the state is damaged, or the folder holds a run with a different configuration.
     """
     if not output.exists(STATE):
         return None
-    saved = torch.load(io.BytesIO(output.read(STATE)), map_location="cpu", weights_only=True)
+    content = output.read(STATE)
+    try:
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DatasetError(
+            f"{output.address(STATE)} cannot be read: {reason}; restore the file, or train again with --overwrite"
+        ) from error
     if lines := describe_differences(_select_fixed_settings(saved["resolved"]), _select_fixed_settings(settings)):
         raise DatasetError(
             f"{output.uri} holds a run with a different configuration ({'; '.join(lines)}); "
@@ -126,7 +132,6 @@ def load_state(output: Folder, settings: Mapping[str, Any]) -> tuple[RunState, d
 
 
 def _select_fixed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that must be the same when a run is resumed."""
     changeable = set(_CHANGEABLE_TRAINING)
     if settings["training"]["schedule"] != "cosine":  # the cosine schedule depends on the number of epochs
         changeable.add("epochs")
@@ -135,13 +140,11 @@ def _select_fixed_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def get_rng_states(device: torch.device) -> dict[str, Tensor]:
-    """Returns the states of the random number generators that a model on this device uses."""
     states = {"cpu": torch.get_rng_state()}
     return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
 
 
 def set_rng_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Restores the states that `get_rng_states` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

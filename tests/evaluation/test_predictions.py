@@ -8,7 +8,7 @@ import pytest
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import features_schema
 from captionlib.data.shards.writer import write_shard
-from captionlib.errors import DatasetError
+from captionlib.errors import DatasetError, StorageError
 from captionlib.evaluation.predictions import (
     Prediction,
     find_images_without_caption,
@@ -142,6 +142,12 @@ def test_invalid_file_is_rejected_with_the_position(tmp_path: Path, content: Any
 def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="does not exist; expected a captions dataset or a JSON file"):
         read_predictions(tmp_path / "r.json")
+
+
+def test_failure_of_the_storage_is_not_a_missing_file(tmp_path: Path) -> None:
+    (path := tmp_path / "loop.json").symlink_to("loop.json")
+    with pytest.raises(StorageError, match=r"loop\.json cannot be accessed: Too many levels of symbolic links"):
+        read_predictions(path)
 
 
 def test_images_without_a_caption_are_those_with_references_in_the_split(tmp_path: Path) -> None:

@@ -141,6 +141,13 @@ def test_unknown_configuration_key_lists_the_known_keys(tmp_path: Path, capsys: 
     assert "unknown key encodr (did you mean encoder?); known keys: encoder, loading" in capsys.readouterr().err
 
 
+def test_init_rejects_a_value_instead_of_a_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    collection = tmp_path / "collection"
+    assert call("init", str(collection), "--source", "images", "-c", "captioner", "--set", "generation=5") == 1
+    assert "Error: options: generation: Input should be a valid dictionary, got 5" in capsys.readouterr().err
+    assert not collection.exists()
+
+
 def test_interrupted_training_exits_like_ctrl_c(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from captionlib.models.checkpoints import checkpoint
+from captionlib.storage.folders import Folder
 
 
 def count_checkpoint_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -11,8 +12,8 @@ def count_checkpoint_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     read = checkpoint.read_checkpoint
 
-    def read_and_count(folder: Any, kind: str) -> Any:
-        names.append(Path(str(folder)).name)
+    def read_and_count(folder: Folder, kind: str) -> Any:
+        names.append(Path(folder.uri).name)
         return read(folder, kind)
 
     monkeypatch.setattr(checkpoint, "read_checkpoint", read_and_count)

@@ -108,12 +108,12 @@ def test_second_run_does_nothing(root: str) -> None:
 def test_second_run_adds_only_new_shards(root: str) -> None:
     captions, embeddings = write_both(root, {0: SHARDS[0], 2: SHARDS[2]})
     _, before = build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
-    assert not before.is_complete
+    assert len(before.shards) == 2
     open_before = open_index(f"{root}/index", WordRanker(), refresh_seconds=None)
     write_both(root)
     build, after = build_index(captions, f"{root}/index", IndexConfig(), embeddings=embeddings, run=NO_PROGRESS)
     assert build.added == (1,)
-    assert after.is_complete
+    assert len(after.shards) == 3
     assert (after.captions_count, after.vectors_count, after.trained) == (90, 90, before.trained)
     index = open_index(f"{root}/index", WordRanker())
     for name, caption, _ in SHARDS[1]:

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,15 @@ def test_changed_duplicates_change_only_their_shards(inputs: tuple[Path, Path], 
     assert third[:2] == ((), 88)
     assert len({everything[2], first[2], second[2], third[2]}) == 4
     assert build(None) == ((0, 1), *everything[1:])
+
+
+def test_duplicates_that_were_left_out_are_indexed_with_overwrite(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    duplicates = write_duplicates(tmp_path / "duplicates", ["im1", "im0"])
+    for keep, run, expected in ((False, QUIET, 89), (True, replace(QUIET, overwrite=True), 90)):
+        config = IndexConfig(keep_duplicates=keep)
+        _, description = build_index(inputs[0], tmp_path / "index", config, duplicates=duplicates, run=run)
+        assert description.captions_count == expected
+    assert open_index(tmp_path / "index").get_image("im0")["duplicate_of"] == "im1"
 
 
 def test_group_without_its_kept_image_stays(inputs: tuple[Path, Path], tmp_path: Path) -> None:

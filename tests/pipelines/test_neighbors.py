@@ -1,16 +1,19 @@
 """Builds a datastore, then generates captions with `decoding.rerank.neighbors`."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
-from captionlib.errors import CheckpointError, ConfigError, DatasetError, FingerprintError
+from captionlib.errors import CheckpointError, ConfigError, DatasetError, FingerprintError, StorageError
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_captioner
 from captionlib.models.decoding.config import DecodingConfig
@@ -112,6 +115,14 @@ def test_damaged_datastore_is_rejected(
         match=r"datastore.parquet is damaged .*; write it again with `captionlib build-datastore FEATURES -c",
     ):
         caption(features, captioner, tmp_path / "captions")
+
+
+def test_failing_storage_is_not_called_damage(features: Path, captioner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(features, captioner)
+    loaded = load_captioner(captioner)
+    monkeypatch.setattr(pq, "ParquetFile", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(StorageError, match=r"datastore.parquet cannot be read: Input/output error"):
+        read_datastore_fingerprint(captioner, loaded)
 
 
 def test_training_again_deletes_datastore(features: Path, captioner: Path) -> None:

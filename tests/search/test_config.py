@@ -36,24 +36,26 @@ def test_product_quantization_requires_groups_of_four_dimensions() -> None:
     assert VectorLayout.choose(IndexConfig(vectors="sq8"), 100, 30).encoding == "SQ8"
 
 
-def test_layout_is_outgrown_only_by_more_rows() -> None:
+def test_layout_needs_rebuild_only_for_more_rows() -> None:
     config = IndexConfig()
     flat, sq8 = (VectorLayout.choose(config, rows, 256) for rows in (19_999, 100_000))
-    assert flat.is_outgrown(config, 20_000)
-    assert not flat.is_outgrown(config, 19_999)
-    assert not sq8.is_outgrown(config, 400_000)
-    assert sq8.is_outgrown(config, 400_001)
-    assert not sq8.is_outgrown(config, 10), "an index near the limit would change its layout with every update"
-    assert not VectorLayout.choose(config, 0, 256).is_outgrown(config, 4)
+    assert flat.needs_rebuild(config, 20_000)
+    assert not flat.needs_rebuild(config, 19_999)
+    assert not sq8.needs_rebuild(config, 400_000)
+    assert sq8.needs_rebuild(config, 400_001)
+    assert not sq8.needs_rebuild(config, 10), "an index near the limit would change its layout with every update"
+    assert not VectorLayout.choose(config, 0, 256).needs_rebuild(config, 4)
 
 
-def test_forced_encoding_is_outgrown_only_by_four_times_the_rows() -> None:
+def test_forced_encoding_needs_rebuild_only_for_four_times_the_rows() -> None:
     config = IndexConfig(vectors="sq8")
-    assert VectorLayout.choose(config, 0, 256).is_outgrown(config, 1)
+    assert VectorLayout.choose(config, 0, 256).needs_rebuild(config, 1)
     one = VectorLayout.choose(config, 1, 256)
-    assert not one.is_outgrown(config, 4)
-    assert one.is_outgrown(config, 5)
-    assert not VectorLayout.choose(IndexConfig(vectors="flat"), 1, 256).is_outgrown(IndexConfig(vectors="flat"), 10**9)
+    assert not one.needs_rebuild(config, 4)
+    assert one.needs_rebuild(config, 5)
+    assert not VectorLayout.choose(IndexConfig(vectors="flat"), 1, 256).needs_rebuild(
+        IndexConfig(vectors="flat"), 10**9
+    )
 
 
 def test_unknown_language_is_rejected() -> None:

@@ -8,11 +8,10 @@ from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import DUPLICATES_SCHEMA, captions_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import QueryError
-from captionlib.search import facet_groups
+from captionlib.search import filters
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
-from captionlib.search.facet_groups import FacetGroup, FacetGrouper
-from captionlib.search.filters import Facets, Filter, name_sources
+from captionlib.search.filters import FacetGroup, FacetGrouper, Facets, Filter, name_sources
 from captionlib.search.index import Index, open_index
 from captionlib.search.rows import ROW_SCHEMA
 
@@ -122,7 +121,7 @@ def test_duplicates_are_marked_with_the_kept_image(index: Index) -> None:
 
 
 def test_many_groups_are_merged_by_year(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 2)
+    monkeypatch.setattr(filters, "_MAX_GROUPS", 2)
     months = [f"{2020 + number // 12}-{1 + number % 12:02d}-15" for number in range(48)]
     table = pa.table({"split": [""] * 48, "modified": pa.array(months).cast(pa.timestamp("s"))})
     rows = [
@@ -137,9 +136,11 @@ def test_many_groups_are_merged_by_year(monkeypatch: pytest.MonkeyPatch) -> None
     assert batch["group"].to_pylist() == [0, 1, *[2] * 10, *[3] * 12, *[4] * 12, *[5] * 12]
 
 
-def test_month_that_is_merged_into_its_year_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_month_that_is_merged_into_its_year_can_be_searched_but_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     captions = write_captions(tmp_path, "phone", 40).folder.uri
-    monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 1)
+    monkeypatch.setattr(filters, "_MAX_GROUPS", 1)
     build = plan_build(captions, None, tmp_path / "index", IndexConfig())
     for position in build.added:
         build.add_shard(position)
@@ -147,11 +148,11 @@ def test_month_that_is_merged_into_its_year_is_rejected(tmp_path: Path, monkeypa
     index = open_index(tmp_path / "index")
     assert index.search_text("dog", 100, where=Filter(date="2026")).num_rows == 14
     assert index.search_text("dog", 100, where=Filter(date="2025-03")).num_rows == 0
-    for search in (
-        lambda where: index.search_text("dog", where=where),
-        lambda where: index.search_text_and_count("dog", where=where),
-        index.count_facets,
-    ):
+    for date in ("2026-03", "2026-04"):
+        expected = matches(index, Filter(date=date, source="phone", min_log_prob=-20.0))
+        found = index.search_text("dog", 100, where=Filter(date=date, min_log_prob=-20.0))
+        assert set(found["image_id"].to_pylist()) == expected != set()
+    for search in (lambda where: index.search_text_and_count("dog", where=where), index.count_facets):
         with pytest.raises(QueryError, match=r"date: expected a year, got 2026-03; .*; use 2026"):
             search(Filter(date="2026-03"))
 

@@ -153,5 +153,6 @@ def test_ids_that_occur_twice_are_found(files: list[tuple[Path, Path]]) -> None:
     assert find_repeated_id(rows) is None
     duplicate = find_repeated_id([*rows, rows[0], rows[0]])
     assert duplicate is not None
-    assert duplicate.rows == 3
-    assert int(duplicate.image_id) < 90
+    image_id, count = duplicate
+    assert count == 3
+    assert int(image_id) < 90

@@ -174,9 +174,10 @@ def test_incomplete_further_request_is_closed(start: bytes) -> None:
     asyncio.run(test())
 
 
-def test_default_timeouts() -> None:
-    assert LimitedConnection.headers_timeout_seconds <= 15
-    assert LimitedConnection.idle_timeout_seconds > 60, "browsers and proxies keep idle connections for up to 60 s"
+def test_default_limits() -> None:
+    limits = LimitedConnection.headers_timeout_seconds, LimitedConnection.idle_timeout_seconds
+    assert limits == (15, 75), "browsers and proxies keep idle connections for up to 60 s"
+    assert (LimitedConnection.write_timeout_seconds, LimitedConnection.max_connections) == (30, 1000)
 
 
 def test_request_in_progress_is_not_closed() -> None:
@@ -220,6 +221,23 @@ def test_client_that_reads_late_gets_the_whole_response() -> None:
             writer.transport.resume_reading()  # type: ignore[attr-defined]
             await reader.readuntil(b"\r\n\r\n")
             assert len(await reader.readexactly(BODY_BYTES)) == BODY_BYTES
+
+    asyncio.run(test())
+
+
+def test_client_that_has_caught_up_is_not_disconnected() -> None:
+    async def test() -> None:
+        class Connection(PatientConnection):
+            write_timeout_seconds = 4 * TIMEOUT
+
+        async with serve(Connection) as open_connection:
+            reader, writer = await open_connection(REQUEST.replace(b"/", b"/long", 1))
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await asyncio.sleep(TIMEOUT)
+            writer.transport.resume_reading()  # type: ignore[attr-defined]
+            await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(BODY_BYTES)
+            assert not await is_closed(reader, 5 * TIMEOUT)
 
     asyncio.run(test())
 

@@ -30,7 +30,9 @@ def export(config: ServingConfig, contents: Mapping[str, bytes | Exception]) -> 
 
     async def collect() -> bytes:
         rows = [{**ROW, "image_id": uri, "uri": uri} for uri in contents]
-        return b"".join([part async for part in Exports(config).start(rows, fetch)])
+        parts = [part async for part in Exports(config).start(rows, fetch)]
+        assert all(parts)
+        return b"".join(parts)
 
     with tarfile.open(fileobj=io.BytesIO(asyncio.run(collect()))) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
@@ -53,9 +55,21 @@ def test_images_that_cannot_be_exported_are_listed_in_the_tar(monkeypatch: pytes
 
 
 def test_export_stops_at_its_maximum_size() -> None:
-    members = export(ServingConfig(max_export_bytes=250), {str(number): GIF for number in range(20)})
+    members = export(ServingConfig(max_export_bytes=2 * len(GIF)), {str(number): GIF for number in range(20)})
     assert sum(name.endswith(".gif") for name in members) == 2
     assert len(members["__failures__"].splitlines()) == 18
+
+
+def test_export_waits_for_a_busy_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[int] = []
+
+    async def wait(seconds: int) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("captionlib.serving.exports.asyncio.sleep", wait)
+    assert b"Busy" in export(ServingConfig(), {"a": BusyError("busy")})["__failures__"]
+    assert waits == [0, 1, 2, 3, 4, 5]
+    assert "__failures__" not in export(ServingConfig(), {"a": GIF})
 
 
 def test_exports_at_once_are_limited() -> None:
@@ -120,6 +134,7 @@ def test_selection_is_a_webdataset_that_prepare_reads(client: TestClient, tmp_pa
 
 
 def test_selection_of_too_many_images_is_an_error(client: TestClient) -> None:
-    data = {"id": [f"im{number}" for number in range(6)], "format": "webdataset"}
-    response = client.post("/export", data=data)
+    ids = [f"im{number}" for number in range(6)]
+    assert client.post("/export", data={"id": ids[:5], "format": "webdataset"}).status_code == 200
+    response = client.post("/export", data={"id": ids, "format": "webdataset"})
     assert (response.status_code, "at most 5 selected images, got 6" in response.text) == (422, True)

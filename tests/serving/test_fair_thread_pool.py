@@ -1,7 +1,6 @@
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -35,15 +34,10 @@ class Recorder:
         self.gate.release(1000)
 
 
-@contextmanager
 def open_pool(
     threads: int = 1, threads_per_key: int = 9, max_waiting: int = 100, max_wait_seconds: float = 10
-) -> Iterator[FairThreadPool]:
-    pool = FairThreadPool("test", threads, threads_per_key, max_waiting, max_wait_seconds)
-    try:
-        yield pool
-    finally:
-        pool.close()
+) -> FairThreadPool:
+    return FairThreadPool("test", threads, threads_per_key, max_waiting, max_wait_seconds)
 
 
 def run(test: Callable[[Recorder], Coroutine[Any, Any, None]]) -> None:

@@ -15,7 +15,9 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
     monkeypatch.setattr(job_page, "_MIN_RENDER_INTERVAL_SECONDS", -1.0)
     monkeypatch.setattr(job_page, "_MAX_BUSY_FRACTION", 1.0)
     write(tmp_path / "data", done=1)
-    with TestClient(create_job_app(tmp_path / "data", ["localhost"]), base_url="http://localhost") as client:
+    with TestClient(
+        create_job_app(tmp_path / "data", ["localhost", "www.evil.example"]), base_url="http://localhost"
+    ) as client:
         yield client
 
 
@@ -25,8 +27,12 @@ def test_page_follows_the_dataset(client: TestClient, tmp_path: Path) -> None:
     assert "3 of 3 done" in " ".join(client.get("/").text.replace("<small>", " ").split())
 
 
-def test_page_is_not_rendered_again_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job_page, "_MIN_RENDER_INTERVAL_SECONDS", 60.0)
+@pytest.mark.parametrize(("interval_seconds", "busy_fraction"), [(60.0, 1.0), (-1.0, 1e-9)])
+def test_page_is_not_rendered_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval_seconds: float, busy_fraction: float
+) -> None:
+    monkeypatch.setattr(job_page, "_MIN_RENDER_INTERVAL_SECONDS", interval_seconds)
+    monkeypatch.setattr(job_page, "_MAX_BUSY_FRACTION", busy_fraction)
     write(tmp_path / "data", done=1)
     with TestClient(create_job_app(tmp_path / "data", ["localhost"]), base_url="http://localhost") as client:
         first = client.get("/").text
@@ -42,7 +48,8 @@ def test_page_has_a_strict_policy_and_no_inline_code(client: TestClient) -> None
     assert response.headers["cache-control"] == "no-store"
     for name in ("page.css", "failures.css", "dataset.css", "live.js"):
         assert f'"/{name}"' in response.text
-        assert client.get(f"/{name}").status_code == 200
+        media_type = "text/css" if name.endswith("css") else "text/javascript"
+        assert client.get(f"/{name}").headers["content-type"] == f"{media_type}; charset=utf-8"
 
 
 def test_page_says_that_the_dataset_is_gone_and_recovers(client: TestClient, tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def test_request_uses_one_version_throughout(tmp_path: Path) -> None:
     rewrite(tmp_path, [("new", "a giraffe", -1.0)])
     assert service.index.refresh()
     assert snapshot.get_image("gone").candidates
-    assert snapshot.search(Search("giraffe"), None, 5).total == 0
-    assert service.snapshot().search(Search("giraffe"), None, 5).total == 1
-    before, after = (each.search(Search("dog", "text"), None, 5).facets for each in (snapshot, service.snapshot()))
+    assert snapshot.search(Search("giraffe"), 0, 5).total == 0
+    assert service.snapshot().search(Search("giraffe"), 0, 5).total == 1
+    before, after = (each.search(Search("dog", "text"), 0, 5).facets for each in (snapshot, service.snapshot()))
     assert before is not None
     assert after is not None
     assert (before.splits.keys(), after.splits.keys()) == ({"train", "val"}, {"test"})

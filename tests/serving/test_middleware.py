@@ -11,6 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from captionlib.serving.clients import identify_client
 from captionlib.serving.config import ServingConfig
 from captionlib.serving.middleware import RequestLimits, SecurityHeaders
+from captionlib.serving.monitoring import Monitoring
 
 CONFIG = ServingConfig(max_requests_per_client=2, body_timeout_seconds=0.1)
 
@@ -219,7 +220,7 @@ def test_unknown_clients_count_as_one(scope: dict[str, Any]) -> None:
     assert identify_client(scope) == ""
 
 
-@pytest.mark.parametrize("middleware", [limit, SecurityHeaders])
+@pytest.mark.parametrize("middleware", [limit, SecurityHeaders, lambda app: Monitoring(app, log_requests=True)])
 def test_messages_other_than_requests_are_passed_on(middleware: Callable[[App], App]) -> None:
     passed: list[Scope] = []
 

@@ -1,3 +1,4 @@
+import asyncio
 import json
 import math
 import os
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import ClientDisconnect
 
 from captionlib.serving.config import ServingConfig
+from captionlib.serving.monitoring import Monitoring
 
 from .example_site import make_site
 from .test_pages import make_png
@@ -40,7 +43,8 @@ def test_metrics_count_requests_thumbnails_and_models(client: TestClient) -> Non
     client.get("/api/v1/search?q=dog&limit=0")
     client.get("/nothing/1")
     client.get("/nothing/2")
-    for image in ("im1", "im1", "gone"):
+    client.request("FOO", "/nothing/3")
+    for image in ("im1", "im1", "gone", "gone"):
         client.get(f"/thumbnail/small?id={image}")
     client.post("/api/v1/caption", files=[("images", ("x.png", make_png(), "image/png"))] * 2)
     counts = {name: value - before.get(name, 0) for name, value in read_metrics(client).items()}
@@ -49,7 +53,8 @@ def test_metrics_count_requests_thumbnails_and_models(client: TestClient) -> Non
     assert counts[("captionlib_requests_total", "other", "GET", "404")] == 2
     assert counts[("captionlib_request_seconds_count", "/api/v1/search")] == 2
     thumbnails = [counts[("captionlib_thumbnails_total", result)] for result in ("created", "stored", "failed")]
-    assert thumbnails == [1, 1, 1]
+    assert thumbnails == [1, 1, 2]
+    assert counts[("captionlib_requests_total", "other", "other", "404")] == 1
     assert counts[("captionlib_model_seconds_count", "caption")] == 2
 
 
@@ -65,16 +70,38 @@ def test_requests_are_logged_without_their_queries(client: TestClient, capsys: p
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert (first["method"], first["path"], first["status"]) == ("GET", "/api/v1/search", 200)
     assert "secret" not in json.dumps(first)
+    assert first["client"] == "testclient"
+    assert 0 < first["seconds"] < 60
     assert second["status"] == 404
 
 
 def test_failure_of_the_server_is_a_problem_without_a_stack_trace(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = read_metrics(client)
     monkeypatch.setattr(client.app.state.service, "snapshot", None)  # type: ignore[attr-defined]
     response = client.get("/api/v1/search?q=dog")
+    failures = ("captionlib_requests_total", "/api/v1/search", "GET", "500")
+    assert read_metrics(client)[failures] == before.get(failures, 0) + 1
     assert (response.status_code, response.json()["detail"]) == (500, "the server failed; see its log for the reason")
     assert client.get("/", headers={"accept": "text/html"}).text.count("Traceback") == 0
+
+
+def test_disconnected_client_is_recorded(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def disconnect(*_: object) -> None:
+        raise ClientDisconnect
+
+    monkeypatch.setattr("captionlib.serving.api.process_upload", disconnect)
+    assert client.post("/api/v1/image-search", files={"image": ("x.png", b"")}).status_code == 499
+
+    async def end_without_response(*_: object) -> None:
+        pass
+
+    scope = {"type": "http", "method": "GET", "path": "/"}
+    asyncio.run(Monitoring(end_without_response, log_requests=True)(scope, None, None))  # type: ignore[arg-type]
+    assert [json.loads(line)["status"] for line in capsys.readouterr().err.splitlines()] == [499, 499]
 
 
 def test_metrics_of_several_processes_are_added_up(tmp_path: Path) -> None:
@@ -94,3 +121,4 @@ def test_images_are_captioned_one_by_one(client: TestClient) -> None:
     assert (second["captions"], second["problem"]["reason"]) == ([], "NotAnImage")
     too_many = [("images", ("x.png", b"", "image/png"))] * 17
     assert client.post("/api/v1/caption", files=too_many).status_code == 422
+    assert len(client.post("/api/v1/caption", files=too_many[1:]).json()["images"]) == 16

@@ -17,14 +17,18 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
 from captionlib.data.images.decoding import list_decodable_formats
+from captionlib.data.shards.dataset import create_dataset
+from captionlib.data.shards.schemas import DUPLICATES_SCHEMA
+from captionlib.data.shards.writer import write_shard
 from captionlib.errors import BusyError
-from captionlib.search import facet_groups
+from captionlib.search import filters
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.search.index import open_index
 from captionlib.serving.app import create_app
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.pages import _format_percent, _format_ratio
+from captionlib.serving.pages import _format_percent, _format_ratio, _list_dates
+from captionlib.serving.problems import make_problem
 from captionlib.serving.responses import SearchResult
 from captionlib.serving.service import SearchService
 from tests.search.example_index import write_captions_dataset
@@ -41,7 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[TestClient]:
-    config = ServingConfig(allowed_hosts=("testserver",), max_upload_bytes=200_000, max_image_pixels=1_000_000)
+    hosts = ("testserver", "www.example.org")
+    config = ServingConfig(allowed_hosts=hosts, max_upload_bytes=200_000, max_image_pixels=1_000_000)
     with TestClient(make_site(folder, config=config)) as client:
         yield client
 
@@ -111,11 +116,29 @@ def test_empty_query_shows_help_and_examples(client: TestClient) -> None:
     assert html.count('<span class="caption"') == 48
 
 
+def test_values_at_their_limits_are_accepted(client: TestClient) -> None:
+    limits = f"split={'x' * 100}&source={'x' * 300}"
+    urls = [f"/api/v1/search?q={'x' * 500}&limit=100&min_log_prob=0&date=2026&{limits}", f"/?q={'x' * 500}&{limits}"]
+    urls += [f"/{path}failures?reason={'x' * 100}&source={'x' * 300}" for path in ("api/v1/", "")]
+    for url in urls:
+        assert client.get(url).status_code == 200
+    plain = client.get("/api/v1/search?q=dog+cat").json()
+    assert len(plain["results"]) == 20
+    assert client.get("/api/v1/search?q=dog+cat&split=&source=&date=").json() == plain
+
+
+def test_unknown_values_in_the_address_of_a_page_are_ignored(client: TestClient) -> None:
+    page = client.get("/?q=dog").text
+    assert client.get("/?q=dog&mode=x&sort=x&date=March&duplicates=x&similar_to=im3").text == page
+    assert client.get("/?q=dog&sort=log_prob").text != page
+
+
 def test_pages_after_the_last_have_no_results(client: TestClient) -> None:
     assert "page 2 of 2" in client.get("/?q=dog+cat+pizza+train+horse&page=2").text
     for beyond in (100, 10**12):
         html = client.get(f"/?q=dog&page={beyond}").text
         assert "No more results for “dog”" in html
+        assert "Examples of the images" not in html
         assert 'href="/?q=dog">← First page' in html
 
 
@@ -159,6 +182,7 @@ def test_missing_image_has_a_placeholder(client: TestClient) -> None:
         "image gone cannot be read",
         "NotFound",
     )
+    assert client.get("/thumbnail/small?id=im1").headers["cache-control"] == "private, max-age=86400"
     on_page = client.get("/thumbnail/small?id=gone", headers={"accept": "image/avif,*/*"})
     assert (on_page.status_code, on_page.headers["content-type"]) == (404, "image/svg+xml")
 
@@ -234,10 +258,30 @@ def test_body_that_is_too_large_is_rejected(client: TestClient) -> None:
     assert client.post("/api/v1/image-search", content=pieces, headers=headers).status_code == 413
 
 
+@pytest.mark.parametrize(("size", "status"), [(200_000 + 2**16, 422), (200_000 + 2**16 + 1, 413)])
+def test_other_parts_of_an_upload_have_a_limit(client: TestClient, size: int, status: int) -> None:
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    body = b"--b--".ljust(size)
+    assert client.post("/api/v1/image-search", content=body, headers=headers).status_code == status
+
+
 @pytest.mark.parametrize(
     "url",
     [
         f"/api/v1/search?q={'x' * 501}",
+        f"/api/v1/search?q=dog&split={'x' * 101}",
+        f"/api/v1/search?q=dog&source={'x' * 301}",
+        f"/api/v1/failures?reason={'x' * 101}",
+        f"/?split={'x' * 101}",
+        f"/?source={'x' * 301}",
+        f"/failures?reason={'x' * 101}",
+        f"/failures?source={'x' * 301}",
+        "/failures?page=0",
+        "/image?id=im0&at=-2",
+        "/api/v1/search?q=dog&limit=0",
+        "/api/v1/search?q=dog&date=2026-3",
+        "/api/v1/search?q=dog&date=20260",
+        "/api/v1/search?q=dog&min_log_prob=0.1",
         "/api/v1/search?q=dog&limit=101",
         f"/api/v1/search?q=dog&cursor={'1' * 101}",
         "/api/v1/search?q=dog&mode=sql",
@@ -249,7 +293,9 @@ def test_body_that_is_too_large_is_rejected(client: TestClient) -> None:
 def test_limits_are_enforced(client: TestClient, url: str) -> None:
     response = client.get(url)
     assert response.status_code == 422
-    assert response.json()["detail"]
+    problem = response.json()
+    assert problem["detail"] == "; ".join(f"{each['name']}: {each['detail']}" for each in problem["errors"])
+    assert f"{problem['errors'][0]['name']}=" in url or url == "/api/v1/search"
     assert "Invalid request" in client.get(url, headers=BROWSER).text
 
 
@@ -260,7 +306,8 @@ def test_sql_is_ignored(client: TestClient) -> None:
 
 
 def test_unknown_hosts_are_rejected_and_headers_are_set(client: TestClient) -> None:
-    assert client.get("/", headers={"host": "evil.example.org"}).status_code == 400
+    for host in ("evil.example.org", "example.org"):
+        assert client.get("/", headers={"host": host}).status_code == 400
     for url in ("/", "/api/v1/search?q=dog", "/static/page.css", "/nothing", "/thumbnail/small?id=im0"):
         headers = client.get(url).headers
         assert "default-src 'none'" in headers["content-security-policy"]
@@ -299,6 +346,7 @@ def test_busy_server_asks_to_try_again(client: TestClient, monkeypatch: pytest.M
 def test_health_and_docs(client: TestClient) -> None:
     health = client.get("/health").json()
     assert (health["status"], health["captions"], health["vectors"]) == ("ok", 60, 60)
+    assert client.get("/redoc").status_code == 404
     docs = client.get("/docs").text
     assert "https://" not in docs
     for file in re.findall('(?:src|href)="(/static/[^"]*)"', docs):
@@ -311,6 +359,18 @@ def test_error_is_a_page_for_browsers_and_json_for_other_clients(client: TestCli
     page = client.get("/nothing", headers=BROWSER).text
     assert "<h1>Not found</h1>\n<p>/nothing does not exist.</p>" in page
     assert client.get("/static/../../app.py").status_code == 404
+    response = client.post("/health", headers=BROWSER)
+    assert (response.status_code, response.headers["allow"]) == (405, "GET")
+    assert "<h1>Request failed</h1>" in response.text
+
+
+@pytest.mark.parametrize(
+    ("status", "heading"), [(404, "Not found"), (408, "Too slow"), (429, "Too busy"), (503, "Too busy")]
+)
+def test_page_of_an_error_has_a_heading(client: TestClient, status: int, heading: str) -> None:
+    page = client.app.state.pages.render_error(make_problem(status, "the detail"))  # type: ignore[attr-defined]
+    assert f"<h1>{heading}</h1>\n<p>The detail.</p>".encode() in page.body
+    assert (b"examples of the images" in page.body) == (status == 404)
 
 
 def test_without_models_only_text_search_is_available(tmp_path: Path) -> None:
@@ -331,6 +391,10 @@ def test_without_models_only_text_search_is_available(tmp_path: Path) -> None:
         )
         response = client.post("/api/v1/image-search", files={"image": ("x.png", make_png(), "image/png")})
         assert response.status_code == 404
+
+
+def similar_ids(client: TestClient) -> list[str]:
+    return [row["image_id"] for row in client.get("/api/v1/image?id=im0").json()["similar"]]
 
 
 def find_cards(html: str) -> list[str]:
@@ -384,6 +448,19 @@ def test_failures_are_listed_with_reasons_but_without_addresses(client: TestClie
     assert "secret" not in html + client.get("/failures").text
     assert "another reason (Odd)" in html
     assert '<a href="/failures">3 without a caption</a>' in client.get("/").text
+    assert client.get("/api/v1/failures", params={"limit": 3}).json()["next_cursor"] is None
+
+
+def test_failures_have_pages(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("captionlib.serving.pages.MAX_RESULTS", 2)
+    pages = [client.get(f"/failures?page={page}").text for page in (1, 2)]
+    assert [re.findall("<td>(failed .)</td>", page) for page in pages] == [["failed 0", "failed 1"], ["failed 2"]]
+    assert [re.findall('rel="(prev|next)".*(page=.)"', page) for page in pages] == [
+        [("next", "page=2")],
+        [("prev", "page=1")],
+    ]
+    monkeypatch.setattr("captionlib.serving.pages.MAX_OFFSET", 2)
+    assert client.get("/failures?page=9").text == pages[0], "the last page that can be reached"
 
 
 def test_unknown_facet_values_find_nothing(client: TestClient) -> None:
@@ -404,11 +481,13 @@ def test_unclosed_quote_is_closed(client: TestClient) -> None:
     note = "A closing quotation mark was added: “dog and a cat”."
     assert note in client.get("/", params={"q": "“dog and a cat"}).text
     assert note not in client.get("/", params={"q": '"dog and a cat"'}).text
+    assert note not in client.get("/", params={"q": "“dog and a cat", "mode": "sentence"}).text
 
 
 def test_matched_words_are_marked_and_escaped(client: TestClient) -> None:
     html = client.get("/?q=dogs+-pizza").text
     assert "a <mark>dog</mark> and a cat" in html
+    assert "<mark>" not in client.get("/?q=dog&mode=sentence").text
     marked = client.get("/?q=script").text
     assert "&lt;<mark>script</mark>&gt;document" in marked
 
@@ -423,6 +502,18 @@ def test_image_page_links_to_the_previous_and_next_result(client: TestClient) ->
     ]
     first = client.get("/image", params={"id": ids[0], "q": "dog", "sort": "log_prob", "at": 0}).text
     assert 'rel="prev"' not in first
+    assert f"id={quote(ids[1], safe='')}&amp;at=1" in first
+    for parameters in (
+        {"at": 0},
+        {"at": 0, "q": " "},
+        {"q": "dog"},
+        {"at": 9999, "q": "dog"},
+        {"at": 10**9, "q": "dog"},
+    ):
+        assert 'rel="next"' not in client.get("/image", params={"id": "im0", **parameters}).text
+    assert (
+        'rel="next"' in client.get("/image", params={"id": similar_ids(client)[0], "similar_to": "im0", "at": 0}).text
+    )
     moved = client.get("/image", params={"id": ids[5], "q": "dog", "sort": "log_prob", "at": 1}).text
     assert 'rel="next"' not in moved, "the index has changed, so the position belongs to a different image"
 
@@ -431,6 +522,8 @@ def test_facets_have_counts_of_the_search(client: TestClient) -> None:
     html = client.get("/?q=dog").text
     counts = {value: int(count) for value, count in re.findall(r'<option value="([^"]+)" *>[^(<]+\((\d+)\)', html)}
     assert counts.keys() == {"train", "val", "2026-03", "2026-04"}
+    assert 'name="source"' not in html, "there is only one"
+    assert 'name="duplicates"' not in html, "there are none"
     for value, count in counts.items():
         facet = {"date" if value.startswith("2026") else "split": value}
         assert client.get("/api/v1/search", params={"q": "dog", **facet}).json()["total"] == count > 0
@@ -441,7 +534,7 @@ def test_facets_have_counts_of_the_search(client: TestClient) -> None:
 
 
 def test_only_text_searches_need_facets_that_count_months(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facet_groups, "_MAX_GROUPS", 1)
+    monkeypatch.setattr(filters, "_MAX_GROUPS", 1)
     with TestClient(make_site(tmp_path)) as client:
         for parameters in ({"q": "dog", "mode": "sentence"}, {"q": "dog", "mode": "hybrid"}):
             address = f"/api/v1/search?{urlencode({**parameters, 'limit': 100})}"
@@ -497,8 +590,9 @@ def test_links_keep_words_that_are_also_values_of_other_parameters(client: TestC
 
 
 def test_selection_is_exported_without_addresses_of_images(client: TestClient, folder: Path) -> None:
-    ids = {"id": ["im3", "im1", "nothing"]}
+    ids = {"id": ["im3", "im1", "im3", "nothing"]}
     csv = client.post("/export", data={**ids, "format": "csv"})
+    assert csv.headers["content-type"] == "text/csv; charset=utf-8"
     assert csv.headers["content-disposition"] == 'attachment; filename="captions.csv"'
     assert csv.text.splitlines()[1].startswith('"im3","train","a dog and a horse"')
     parquet = pq.read_table(pa.BufferReader(client.post("/export", data={**ids, "format": "parquet"}).content))
@@ -532,6 +626,38 @@ def test_class_of_an_aspect_ratio(width: int | None, height: int | None, expecte
 )
 def test_small_percentages_have_two_digits(probability: float, expected: str) -> None:
     assert _format_percent(probability) == expected
+
+
+def test_dates_are_months_or_years() -> None:
+    months = {f"{year}-{month:02}": month for year in (2025, 2026) for month in range(1, 13)}
+    listed = _list_dates(months)
+    assert (len(listed), listed[0], listed[-1]) == (24, ("2026-12", "Dec 2026", 12), ("2025-01", "Jan 2025", 1))
+    assert _list_dates({**months, "2024-12": 5}) == [("2026", "2026", 78), ("2025", "2025", 78), ("2024", "2024", 5)]
+    assert _list_dates({"2025": 3, "2026-01": 4}) == [("2026", "2026", 4), ("2025", "2025", 3)]
+
+
+@pytest.mark.usefixtures("client")
+def test_marked_duplicates_can_be_left_out(folder: Path, tmp_path: Path) -> None:
+    duplicates = create_dataset(tmp_path / "duplicates", "duplicates", DUPLICATES_SCHEMA, config={}, shards=1)
+    group = [{"image_id": f"im{number}", "group": "im0", "kept": not number, "similarity": 1.0} for number in range(3)]
+    with write_shard(duplicates, 0, 3) as writer:
+        writer.write(pa.RecordBatch.from_pylist(group, DUPLICATES_SCHEMA))
+    duplicates.finish()
+    config = IndexConfig(keep_duplicates=True)
+    build = plan_build(folder / "captions", None, tmp_path / "index", config, duplicates=tmp_path / "duplicates")
+    build.add_shard(0)
+    build.finish()
+    limits = ServingConfig(allowed_hosts=("testserver",))
+    service = SearchService(open_index(tmp_path / "index", refresh_seconds=None), limits)
+    with TestClient(create_app(service, tmp_path / "thumbnails")) as client:
+        total, distinct = (
+            client.get(f"/api/v1/search?q=dog&duplicates={each}").json()["total"] for each in ("include", "exclude")
+        )
+        assert distinct == total - 2
+        assert f'<option value="exclude" >Without duplicates ({distinct})' in client.get("/?q=dog").text
+        page = client.get("/?q=dog&duplicates=exclude").text
+        assert f"{distinct} images" in page
+        assert f'<option value="exclude" selected>Without duplicates ({distinct})' in page
 
 
 def test_index_without_images_has_pages(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from captionlib.errors import BusyError, DecodeError, FetchError
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize, create_thumbnails
+from captionlib.serving.thumbnails import Thumbnails, ThumbnailSize, create_thumbnails, remove_thumbnails
 
 
 def get(thumbnails: Thumbnails, uri: str, size: ThumbnailSize = "small") -> bytes:
@@ -175,7 +175,7 @@ def test_large_thumbnail_shows_the_whole_image(
     image = Image.new("RGB", size, "black")
     image.paste("white", (0, 0, size[0] // 2, size[1] // 2))
     image.save(tmp_path / "a.png")
-    with Thumbnails(tmp_path / "thumbnails", ServingConfig()) as thumbnails:
+    with Thumbnails(tmp_path / "thumbnails", ServingConfig(max_concurrent_fetches=1)) as thumbnails:
         content = get(thumbnails, str(tmp_path / "a.png"), "large")
     with Image.open(io.BytesIO(content)) as large:
         assert large.size == expected
@@ -228,7 +228,10 @@ def test_chained_addresses_are_not_downloaded(tmp_path: Path, web: str, chain: s
     assert CountingHandler.requests == []
 
 
-def test_thumbnails_created_ahead_are_served_without_the_images(tmp_path: Path) -> None:
+def test_thumbnails_created_ahead_are_served_without_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("captionlib.serving.thumbnails._BATCH", 2)
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path in paths[:2]:
         Image.new("RGB", (90, 70), "teal").save(path)
@@ -239,3 +242,7 @@ def test_thumbnails_created_ahead_are_served_without_the_images(tmp_path: Path) 
     with Thumbnails(tmp_path / "thumbnails", config) as thumbnails:
         for path in paths[:2]:
             assert asyncio.run(thumbnails.get(str(path), "small")).startswith(b"\xff\xd8")
+    uris = [str(path) for path in paths]
+    assert create_thumbnails(tmp_path / "thumbnails", uris, config) == 1, "the others are stored"
+    remove_thumbnails(tmp_path / "thumbnails", uris)
+    assert not list((tmp_path / "thumbnails").rglob("*.jpg"))

@@ -7,7 +7,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from captionlib.errors import BusyError
 from captionlib.serving.config import ServingConfig
-from captionlib.serving.uploads import Uploads
+from captionlib.serving.fair_thread_pool import FairThreadPool
+from captionlib.serving.uploads import create_upload_pool, process_upload
 
 
 class Connection:
@@ -30,20 +31,20 @@ def test_result_and_exceptions_are_returned() -> None:
     def fail() -> None:
         raise ValueError("x")
 
-    async def test(uploads: Uploads) -> None:
-        assert await uploads.process(Connection().request, lambda: 5) == 5
+    async def test(pool: FairThreadPool) -> None:
+        assert await process_upload(pool, Connection().request, lambda: 5) == 5
         with pytest.raises(ValueError, match="x"):
-            await uploads.process(Connection().request, fail)
+            await process_upload(pool, Connection().request, fail)
 
-    with Uploads(ServingConfig()) as uploads:
-        asyncio.run(test(uploads))
+    with create_upload_pool(ServingConfig()) as pool:
+        asyncio.run(test(pool))
 
 
 def test_image_of_a_client_that_disconnects_is_not_processed() -> None:
     processed: list[str] = []
     gate = threading.Semaphore(0)
 
-    async def test(uploads: Uploads) -> None:
+    async def test(pool: FairThreadPool) -> None:
         first, second, third = Connection(), Connection(), Connection()
 
         def process(name: str) -> str:
@@ -53,7 +54,7 @@ def test_image_of_a_client_that_disconnects_is_not_processed() -> None:
 
         names = {"first": first, "second": second, "third": third}
         tasks = [
-            asyncio.ensure_future(uploads.process(connection.request, lambda name=name: process(name)))
+            asyncio.ensure_future(process_upload(pool, connection.request, lambda name=name: process(name)))
             for name, connection in names.items()
         ]
         await asyncio.sleep(0.02)
@@ -64,8 +65,8 @@ def test_image_of_a_client_that_disconnects_is_not_processed() -> None:
         assert await asyncio.gather(tasks[0], tasks[2]) == ["first", "third"]
         assert processed == ["first", "third"]
 
-    with Uploads(ServingConfig(max_concurrent_uploads=1)) as uploads:
-        asyncio.run(test(uploads))
+    with create_upload_pool(ServingConfig(max_concurrent_uploads=1)) as pool:
+        asyncio.run(test(pool))
 
 
 def test_clients_take_turns() -> None:
@@ -76,10 +77,10 @@ def test_clients_take_turns() -> None:
         assert gate.acquire(timeout=10)
         processed.append(name)
 
-    async def test(uploads: Uploads) -> None:
+    async def test(pool: FairThreadPool) -> None:
         hosts = ["192.0.2.1", "192.0.2.1", "192.0.2.1", "192.0.2.2"]
         tasks = [
-            asyncio.ensure_future(uploads.process(Connection(host).request, lambda host=host: process(host)))
+            asyncio.ensure_future(process_upload(pool, Connection(host).request, lambda host=host: process(host)))
             for host in hosts
         ]
         await asyncio.sleep(0.02)
@@ -89,5 +90,5 @@ def test_clients_take_turns() -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         assert processed == ["192.0.2.1", "192.0.2.1", "192.0.2.2"]
 
-    with Uploads(ServingConfig(max_concurrent_uploads=1, max_waiting_uploads=2)) as uploads:
-        asyncio.run(test(uploads))
+    with create_upload_pool(ServingConfig(max_concurrent_uploads=1, max_waiting_uploads=2)) as pool:
+        asyncio.run(test(pool))

@@ -13,7 +13,7 @@ from captionlib.data.text.vocabulary import UNKNOWN, Vocabulary
 from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerConfig
 from captionlib.models.checkpoints.checkpoint import load_captioner
-from captionlib.training.bag_of_words import BagOfWordsObjective
+from captionlib.training.caption_objective import BagOfWordsObjective
 from captionlib.training.captioning import CaptionerTrainingConfig, train_captioner
 from captionlib.training.loop import TrainingConfig
 from jobs.train_captioner import command

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from captionlib.errors import DatasetError, TrainingDiverged, TrainingInterrupted
 from captionlib.storage.folders import Folder
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, seed_everything, train
+from captionlib.training.loop import TrainingConfig, train
 from captionlib.training.objective import BatchLoss
+from captionlib.training.state import check_run_folder, delete_run
 
 CONFIG = TrainingConfig(epochs=3, checkpoint_interval_seconds=0, patience=None)
 STEPS = 4
@@ -38,7 +39,7 @@ class Line:
     module_learning_rates: ClassVar[dict[str, float]] = {}
 
     def __init__(self, at_step: Callable[[int], None] = lambda _: None) -> None:
-        seed_everything(0)
+        torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
         self.saved: list[int] = []
         self.errors: list[float] = []
@@ -125,6 +126,15 @@ def test_finished_run_does_nothing(tmp_path: Path) -> None:
     again = Line()
     assert run(again, tmp_path) == history
     assert again._step == 0
+
+
+@pytest.mark.parametrize("kept", [0, 5, 500])
+def test_damaged_state_is_reported(tmp_path: Path, kept: int) -> None:
+    run(Line(), tmp_path)
+    state = tmp_path / "_training" / "state.pt"
+    state.write_bytes(state.read_bytes()[:kept])
+    with pytest.raises(DatasetError, match=r"_training/state\.pt cannot be read: .*--overwrite"):
+        run(Line(), tmp_path)
 
 
 @pytest.mark.parametrize("epochs", [3, 4])
@@ -323,8 +333,8 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
 def test_folder_with_foreign_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(DatasetError, match=r"files that do not belong to a training run \(thesis.txt\)"):
-        prepare_run_folder(Folder(tmp_path), overwrite=True)
+        check_run_folder(Folder(tmp_path))
     (tmp_path / "thesis.txt").unlink()
     run(Line(), tmp_path)
-    prepare_run_folder(Folder(tmp_path), overwrite=True)
+    delete_run(Folder(tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()

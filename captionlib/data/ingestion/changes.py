@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from captionlib.data.images.fetching import ImageFetcher
 from captionlib.data.images.loading import hash_content
-from captionlib.data.ingestion.staging import StagedRows, open_database, read_manifest
+from captionlib.data.ingestion.staging import StagedRows, read_manifest
 from captionlib.data.row_buffer import RowBuffer
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
@@ -25,7 +25,7 @@ from captionlib.data.shards.update import update_shards
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import FetchError
 
-__all__ = ["Changes", "Comparison", "compare_with_manifest", "update_manifest"]
+__all__ = ["Changes", "Comparison", "update_manifest"]
 
 _BATCH_ROWS = 4096
 _THREADS = 16
@@ -33,18 +33,11 @@ _THREADS = 16
 
 @dataclass(frozen=True)
 class Changes:
-    """The numbers of new, changed, missing and unchanged rows of a source, compared with a manifest.
-
-    Attributes:
-        new: rows with an id that is not in the manifest.
-        changed: rows whose version (a string that changes with the image file), URI, split or captions differ.
-        missing: rows of the manifest that are not in the source.
-        unchanged: rows of the source that equal those of the manifest.
-    """
+    """Numbers of rows of a source, compared with its manifest."""
 
     new: int
     changed: int
-    missing: int
+    missing: int  # rows of the manifest that are not in the source
     unchanged: int
 
     @property
@@ -53,7 +46,14 @@ class Changes:
 
 
 class Comparison:
-    """The rows that differ between a source and a manifest, in a temporary database; see `compare_with_manifest`."""
+    """The rows that differ between a source and a manifest.
+
+    Args:
+        database: empty database that runs the comparison.
+        staged: the rows of the source, whose ids are unique.
+        dataset: the manifest.
+        append: whether to keep rows of the manifest that are not in the source.
+    """
 
     def __init__(
         self, database: duckdb.DuckDBPyConnection, staged: StagedRows, dataset: ShardedDataset, append: bool
@@ -67,7 +67,6 @@ class Comparison:
         database.execute("DROP TABLE differences")
 
     def count(self) -> Changes:
-        """Counts the rows that differ."""
         count = "SELECT count(*) - count(shard), count(shard), (SELECT count(*) FROM missing) FROM changes"
         [(new, changed, missing)] = self._database.execute(count).fetchall()
         return Changes(new, changed, missing, self._staged.rows - new - changed)
@@ -75,9 +74,8 @@ class Comparison:
     def verify_content(self, hashed: ShardedDataset, fetcher: ImageFetcher) -> None:
         """Reads the images whose version is unchanged, and marks an image as changed if its content has a new hash.
 
-        The expected hashes are in the column `content_hash` of `hashed`, a dataset made from the manifest. A hash that
-        an earlier verification appended to an image's version takes precedence. Images without an expected hash, and
-        images that cannot be read, count as unchanged.
+        The expected hash is the one that an earlier verification appended to the version or, by default, the one in the
+        column `content_hash` of `hashed`. Images without a hash, and images that cannot be read, count as unchanged.
         """
         self._execute_on_existing("CREATE TABLE existing AS SELECT image_id, shard, version FROM existing_rows")
         schema = pa.schema([("image_id", pa.string()), ("content_hash", pa.string())])
@@ -101,15 +99,12 @@ class Comparison:
                     self._database.executemany("INSERT INTO changes VALUES (?, ?, ?)", found)
 
     def list_changed_shards(self) -> list[int]:
-        """Returns the sorted numbers of the shards with changed or missing rows."""
         return sorted(shard for (shard,) in self._database.execute(_LIST_CHANGED_SHARDS).fetchall())
 
     def count_missing_by_shard(self) -> dict[int, int]:
-        """Returns the number of missing rows by shard."""
         return dict(self._database.execute("SELECT shard, count(*) FROM missing GROUP BY shard").fetchall())
 
     def read_missing_ids(self, shard: int) -> pa.Array:
-        """Returns the ids of the missing rows of a shard."""
         ids = self._database.execute("SELECT image_id FROM missing WHERE shard = ?", [shard]).fetchall()
         return pa.array([image_id for (image_id,) in ids], pa.string())
 
@@ -124,10 +119,7 @@ class Comparison:
         yield from map(_to_manifest_rows, self._read(_READ_NEW))
 
     def _execute_on_existing(self, sql: str, *parameters: str) -> None:
-        """Runs an SQL statement on the table `existing_rows`, which the statement can read only once.
-
-        The table contains the rows of the manifest, each with the number of its shard.
-        """
+        """Runs an SQL statement that reads the manifest with shard numbers, the table `existing_rows`, once."""
         schema = pa.schema([*MANIFEST_SCHEMA, pa.field("shard", pa.int32())])
         batches = (
             rows.append_column("shard", pa.array(np.full(rows.num_rows, shard, np.int32)))
@@ -174,21 +166,6 @@ def _to_manifest_rows(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays([batch[name] for name in MANIFEST_SCHEMA.names], schema=MANIFEST_SCHEMA)
 
 
-@contextmanager
-def compare_with_manifest(staged: StagedRows, dataset: ShardedDataset, append: bool) -> Iterator[Comparison]:
-    """Yields the differences between the rows of a source and a manifest.
-
-    A database compares the ids and the hashes of rows. It spills to disk if it needs more memory than its limit.
-
-    Args:
-        staged: the rows of the source, whose ids are unique.
-        dataset: the manifest.
-        append: whether to keep rows of the manifest that are not in the source.
-    """
-    with open_database(staged.path.parent) as database:
-        yield Comparison(database, staged, dataset, append)
-
-
 def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
     for shard in dataset.list_written_shards():
         yield from (
@@ -197,12 +174,9 @@ def _read_hashes(dataset: ShardedDataset, schema: pa.Schema) -> Iterator[pa.Reco
 
 
 def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size: int) -> int:
-    """Writes the shards with new, changed or missing rows, and replaces all of them at once.
+    """Writes the shards with new, changed or missing rows, and returns the new number of shards. The update is atomic.
 
     Unchanged rows stay where they are. New rows first fill up the last shard, and then go into new shards.
-
-    Returns:
-        The number of shards after the update.
     """
     # A marker is the file that records that a shard is complete.
     rows = {shard: marker.rows for shard, marker in dataset.require_all_markers().items()}
@@ -237,7 +211,7 @@ def update_manifest(dataset: ShardedDataset, comparison: Comparison, shard_size:
 
 
 def _replace_rows(table: pa.Table, changed: pa.Table) -> pa.Table:
-    """Replaces rows of `table` with the rows of `changed` that have the same ids."""
+    """Replaces rows by id."""
     positions = pc.index_in(table["image_id"], value_set=changed["image_id"].combine_chunks())
     indices = pc.if_else(
         pc.is_valid(positions),

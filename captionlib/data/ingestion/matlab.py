@@ -36,18 +36,13 @@ _SCIPY_TYPE_BYTES = {"double": 8, "single": 4} | {
 
 @contextmanager
 def open_matrix(address: str, name: str) -> Iterator[npt.NDArray[Any]]:
-    """Opens a matrix of a MATLAB file as an array `[rows, columns]`.
+    """Opens the variable `name` of a MATLAB file as an array `[rows, columns]`, mapped into memory.
 
-    SciPy and HDF5 crash on some damaged files. Therefore a child process copies the matrix to a temporary file, which
-    is mapped into memory until the context exits.
-
-    Args:
-        address: path, or URL of a file to download.
-        name: variable name of the matrix.
+    SciPy and HDF5 crash on some damaged files, so a child process copies the matrix to a temporary file.
 
     Raises:
-        DatasetError: the file cannot be read, or has no numeric matrix with that name.
-        StorageError: the temporary file cannot be written.
+        DatasetError: the file is damaged, or has no numeric matrix with that name.
+        StorageError: the file cannot be read, or the temporary file cannot be written.
     """
     location = locate(address).require("a MATLAB file")
     with scratch_folder() as scratch:

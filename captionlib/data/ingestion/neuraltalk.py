@@ -131,8 +131,7 @@ def _check_orientation(
 ) -> None:
     """Checks that the matrix has a column, not a row, for each image.
 
-    If `dataset.json` lists only some of the images, neither dimension equals the number of images. In that case, the
-    matrix is rejected if its number of columns, but not its number of rows, is a common size of a network layer.
+    If `dataset.json` lists only some of the images, only the number of rows should be a common size of a network layer.
     """
     rows, columns = matrix.shape
     images = max((imgid for imgid, _ in rows_with_imgid if isinstance(imgid, int)), default=-1) + 1
@@ -177,10 +176,6 @@ def _find_columns(
 
 
 def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[str, Any]:
-    """Describes the encoder that computed the features, with a checksum of the features file.
-
-    A captioner rejects features whose description of the encoder differs from that of its training data.
-    """
     return {
         "model": config.model,
         "node": config.node,
@@ -194,7 +189,7 @@ def _describe_encoder(config: ImportConfig, size: int, checksum: str) -> dict[st
 def _read_vectors(
     matrix: npt.NDArray[Any], columns: npt.NDArray[np.int64], dtype: str, address: str
 ) -> npt.NDArray[np.floating]:
-    """Returns the columns as rows of an array `[columns, size]`. Each column is read once, in ascending order."""
+    """Returns an array `[columns, size]`. Each column is read once, in ascending order."""
     ascending, inverse = np.unique(columns, return_inverse=True)
     with np.errstate(over="ignore"):  # checked below
         vectors: npt.NDArray[np.floating] = matrix.T[ascending].astype(dtype)[inverse]

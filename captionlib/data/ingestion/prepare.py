@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 
@@ -11,12 +11,12 @@ from pydantic import PositiveInt
 from captionlib.config import configclass
 from captionlib.data.images.addresses import image_exists
 from captionlib.data.images.fetching import ImageFetcher
-from captionlib.data.ingestion.changes import Changes, compare_with_manifest, update_manifest
-from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, read_shards, stage_rows
+from captionlib.data.ingestion.changes import Changes, Comparison, update_manifest
+from captionlib.data.ingestion.staging import StagedRows, check_unique_ids, open_database, read_shards, stage_rows
 from captionlib.data.shards.compaction import choose_shard_size
-from captionlib.data.shards.dataset import ShardedDataset, create_dataset, list_other_files, open_dataset
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset, select_other_files
 from captionlib.data.shards.markers import DESCRIPTION_FILE
-from captionlib.data.shards.removal import RemovedImages, list_removed
+from captionlib.data.shards.removal import list_removed
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import drop_uncommitted_updates
 from captionlib.data.shards.writer import write_shard
@@ -25,7 +25,7 @@ from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.splits import add_split_aliases
 from captionlib.errors import ConfigError, DatasetError, FetchError, StorageError
 from captionlib.progress import progress_bar
-from captionlib.storage.folders import Folder, scratch_folder
+from captionlib.storage.folders import Addresses, Folder, list_addresses, scratch_folder
 from captionlib.storage.lock import lock_folder
 from captionlib.storage.remote_errors import is_temporary_error
 
@@ -89,7 +89,7 @@ class PrepareSummary:
         skipped: number of skipped items by reason.
         examples: file and line of the first invalid image or caption by reason.
         changes: numbers of new, changed, missing (no longer in the sources) and unchanged images.
-        is_update: whether the sources were compared with an existing manifest. If False, all images are new.
+        is_update: whether the sources were compared with an existing manifest.
     """
 
     source_format: str
@@ -109,7 +109,7 @@ class PrepareSummary:
 
 
 def prepare(
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    sources: Addresses,
     output: str | os.PathLike[str],
     config: PrepareConfig | None = None,
     *,
@@ -145,7 +145,7 @@ def prepare(
         LockError: another process is writing the manifest.
     """
     config = config or PrepareConfig()
-    addresses = [os.fspath(source) for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
+    addresses = [os.fspath(source) for source in list_addresses(sources)]
     with ExitStack() as lock:
         if Folder(output).exists(DESCRIPTION_FILE) and not dry_run:
             lock.enter_context(lock_folder(Folder(output), _COMMAND))
@@ -173,9 +173,10 @@ def _prepare(
     with scratch_folder() as scratch:
         rows = _read(addresses, source_format, config, skips)
         if config.splits:
-            rows = _select_splits(rows, config.splits, skips)
+            splits = add_split_aliases(config.splits)  # val and dev are the same split
+            rows = _select(rows, lambda row: row.split in splits, "in a different split", skips)
         if (removed := list_removed(Folder(output))).reasons:
-            rows = _drop_removed(rows, removed, skips)
+            rows = _select(rows, lambda row: row.image_id not in removed, "removed with captionlib remove", skips)
         with progress_bar("prepare", None, "images", progress) as bar:
             rows = rows if config.limit is None else itertools.islice(rows, config.limit)
             to_compare = None if config.verify_content is not None else to_update
@@ -202,19 +203,12 @@ def _prepare(
         skipped=dict(skips.counts.most_common()),
         examples=skips.examples,
         changes=changes,
-        is_update=to_update is not None,
+        is_update=is_update,
     )
 
 
 def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrite: bool) -> ShardedDataset | None:
-    """Returns the manifest in the output folder, or None if there is none or it is to be overwritten.
-
-    Called before the sources are read, because reading them can take a long time.
-
-    Raises:
-        ConfigError: the manifest has a different shard size.
-        DatasetError: the folder contains other data.
-    """
+    """Returns the manifest in the output folder, or None if there is none or it is to be overwritten."""
     folder = Folder(output)
     if folder.exists(DESCRIPTION_FILE):
         if overwrite:
@@ -227,7 +221,7 @@ def _open_output(output: str | os.PathLike[str], config: PrepareConfig, overwrit
                 "--shard-size, or change it with `captionlib compact`"
             )
         return dataset
-    if list_other_files(folder):
+    if select_other_files(folder.list()):
         raise DatasetError(f"{folder.uri} contains files that captionlib did not write; choose an empty or new folder")
     return None
 
@@ -250,16 +244,7 @@ def _create(
     existing: ShardedDataset | None,
     is_new: bool,
 ) -> None:
-    """Writes a new manifest.
-
-    Args:
-        output: folder to write the manifest to.
-        staged: checked rows.
-        shard_size: rows per shard.
-        shards: number of shards.
-        existing: the incomplete manifest that an interrupted run left in the folder, if any.
-        is_new: whether the folder contained no manifest when this run started.
-    """
+    """Writes a new manifest. `existing` is the incomplete manifest that an interrupted run left, if any."""
     if is_new and Folder(output).exists(DESCRIPTION_FILE):
         raise DatasetError(
             f"{Folder(output).uri}: another command wrote a manifest at the same time; run this command again to "
@@ -287,7 +272,7 @@ def _update(
     dry_run: bool,
     report_changes: Callable[[Changes], None],
 ) -> tuple[Changes, int]:
-    """Updates an existing manifest. Returns the changes, and the number of shards after the update."""
+    """Updates a manifest. Returns the changes, and the new number of shards."""
     if staged.unchanged:
         changes = Changes(0, 0, 0, staged.rows)
         report_changes(changes)
@@ -295,7 +280,8 @@ def _update(
             drop_uncommitted_updates(dataset.folder)
         return changes, dataset.shards
     check_unique_ids(staged)
-    with compare_with_manifest(staged, dataset, append=config.append) as comparison:
+    with open_database(staged.path.parent) as database:
+        comparison = Comparison(database, staged, dataset, append=config.append)
         if config.verify_content is not None:
             with ImageFetcher() as fetcher:
                 comparison.verify_content(_open_hashed_dataset(config.verify_content), fetcher)
@@ -308,11 +294,11 @@ def _update(
                 "a tenth; check that the path is correct and the disk is mounted, or use --append if the source "
                 "contains only new images, or --allow-removal to remove the missing ones"
             )
-        if not dry_run and not changes.any:
-            drop_uncommitted_updates(dataset.folder)
-        if dry_run or not changes.any:
-            return changes, dataset.shards
-        return changes, update_manifest(dataset, comparison, dataset.config["shard_size"])
+        if not dry_run and changes.any:
+            return changes, update_manifest(dataset, comparison, dataset.config["shard_size"])
+    if not dry_run:
+        drop_uncommitted_updates(dataset.folder)
+    return changes, dataset.shards
 
 
 def _select_format(addresses: Sequence[str], config: PrepareConfig) -> str:
@@ -354,21 +340,14 @@ def _check_images_exist(rows: Sequence[ImageRecord]) -> None:
         )
 
 
-def _select_splits(rows: Iterator[ImageRecord], splits: Collection[str], skips: SkipCounter) -> Iterator[ImageRecord]:
-    selected = add_split_aliases(splits)  # val and dev are the same split
+def _select(
+    rows: Iterator[ImageRecord], condition: Callable[[ImageRecord], bool], skip_reason: str, skips: SkipCounter
+) -> Iterator[ImageRecord]:
     for row in rows:
-        if row.split in selected:
+        if condition(row):
             yield row
         else:
-            skips.count_ignored("in a different split")
-
-
-def _drop_removed(rows: Iterator[ImageRecord], removed: RemovedImages, skips: SkipCounter) -> Iterator[ImageRecord]:
-    for row in rows:
-        if row.image_id in removed:
-            skips.count_ignored("removed with captionlib remove")
-        else:
-            yield row
+            skips.count_ignored(skip_reason)
 
 
 def _describe_empty_source(

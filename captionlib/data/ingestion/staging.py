@@ -6,7 +6,7 @@ The rows are counted, hashed and checked before the manifest is written.
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -43,22 +43,16 @@ _IDS_PER_PASS = 250_000
 
 @dataclass(frozen=True)
 class StagedRows:
-    """Manifest rows in a local file.
+    """Rows in a local Parquet file, with the columns of a manifest and their origin.
 
-    Attributes:
-        path: Parquet file with the columns of a manifest and `origin`, the file and line that a row was read from.
-        rows: number of rows.
-        captions: number of captions in all rows.
-        splits: number of rows by split.
-        digest: hash of all ids in order. It becomes the id of a new manifest.
-        unchanged: whether the rows equal those of the existing manifest, in the same order. If so, the file is empty.
+    If the rows equal those of the existing manifest, in the same order, they are `unchanged` and the file is empty.
     """
 
     path: Path
     rows: int
     captions: int
-    splits: dict[str, int]
-    digest: str
+    splits: dict[str, int]  # number of rows by split
+    digest: str  # hash of all ids in order, which becomes the id of a new manifest
     unchanged: bool
 
 
@@ -68,13 +62,7 @@ def stage_rows(
     existing: ShardedDataset | None = None,
     report_staged: Callable[[int], None] = lambda rows: None,
 ) -> StagedRows:
-    """Writes rows to a Parquet file at `path`. Writes nothing if they equal those of an existing manifest.
-
-    Args:
-        rows: rows to write.
-        path: file to write.
-        existing: a complete manifest to compare the rows with, if any.
-        report_staged: called with the number of rows of each batch, for a progress bar.
+    """Writes rows to a Parquet file at `path`. Writes nothing if they equal those of a complete `existing` manifest.
 
     Raises:
         DatasetError: there are more than 1000 splits, so the split column must be wrong.
@@ -85,7 +73,8 @@ def stage_rows(
     captions = 0
     # Rows of the manifest that have not been compared yet. None if there is no manifest, or once a row has differed.
     expected = None if existing is None else RowBuffer(part for _, part in read_manifest(existing))
-    with _open_writer(path) as writer:
+    options = {"compression": "lz4", "use_dictionary": ["split"], "write_statistics": False}
+    with pq.ParquetWriter(path, _SCHEMA, **options) as writer:
         while batch := list(itertools.islice(rows, _BATCH_ROWS)):
             record_batch = _to_batch(batch)
             table = pa.Table.from_batches([record_batch])
@@ -114,10 +103,6 @@ def stage_rows(
     return StagedRows(path, splits.total(), captions, dict(splits), digest.hexdigest(), unchanged)
 
 
-def _open_writer(path: Path) -> pq.ParquetWriter:
-    return pq.ParquetWriter(path, _SCHEMA, compression="lz4", use_dictionary=["split"], write_statistics=False)
-
-
 def _write(writer: pq.ParquetWriter, rows: pa.RecordBatch, origins: list[str]) -> None:
     writer.write_batch(rows.append_column(_SCHEMA.field("origin"), pa.array(origins, pa.string())))
 
@@ -133,10 +118,12 @@ def _to_batch(rows: list[ImageRecord]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=MANIFEST_SCHEMA)
 
 
-def read_manifest(dataset: ShardedDataset) -> Iterator[tuple[int, pa.RecordBatch]]:
+def read_manifest(
+    dataset: ShardedDataset, columns: Sequence[str] = MANIFEST_SCHEMA.names
+) -> Iterator[tuple[int, pa.RecordBatch]]:
     """Yields the rows of a manifest in batches, each with the number of its shard."""
     for shard in range(dataset.shards):
-        for rows in dataset.read_batches(shard, MANIFEST_SCHEMA.names, _BATCH_ROWS):
+        for rows in dataset.read_batches(shard, columns, _BATCH_ROWS):
             yield shard, rows
 
 
@@ -147,11 +134,7 @@ def open_database(scratch: Path) -> duckdb.DuckDBPyConnection:
 
 
 def check_unique_ids(staged: StagedRows) -> None:
-    """Checks that no two rows have the same id.
-
-    Raises:
-        DuplicateIdError: two rows have the same id. The message describes both rows.
-    """
+    """Raises DuplicateIdError if two rows have the same id. The message describes both rows."""
     passes = -(-staged.rows // _IDS_PER_PASS)
     with open_database(staged.path.parent) as connection:
         [(hashes,)] = connection.execute(_COUNT_HASHES, [str(staged.path)]).fetchall()
@@ -170,18 +153,9 @@ def check_unique_ids(staged: StagedRows) -> None:
 
 
 def check_ids_differ(manifests: Mapping[str, ShardedDataset]) -> None:
-    """Checks that no image id occurs in more than one manifest. The keys of `manifests` are the names of the sources.
-
-    Raises:
-        DuplicateIdError: an id occurs in two manifests. The message names the sources and the images.
-    """
+    """Raises DuplicateIdError if an image id occurs in two manifests. Their keys are the names of the sources."""
     schema = pa.schema([MANIFEST_SCHEMA.field("image_id")])
-    batches = (
-        rows
-        for dataset in manifests.values()
-        for shard in range(dataset.shards)
-        for rows in dataset.read_batches(shard, schema.names, _BATCH_ROWS)
-    )
+    batches = (rows for dataset in manifests.values() for _, rows in read_manifest(dataset, schema.names))
     with scratch_folder() as scratch, open_database(scratch) as connection:
         connection.register("images", pa.RecordBatchReader.from_batches(schema, batches))
         repeated = connection.execute(

@@ -12,6 +12,7 @@ import math
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,16 +33,12 @@ __all__ = ["Compaction", "choose_shard_size", "plan_compaction"]
 _MIN_SHARD_SIZE = 1000
 _KINDS = ("manifest", "features", "captions", "embeddings")  # inputs before outputs
 
-ReportMoved = Callable[[int], None]
-"""Called with the number of rows and failures that were moved since the last call, for a progress bar."""
-
 
 def choose_shard_size(images: int) -> int:
     """Returns the default number of images per shard: the square root of `10 * images`, rounded up to thousands.
 
-    Datasets of up to 100,000 images have shards of 1,000. Above that, both the size and the number of shards grow:
-    1 million images have 250 shards of 4,000, and 10 million have 1,000 shards of 10,000. So there are enough shards to
-    process in parallel, and few enough files for queries.
+    A million images have 250 shards of 4,000, and 10 million have 1,000 shards of 10,000: enough shards to process in
+    parallel, and few enough files for queries.
     """
     return max(1, math.ceil(math.sqrt(10 * images) / _MIN_SHARD_SIZE)) * _MIN_SHARD_SIZE
 
@@ -52,8 +49,8 @@ class Compaction:
 
     Attributes:
         dataset: the dataset, as it was when the compaction was planned.
-        shard_size: new number of images per shard. If None, the dataset was made from another one, and its images are
-            divided in the same way as the images of that dataset.
+        shard_size: new number of images per shard. If None, the images are divided like those of the dataset that
+            this one was made from.
         images: number of rows and failures of the dataset.
     """
 
@@ -61,14 +58,10 @@ class Compaction:
     shard_size: int | None
     images: int
 
-    def run(self, report_moved: ReportMoved = lambda rows: None) -> ShardedDataset:
-        """Atomically replaces the shards of the dataset.
+    def run(self, report_moved: Callable[[int], object] = lambda rows: None) -> ShardedDataset:
+        """Atomically replaces the shards of the dataset, and returns the new dataset.
 
-        Args:
-            report_moved: called with the number of moved rows and failures; see `ReportMoved`.
-
-        Returns:
-            The new dataset. It is equal to `dataset` if there was nothing to do.
+        Calls `report_moved` with the number of rows and failures that were moved since the last call.
         """
         if self.shard_size is not None:
             _divide(self.dataset, self.shard_size, self.images, report_moved)
@@ -88,10 +81,8 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
 
     Raises:
         ConfigError: a dataset has a kind that always has a single shard.
-        DamagedShardError: a marker (the file that records that a shard is complete) of the manifest or of the imported
-            features is missing or damaged.
-        DatasetError: the manifest, the imported features or the source of a dataset (the one that it was made from) is
-            not complete.
+        DamagedShardError: a marker (the file that records that a shard is complete) is missing or damaged.
+        DatasetError: the manifest, the imported features or the source of a dataset is not complete.
     """
     for dataset in datasets:
         if dataset.kind not in _KINDS:
@@ -99,10 +90,7 @@ def plan_compaction(datasets: Sequence[ShardedDataset], shard_size: int | None =
                 f"{dataset.folder.uri}: expected a dataset of kind {', '.join(_KINDS)}, got {dataset.kind}, which has "
                 "a single shard; omit it"
             )
-        if not dataset.source:
-            dataset.require_complete()
-        else:
-            open_dataset(dataset.source).require_complete()
+        (open_dataset(dataset.source) if dataset.source else dataset).require_complete()
     return [_plan(dataset, shard_size) for dataset in sorted(datasets, key=lambda dataset: _KINDS.index(dataset.kind))]
 
 
@@ -112,7 +100,7 @@ def _plan(dataset: ShardedDataset, shard_size: int | None) -> Compaction:
     return Compaction(dataset, None if dataset.source else shard_size or choose_shard_size(images), images)
 
 
-def _divide(dataset: ShardedDataset, size: int, images: int, report_moved: ReportMoved) -> None:
+def _divide(dataset: ShardedDataset, size: int, images: int, report_moved: Callable[[int], object]) -> None:
     """Divides all rows into shards of `size` rows, unless the dataset has these shards already."""
     shards = -(-images // size)
     largest = max(marker.rows for marker in dataset.require_all_markers().values())
@@ -134,7 +122,7 @@ def _divide(dataset: ShardedDataset, size: int, images: int, report_moved: Repor
                     report_moved(batch.num_rows)
 
 
-def _match_shards(dataset: ShardedDataset, source: ShardedDataset, report_moved: ReportMoved) -> None:
+def _match_shards(dataset: ShardedDataset, source: ShardedDataset, report_moved: Callable[[int], object]) -> None:
     """Moves each row and failure to the shard that contains its image in `source`."""
     locations = _ImageLocations.read(dataset)
     input_markers = source.require_all_markers()
@@ -169,7 +157,6 @@ class _ImageLocations:
         return cls(all_hashes[order], np.concatenate(shards)[order], seconds / max(1, len(all_hashes)))
 
     def find_shards(self, images: pa.Table) -> list[int]:
-        """Returns the sorted numbers of the shards that contain any of these images."""
         wanted = _hash_ids(images)
         positions = np.searchsorted(self.hashes, wanted)
         inside = positions < len(self.hashes)
@@ -187,22 +174,16 @@ def _read_failures(dataset: ShardedDataset, shard: int) -> pa.Table:
     return FAILURES_SCHEMA.empty_table() if failures is None else failures
 
 
-@dataclass(frozen=True)
-class _Matches:
-    """For each image of an old shard, its position in one shard of the source; -1 if it is not in that shard.
-
-    Attributes:
-        rows: `[rows] int64`, positions of the images with a row.
-        failures: `[failures] int64`, positions of the unreadable images.
-    """
+class _Matches(NamedTuple):
+    """For each row and failure of an old shard, its position in a shard of the source; -1 if it is not there."""
 
     rows: npt.NDArray[np.int64]
     failures: npt.NDArray[np.int64]
 
-    @classmethod
-    def find(cls, dataset: ShardedDataset, shard: int, input_rows: pa.Table) -> "_Matches":
-        rows = dataset.read(shard, ["image_id", "uri", "version"])
-        return cls(match_images(rows, input_rows), match_images(_read_failures(dataset, shard), input_rows))
+
+def _find_matches(dataset: ShardedDataset, shard: int, input_rows: pa.Table) -> _Matches:
+    rows = dataset.read(shard, ["image_id", "uri", "version"])
+    return _Matches(match_images(rows, input_rows), match_images(_read_failures(dataset, shard), input_rows))
 
 
 def _write_moved_rows(
@@ -215,16 +196,11 @@ def _write_moved_rows(
 ) -> int:
     """Writes a shard of `staged` with the rows and failures that `dataset` has for the images of the input shard.
 
-    The marker of the new shard usually contains the checksum of the input shard. If an image is missing or out of
-    order, the marker contains `STALE` instead. The next run of the command that made the dataset writes the shard
-    again.
-
-    Returns:
-        The number of moved rows and failures.
+    If an image is missing or out of order, the shard is `STALE`. Returns the number of moved rows and failures.
     """
     shared_columns = [name for name in source.schema.names if name in dataset.schema.names]
     input_rows = source.read(shard, shared_columns, input_marker)
-    matches = {old: _Matches.find(dataset, old, input_rows) for old in locations.find_shards(input_rows)}
+    matches = {old: _find_matches(dataset, old, input_rows) for old in locations.find_shards(input_rows)}
     rows = _concatenate_found([match.rows for match in matches.values()])
     images = len(rows) + len(_concatenate_found([match.failures for match in matches.values()]))
     is_current = images == input_rows.num_rows and bool((np.diff(rows) > 0).all())
@@ -247,7 +223,6 @@ def _write_moved_rows(
 
 
 def _concatenate_found(positions: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """Concatenates arrays of positions, without those that are -1."""
     joined = np.concatenate([np.empty(0, np.int64), *positions])
     return joined[joined >= 0]
 

@@ -10,11 +10,8 @@
       __sample/                       sample of the input, while a stage with --limit runs
       __update/, _update.json         new shards and journal of an update; see `captionlib.data.shards.update`
 
-Other libraries can read the folder as it is: Hugging Face's `datasets` ignores folders that begin with `__`, and
-pandas, PyArrow and Spark ignore names that begin with `_`. The footer of each data file contains the configuration.
-
 The files of a shard are written in the order data, failures, marker. If the writer dies in between, the shard has no
-marker, and the next run writes it again.
+marker, and the next run writes it again. Other libraries ignore the names that begin with `_`.
 """
 
 import io
@@ -46,14 +43,17 @@ from captionlib.data.shards.markers import (
     Totals,
     compute_checksum,
     compute_fingerprint,
+    data_file,
     decode_marker,
     decode_progress,
     decode_totals,
+    failures_file,
     from_json_with_checksum,
     marker_file,
     parse_time,
     part_name,
     progress_file,
+    read_marker,
     sum_markers,
     to_json_with_checksum,
 )
@@ -70,14 +70,14 @@ from captionlib.errors import (
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder, resolve_address
 from captionlib.storage.lock import LOCK_FILE
 
-__all__ = ["ShardedDataset", "create_dataset", "list_other_files", "open_dataset"]
+__all__ = ["ShardedDataset", "create_dataset", "open_dataset", "select_other_files"]
 
 _PART = re.compile(r"part-([0-9]+)")
 
 
 @dataclass(frozen=True)
 class ShardedDataset:
-    """A dataset in a folder. Pickling it does not read its files, so it is cheap to send to workers.
+    """A dataset in a folder.
 
     Attributes:
         folder: folder of the dataset.
@@ -117,11 +117,11 @@ class ShardedDataset:
         return self._list_parts(MARKERS_FOLDER, ".json") & self.list_stored_shards()
 
     def list_stored_shards(self) -> set[int]:
-        """Returns the numbers of the shards that have a data file, whether or not they are finished."""
+        """Returns the numbers of the shards that have a data file, finished or not."""
         return self._list_parts("", ".parquet")
 
     def read_progress(self, shards: Iterable[int]) -> dict[int, ShardProgress]:
-        """Returns the progress by shard, for unfinished shards that report it; see `ShardWriter`."""
+        """Returns the progress by shard, for unfinished shards whose worker has reported it."""
         listed = sorted(self._list_parts(MARKERS_FOLDER, PROGRESS_EXTENSION) & set(shards))
         reported = {}
         for content in self.folder.read_many(map(progress_file, listed)):
@@ -131,7 +131,7 @@ class ShardedDataset:
         return reported
 
     def remove_progress(self) -> None:
-        """Removes the files that `read_progress` reads. A run that was killed may have left some."""
+        """Removes the files that `read_progress` reads, such as those of killed runs."""
         for shard in self._list_parts(MARKERS_FOLDER, PROGRESS_EXTENSION):
             self.folder.remove_file(progress_file(shard))
 
@@ -143,14 +143,14 @@ class ShardedDataset:
         return {shard for shard in numbers if shard < self.shards}
 
     def pending_shards(self) -> list[int]:
-        """Returns the sorted numbers of the shards that are not finished."""
+        """Returns the sorted numbers of the unfinished shards."""
         return sorted(set(range(self.shards)) - self.read_markers().keys())
 
     def read_marker(self, shard: int) -> Marker | None:
         """Returns the marker of a shard, or None if the shard is not finished."""
         marker = self.read_marker_even_if_unfinished(shard)
         finished = marker is not None and marker.previous is None
-        return marker if finished and self.folder.exists(f"{part_name(shard)}.parquet") else None
+        return marker if finished and self.folder.exists(data_file(shard)) else None
 
     def read_markers(self, shards: Iterable[int] | None = None) -> dict[int, Marker]:
         """Returns the markers of the finished shards among `shards` (all shards if None), by shard."""
@@ -169,7 +169,7 @@ class ShardedDataset:
         markers = self.read_markers()
         missing = set(range(self.shards)) - markers.keys()
         if missing and self.is_complete():
-            raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
+            raise self._damaged(data_file(min(missing)), "its marker is missing")
         return markers
 
     def require_all_markers(self) -> dict[int, Marker]:
@@ -182,40 +182,31 @@ class ShardedDataset:
         markers = self.read_markers()
         if missing := set(range(self.shards)) - markers.keys():
             self.require_complete()
-            raise self._damaged(f"{part_name(min(missing))}.parquet", "its marker is missing")
+            raise self._damaged(data_file(min(missing)), "its marker is missing")
         return markers
 
     def iter_markers(self, shards: Iterable[int]) -> Iterator[Marker]:
         """Yields the markers of the finished shards among `shards`, in any order. All `shards` must have data files.
 
-        Reads the markers concurrently and in bounded memory. A shard counts as unfinished if its marker is damaged or
-        has a different fingerprint.
+        A shard counts as unfinished if its marker is damaged or has a different fingerprint.
         """
         wanted = set(shards)
         for content in self.folder.read_many(map(marker_file, sorted(wanted))):
-            marker = self._decode_marker(content)
-            if marker is not None and marker.previous is None and marker.shard in wanted:
-                yield marker
+            with suppress(ValueError):  # damaged
+                marker = decode_marker(content)
+                if marker.fingerprint == self.fingerprint and marker.previous is None and marker.shard in wanted:
+                    yield marker
 
     def read_marker_even_if_unfinished(self, shard: int) -> Marker | None:
         """Returns the marker of a shard, or None if it has none.
 
         While the files of the shard are being replaced, the attribute `previous` of its marker is set.
         """
-        for content in self.folder.read_many([marker_file(shard)]):
-            marker = self._decode_marker(content)
-            return marker if marker is not None and marker.shard == shard else None
-        return None
-
-    def _decode_marker(self, content: bytes) -> Marker | None:
-        try:
-            marker = decode_marker(content)
-        except ValueError:
-            return None
-        return marker if marker.fingerprint == self.fingerprint else None
+        marker = read_marker(self.folder, marker_file(shard))
+        is_own = marker is not None and marker.fingerprint == self.fingerprint and marker.shard == shard
+        return marker if is_own else None
 
     def compute_totals(self) -> Totals:
-        """Sums the markers of all finished shards."""
         return sum_markers(self.iter_markers(self.list_written_shards()))
 
     def read_totals(self) -> Totals | None:
@@ -259,7 +250,7 @@ class ShardedDataset:
 
     def get_part_path(self, shard: int) -> str:
         """Returns the path of a shard's data file within its file system."""
-        return self.folder.path(f"{part_name(shard)}.parquet")
+        return self.folder.path(data_file(shard))
 
     def read(self, shard: int, columns: Sequence[str] | None = None, marker: Marker | None = None) -> pa.Table:
         """Reads a shard into memory; see `read_batches`."""
@@ -274,12 +265,12 @@ class ShardedDataset:
     ) -> Iterator[pa.RecordBatch]:
         """Yields the rows of a shard in batches of up to `batch_size`. Holds one row group in memory.
 
-        All bytes are verified against the marker of the shard. If the shard is replaced before the first batch, its
+        All bytes are compared with the checksums in the marker. If the shard is replaced before the first batch, its
         new version is read.
 
         Args:
             shard: number of the shard.
-            columns: names of the columns to read, which are returned in schema order. If None, all are read.
+            columns: the columns to read, which are returned in schema order. If None, all are read.
             batch_size: maximum number of rows in a batch.
             marker: marker of the version to read. If None, the current version is read.
 
@@ -287,8 +278,8 @@ class ShardedDataset:
             DamagedShardError: the data file or its marker is missing or damaged, or the file does not match the marker.
             DatasetError: the shard was replaced after the first batch.
         """
-        name, schema = f"{part_name(shard)}.parquet", self._select(columns)
-        expected, started = marker or self.read_marker_even_if_unfinished(shard), False
+        name, schema = data_file(shard), self._select(columns)
+        expected, started, attempts = marker or self.read_marker_even_if_unfinished(shard), False, 0
         while expected is not None:
             try:
                 file = VerifiedFile(self.folder.fs, self.folder.path(name), expected.versions)
@@ -302,7 +293,8 @@ class ShardedDataset:
                 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.errno is not None:
                     raise  # the storage failed
                 current = self.read_marker_even_if_unfinished(shard)
-                if current == expected or marker is not None:
+                attempts = attempts + 1 if current == expected else 0
+                if marker is not None or attempts == len(list(expected.versions)):  # all versions were tried
                     raise self._damaged(
                         name, "missing" if isinstance(error, FileNotFoundError) else str(error)
                     ) from error
@@ -322,7 +314,6 @@ class ShardedDataset:
         )
 
     def _select(self, columns: Sequence[str] | None) -> pa.Schema:
-        """Returns the schema of the given columns, in the dataset's order, or of all columns if `columns` is None."""
         return self.schema if columns is None else pa.schema([each for each in self.schema if each.name in columns])
 
     def read_failures(self, shard: int) -> pa.Table | None:
@@ -332,10 +323,20 @@ class ShardedDataset:
             DamagedShardError: the file is missing or damaged.
         """
         marker = self.read_marker_even_if_unfinished(shard)
-        if marker is None or not any(version.failures for version in marker.versions):
+        while True:
+            try:
+                return None if marker is None else self._read_failures(shard, list(marker.versions))
+            except DamagedShardError:
+                current = self.read_marker_even_if_unfinished(shard)
+                if current == marker:
+                    raise
+                marker = current  # the shard was replaced meanwhile
+
+    def _read_failures(self, shard: int, versions: Sequence[Marker]) -> pa.Table | None:
+        checksums = {version.failures_checksum for version in versions if version.failures}
+        if not checksums:
             return None
-        name = f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
-        checksums = {version.failures_checksum for version in marker.versions}
+        name = failures_file(shard)
         try:
             content = self.folder.read(name)
             if "" not in checksums and compute_checksum(io.BytesIO(content)) not in checksums:
@@ -343,21 +344,23 @@ class ShardedDataset:
             # A process that exits soon after Arrow has started threads may crash, so Arrow does not use threads here.
             table = pq.ParquetFile(io.BytesIO(content)).read(use_threads=False)
         except FileNotFoundError:
+            if not all(version.failures for version in versions):
+                return None
             raise self._damaged(name, "missing") from None
         except (pa.ArrowException, OSError) as error:
             raise self._damaged(name, str(error)) from error
         return pa.Table.from_batches([add_missing_columns(rows, FAILURES_SCHEMA) for rows in table.to_batches()])
 
     def remove_marker(self, shard: int) -> None:
-        """Removes the marker of a shard. The shard becomes pending again, and the dataset incomplete."""
+        """Removes the marker of a shard, so that the shard is unfinished and the dataset incomplete."""
         self.mark_incomplete()
         self.folder.remove_file(marker_file(shard))
 
     def remove_shard(self, shard: int) -> None:
         """Removes the files of a shard, its marker first. The dataset becomes incomplete."""
         self.remove_marker(shard)
-        self.folder.remove_file(f"{FAILURES_FOLDER}/{part_name(shard)}.parquet")
-        self.folder.remove_file(f"{part_name(shard)}.parquet")
+        self.folder.remove_file(failures_file(shard))
+        self.folder.remove_file(data_file(shard))
 
     def finish(self, max_failure_ratio: float | None = None) -> Totals:
         """Checks that all shards are finished and writes `_SUCCESS`.
@@ -407,19 +410,23 @@ class ShardedDataset:
         marker = self.read_marker_even_if_unfinished(shard)
         if marker is None:
             return [f"{part_name(shard)}: its marker is missing or damaged"]
-        problems, name = [], f"{part_name(shard)}.parquet"
-        try:
-            with self.folder.open(name) as file:
-                checksum = compute_checksum(file)
-            if all(checksum != version.checksum for version in marker.versions):
-                problems.append(f"{name}: expected {marker.checksum}, got {checksum}")
-        except FileNotFoundError:
-            problems.append(f"{name}: missing")
+        problems = [problem] if (problem := self.find_data_damage(shard, marker)) else []
         try:
             self.read_failures(shard)
         except DamagedShardError as error:
             problems.append(str(error))
         return problems
+
+    def find_data_damage(self, shard: int, marker: Marker) -> str:
+        """Returns how the data file of a shard differs from its marker; empty if it does not."""
+        name = data_file(shard)
+        try:
+            with self.folder.open(name) as file:
+                checksum = compute_checksum(file)
+        except FileNotFoundError:
+            return f"{name}: missing"
+        is_intact = any(checksum == version.checksum for version in marker.versions)
+        return "" if is_intact else f"{name}: expected {marker.checksum}, got {checksum}"
 
 
 def open_dataset(
@@ -525,8 +532,12 @@ def create_dataset(
     elif description is not None:
         existing = _to_dataset(folder, description)
         _require_same(existing, dataset)
-        if uses_source_shards:
-            _require_same_compaction(existing, dataset)
+        if uses_source_shards and existing.compaction_id != compaction_id:
+            raise DatasetError(
+                f"{folder.uri} has the shards that {source_address} had before it was compacted; run `captionlib "
+                f"compact {source_address} {folder.uri}` to move the rows to the new shards, then run this command "
+                "again"
+            )
         dataset = dataset if source else replace(dataset, compaction_id=existing.compaction_id)
         if existing == dataset:
             return dataset
@@ -557,12 +568,8 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
     dataset.folder.write(DESCRIPTION_FILE, to_json_with_checksum(content))
 
 
-def list_other_files(folder: Folder) -> list[str]:
-    """Returns the names of the files that captionlib did not write. The folder must not contain a dataset."""
-    return _select_other_files(folder.list())
-
-
-def _select_other_files(names: Collection[str]) -> list[str]:
+def select_other_files(names: Collection[str]) -> list[str]:
+    """Returns the names in a folder without a dataset that captionlib did not write."""
     own = {TEMPORARY_FOLDER, SAMPLE_FOLDER, LOCK_FILE, REMOVED_FILE}  # a folder can contain these without a dataset
     own.add(DESCRIPTION_FILE)  # another process may have just created a dataset
     if MARKERS_FOLDER in names:
@@ -571,25 +578,19 @@ def _select_other_files(names: Collection[str]) -> list[str]:
 
 
 def _list_dataset_files(names: Iterable[str]) -> list[str]:
-    """Returns the names of the files and folders of a dataset. Its data files are selected from `names`.
-
-    The folder of markers is last.
-    """
+    """Selects the data files from `names`, and adds the other files and folders of a dataset; the markers are last."""
     parts = [name for name in names if name.endswith(".parquet") and _PART.fullmatch(name.removesuffix(".parquet"))]
     return [SUCCESS_FILE, JOURNAL_FILE, UPDATE_FOLDER, FAILURES_FOLDER, *parts, MARKERS_FOLDER]
 
 
 def _prepare_folder(folder: Folder) -> dict[str, Any] | None:
-    """Prepares a folder without a description for a new dataset, and returns None.
+    """Prepares a folder without a description for a new dataset.
 
-    If another process has just created a dataset in the folder, its description is returned instead. If a user deleted
-    a dataset while a command was writing to it, the remaining files are removed.
-
-    Raises:
-        DatasetError: the folder holds files that captionlib did not write.
+    Removes the files that a command wrote while a user deleted its dataset. If another process has just created a
+    dataset, returns its description.
     """
     names = folder.list()
-    others, has_markers = _select_other_files(names), MARKERS_FOLDER in names
+    others, has_markers = select_other_files(names), MARKERS_FOLDER in names
     description = _read_updated_description(folder) if others or has_markers else None
     if description is not None:
         return description
@@ -604,7 +605,6 @@ def _prepare_folder(folder: Folder) -> dict[str, Any] | None:
 
 
 def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
-    """Raises FingerprintError if a folder holds a dataset with a different fingerprint or of a different manifest."""
     if existing.fingerprint != dataset.fingerprint:
         lines = describe_differences(
             {"kind": existing.kind, **existing.config}, {"kind": dataset.kind, **dataset.config}
@@ -621,20 +621,10 @@ def _require_same(existing: ShardedDataset, dataset: ShardedDataset) -> None:
         )
 
 
-def _require_same_compaction(existing: ShardedDataset, dataset: ShardedDataset) -> None:
-    """Raises DatasetError if the source was compacted but the existing dataset was not."""
-    if existing.compaction_id != dataset.compaction_id:
-        raise DatasetError(
-            f"{dataset.folder.uri} has the shards that {dataset.source} had before it was compacted; run `captionlib "
-            f"compact {dataset.source} {dataset.folder.uri}` to move the rows to the new shards, then run this command "
-            "again"
-        )
-
-
 def _clear(folder: Folder) -> None:
     """Deletes the files of a dataset, except for its description and `_removed.json`.
 
-    `_SUCCESS` and the markers are deleted first, so that an interruption leaves an incomplete dataset.
+    An interruption leaves an incomplete dataset.
     """
     folder.remove(SUCCESS_FILE)
     folder.remove(MARKERS_FOLDER)
@@ -669,7 +659,7 @@ def _to_dataset(folder: Folder, description: Mapping[str, Any]) -> ShardedDatase
 
 
 def _read_updated_description(folder: Folder) -> dict[str, Any] | None:
-    """Reads the description. If an update was interrupted after its commit, completes the update first."""
+    """Reads the description, after completing an update that was interrupted after its commit."""
     description = _read_description(folder)
     if description is None or not folder.exists(JOURNAL_FILE):
         return description

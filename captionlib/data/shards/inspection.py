@@ -23,7 +23,7 @@ from captionlib.data.shards.markers import (
     parse_time,
     sum_markers,
 )
-from captionlib.data.shards.removal import RemovedImages, list_removed
+from captionlib.data.shards.removal import list_removed
 from captionlib.data.shards.throughput import IDLE_SECONDS, Throughput, measure_throughput
 from captionlib.errors import CaptionlibError, DamagedShardError, DatasetError
 from captionlib.storage.folders import TEMPORARY_FOLDER
@@ -56,10 +56,7 @@ class FailureExample:
 
 @dataclass(frozen=True)
 class FailureReport:
-    """The number of failures with the same reason, and a few examples.
-
-    There are no examples if the files that list the failures are missing.
-    """
+    """The number of failures with the same reason, and a few examples, unless the failures files are missing."""
 
     count: int
     examples: list[FailureExample]
@@ -159,15 +156,15 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
     complete = dataset.is_complete()
     problems = dataset.verify() if verify else []
     if complete and totals.shards < dataset.shards:
-        problems.insert(
-            0,
+        problems = [
             f"{SUCCESS_FILE} says that all {dataset.shards} shards are finished, but only {totals.shards} have a valid "
             "marker file",
-        )
+            *problems,
+        ]
     stale_shards, stale_count, images = _compare_with_source(dataset, markers)
-    removed = RemovedImages({})
+    removed: Mapping[str, tuple[str, str]] = {}
     try:
-        removed = list_removed(dataset.folder)
+        removed = list_removed(dataset.folder).reasons
     except DatasetError as error:
         problems.append(str(error))
     return DatasetReport(
@@ -191,7 +188,7 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
         stale=stale_count,
         failed=totals.failures,
         failures=_summarize_failures(dataset, markers, totals),
-        removed=removed.reasons,
+        removed=removed,
         job=_describe_job(dataset, complete, markers, stale_shards, images),
         temporary_files=len(dataset.folder.list(TEMPORARY_FOLDER)),
         interrupted_update=dataset.folder.exists(JOURNAL_FILE),
@@ -200,10 +197,7 @@ def inspect_dataset(uri: str | os.PathLike[str], verify: bool = False) -> Datase
 
 
 def collect_failures(dataset: ShardedDataset) -> dict[str, FailureReport]:
-    """Returns the unreadable images by reason, in a dataset and in the datasets that it was made from.
-
-    Datasets that cannot be read are left out.
-    """
+    """Returns the unreadable images of a dataset and of those that it was made from, if they can be read, by reason."""
     counts, examples = Counter[str](), defaultdict[str, list[FailureExample]](list)
     for each in [*list_sources(dataset)[0], dataset]:
         markers = each.read_markers()
@@ -216,15 +210,14 @@ def collect_failures(dataset: ShardedDataset) -> dict[str, FailureReport]:
 def _compare_with_source(
     dataset: ShardedDataset, markers: Mapping[int, Marker]
 ) -> tuple[set[int], int | None, int | None]:
-    """Returns the stale shards, the number of stale and missing shards, and the number of images of the source.
+    """Returns the stale shards, the number of stale and newly added shards, and the number of images of the source.
 
-    A shard is missing if it was added to the source after this dataset was written. Both numbers are None if the source
-    cannot be read. If the dataset has no source, the last value is the number of its own images, or None if the dataset
-    is not complete.
+    Both numbers are None if the source cannot be read. A dataset without a source has its own number of images, or None
+    until it is complete.
     """
     if not dataset.source:
-        complete = dataset.is_complete()
-        return set(), 0, sum(marker.images for marker in markers.values()) if complete else None
+        totals = dataset.read_totals()
+        return set(), 0, totals.images if totals else None
     try:
         source = open_dataset(dataset.source, complete_update=False)
         source_markers = source.read_markers()
@@ -290,7 +283,6 @@ def _list_states(
 def _summarize_failures(
     dataset: ShardedDataset, markers: Mapping[int, Marker], totals: Totals
 ) -> dict[str, FailureReport]:
-    """Reads failures until each reason has enough examples."""
     examples: dict[str, list[FailureExample]] = {reason: [] for reason in totals.reasons}
     for shard, marker in sorted(markers.items()):
         if any(len(examples[reason]) < _EXAMPLES for reason in marker.reasons):

@@ -53,7 +53,6 @@ def list_sources(dataset: ShardedDataset) -> tuple[list[ShardedDataset], Lineage
     """Returns the datasets that this dataset was made from, in the order in which they were made.
 
     If one of them cannot be read, it and all earlier ones are left out, and the second value describes the problem.
-    Otherwise, the second value is None.
     """
     sources: list[ShardedDataset] = []
     address = dataset.source
@@ -101,6 +100,5 @@ def _describe_decoding(config: Mapping[str, Any]) -> str:
 
 
 def _shorten(fingerprint: object) -> str:
-    """Shortens a fingerprint (hash)."""
     text = str(fingerprint)
     return f"{text[:12]}…" if len(text) > 20 and ":" not in text else text

@@ -5,6 +5,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any, BinaryIO
@@ -33,10 +34,12 @@ __all__ = [
     "compute_checksum",
     "compute_checksums",
     "compute_fingerprint",
+    "data_file",
     "decode_marker",
     "decode_progress",
     "decode_totals",
     "encode_progress",
+    "failures_file",
     "format_time",
     "from_json",
     "from_json_with_checksum",
@@ -44,6 +47,7 @@ __all__ = [
     "parse_time",
     "part_name",
     "progress_file",
+    "read_marker",
     "sum_markers",
     "to_json",
     "to_json_with_checksum",
@@ -72,7 +76,7 @@ _RECORD_CHECKSUM = "crc32"  # key of the checksum in a JSON file
 
 @dataclass(frozen=True)
 class Marker:
-    """Describes a finished shard or, if `previous` is set, a shard that is being replaced.
+    """Describes a finished shard or, if `previous` is set, one that is being replaced.
 
     Attributes:
         shard: number of the shard.
@@ -84,9 +88,8 @@ class Marker:
         total_seconds: time taken to write this and all earlier versions of the shard.
         finished: when the shard was finished, as an ISO 8601 time in UTC. Empty if unknown.
         fingerprint: hash of everything that determines the rows, except for the input; see `compute_fingerprint`.
-        input_checksum: checksum of the data file of the input shard that this shard was made from. Empty
-            if there is no input dataset. For a dataset that lists duplicates, a hash of the checksums of all input
-            shards.
+        input_checksum: checksum of the data file of the input shard that this shard was made from; empty if there is
+            none. For a dataset of duplicates, a hash of the checksums of all input shards.
         blocks: concatenated checksums of the blocks of the data file; see `compute_block_checksum`.
         failures_checksum: checksum of the failures file; empty if there is none.
         reasons: number of failures by reason.
@@ -178,17 +181,23 @@ class Totals:
 
 
 def part_name(shard: int) -> str:
-    """Returns the file name of a shard's data, failures and marker, without the extension."""
+    """Returns the name of the files of a shard, without the extension."""
     return f"part-{shard:05d}"
 
 
+def data_file(shard: int) -> str:
+    return f"{part_name(shard)}.parquet"
+
+
+def failures_file(shard: int) -> str:
+    return f"{FAILURES_FOLDER}/{part_name(shard)}.parquet"
+
+
 def marker_file(shard: int) -> str:
-    """Returns the name of a shard's marker file in the folder of a dataset."""
     return f"{MARKERS_FOLDER}/{part_name(shard)}.json"
 
 
 def progress_file(shard: int) -> str:
-    """Returns the name of the file that contains the progress of an unfinished shard."""
     return f"{MARKERS_FOLDER}/{part_name(shard)}{PROGRESS_EXTENSION}"
 
 
@@ -206,33 +215,31 @@ _MARKER, _PROGRESS, _TOTALS = TypeAdapter(Marker), TypeAdapter(ShardProgress), T
 
 
 def decode_marker(content: bytes) -> Marker:
-    """Reads the content of a marker file.
-
-    Raises:
-        ValueError: the content is damaged or not a marker.
-    """
+    """Decodes a marker. Raises ValueError if the content is damaged or not a marker."""
     marker = _MARKER.validate_python(from_json_with_checksum(content))
     if marker.finished:
         parse_time(marker.finished)
     return marker
 
 
+def read_marker(folder: Folder, name: str) -> Marker | None:
+    """Returns the marker in a file, or None if the file is missing or damaged."""
+    for content in folder.read_many([name]):
+        with suppress(ValueError):
+            return decode_marker(content)
+    return None
+
+
 def write_marker(folder: Folder, marker: Marker) -> None:
-    """Writes the marker of a shard to the folder of a dataset."""
     folder.write(marker_file(marker.shard), to_json_with_checksum(asdict(marker)))
 
 
 def encode_progress(progress: ShardProgress) -> bytes:
-    """Encodes the progress of a shard as the content of its progress file."""
     return to_json_with_checksum(asdict(progress))
 
 
 def decode_progress(content: bytes) -> ShardProgress:
-    """Reads the content of a progress file.
-
-    Raises:
-        ValueError: the content is damaged.
-    """
+    """Decodes a progress file. Raises ValueError if the content is damaged."""
     progress = _PROGRESS.validate_python(from_json_with_checksum(content))
     parse_time(progress.started)
     parse_time(progress.updated)
@@ -240,17 +247,12 @@ def decode_progress(content: bytes) -> ShardProgress:
 
 
 def decode_totals(content: bytes) -> tuple[Totals, str]:
-    """Reads the content of `_SUCCESS`. Returns the totals and the fingerprint of the dataset.
-
-    Raises:
-        ValueError: the content is damaged or does not contain totals.
-    """
+    """Decodes `_SUCCESS`: the totals and the fingerprint of the dataset. Raises ValueError if it is damaged."""
     record = from_json_with_checksum(content)
     return _TOTALS.validate_python(record), str(record.get("fingerprint"))
 
 
 def sum_markers(markers: Iterable[Marker]) -> Totals:
-    """Sums the markers of a dataset."""
     shards = rows = failures = size = 0
     seconds, total_seconds, reasons = 0.0, 0.0, Counter[str]()
     checksums: dict[int, str] = {}
@@ -271,10 +273,7 @@ def sum_markers(markers: Iterable[Marker]) -> Totals:
 
 
 def compute_fingerprint(kind: str, config: Mapping[str, Any]) -> str:
-    """Returns a hash of the kind of a dataset, its schema version and its configuration.
-
-    Kind, schema version, configuration and input together determine the rows.
-    """
+    """Returns a hash of what determines the rows of a dataset, except for its input."""
     identity = {"kind": kind, "schema_version": SCHEMA_VERSIONS.get(kind, 1), "config": config}
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -305,11 +304,7 @@ def to_json(content: Mapping[str, Any] | Sequence[Any]) -> bytes:
 
 
 def from_json(content: str | bytes) -> Any:
-    """Decodes JSON.
-
-    Raises:
-        ValueError: the content is not JSON, or is nested more than 100 levels deep.
-    """
+    """Decodes JSON. Raises ValueError if the content is not JSON, or is nested more than 100 levels deep."""
     try:
         value = json.loads(content)
     except RecursionError as error:

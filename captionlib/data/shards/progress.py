@@ -1,8 +1,4 @@
-"""Shows the progress of a job that writes a dataset.
-
-The progress bar counts the images of finished shards and of shards in progress. A finished shard has a marker, the JSON
-file that records that the shard is complete.
-"""
+"""Shows the progress of a job, from the markers of finished shards and the progress files of unfinished ones."""
 
 import threading
 import time
@@ -40,7 +36,6 @@ def show_progress(job: ShardJob, pending: Collection[int], label: str, enabled: 
     counted = set[int]()
 
     def advance(add: Callable[[int, str], None], shards: Set[int]) -> None:
-        """Calls `add` with the number of images that were processed since the last call, and with a status text."""
         nonlocal images, failures, shown
         with suppress(StorageError):  # if the storage cannot be reached, the pipeline reports the error
             for marker in output.iter_markers((output.list_written_shards() & shards) - counted):

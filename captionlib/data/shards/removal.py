@@ -1,9 +1,8 @@
 """Removes images from datasets.
 
 A manifest is the dataset of image paths and reference captions that all other datasets are made from. A file in its
-folder lists the removed images, so that later updates do not add them again. The list contains hashes of the image ids,
-not the ids themselves. A marker is the JSON file that records that a shard is complete; it contains the checksum of the
-input shard.
+folder lists hashes of the ids of removed images, so that later updates do not add them again. A marker is the file that
+records that a shard is complete; it contains the checksum of the input shard.
 """
 
 import hashlib
@@ -64,11 +63,7 @@ def list_removed(folder: Folder) -> RemovedImages:
 
 
 def copy_removed_ids_to_new_manifests(manifests: Sequence[Folder]) -> None:
-    """Copies the list of removed images to the new manifests of a collection, which has one manifest per source.
-
-    A manifest is new if it has not been written yet. Its list receives the images that
-    are on the lists of all existing manifests.
-    """
+    """Copies the images on the lists of all existing manifests of a collection to the manifests that do not exist."""
     is_new = [not folder.exists(DESCRIPTION_FILE) for folder in manifests]
     lists = [list_removed(folder).reasons for folder, new in zip(manifests, is_new, strict=True) if not new]
     if not lists:
@@ -98,9 +93,8 @@ class Removal:
         is_current: for each shard with images to remove, whether it was made from the current version of its input.
         found: those of `image_ids` that the dataset contains, as rows or as failures (unreadable images).
         uris: paths and URLs of the images in `found`.
-        reason: why the images are removed. A manifest stores the reason in its list of removed images.
-        unreadable: unfinished shards that a killed command left and whose data files cannot be read. They are removed,
-            because they may contain the images.
+        reason: why the images are removed; stored in the list of a manifest.
+        unreadable: unreadable unfinished shards, which are removed because they may contain the images.
     """
 
     dataset: ShardedDataset
@@ -129,7 +123,6 @@ class Removal:
                     self._rewrite(staged, shard, "" if source is None else self._find_input_checksum(source, shard))
 
     def _find_input_checksum(self, source: ShardedDataset, shard: int) -> str:
-        """Returns the input checksum for the marker of a rewritten shard, or STALE if it must be processed again."""
         marker = source.read_marker(shard)
         return marker.checksum if self.is_current[shard] and marker is not None else STALE
 
@@ -152,10 +145,7 @@ class Removal:
 
 
 def _remove_unfinished_files(folder: Folder) -> None:
-    """Removes what killed commands left, because it may contain removed images.
-
-    Commands with `--limit` leave samples; others leave temporary files and updates that are not committed.
-    """
+    """Removes what killed commands left, because it may contain removed images."""
     folder.remove(SAMPLE_FOLDER)
     folder.remove_temporary_files()
     drop_uncommitted_updates(folder)
@@ -167,7 +157,7 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
     Args:
         dataset: a dataset of any kind.
         image_ids: ids of the images.
-        reason: why the images are removed. A manifest stores the reason in its list of removed images.
+        reason: why the images are removed; stored in the list of a manifest.
 
     Raises:
         DamagedShardError: the dataset is complete, but a marker is missing or damaged, so images might be overlooked.
@@ -200,7 +190,7 @@ def plan_removal(dataset: ShardedDataset, image_ids: Collection[str], reason: st
 
 
 def _find(dataset: ShardedDataset, shard: int, wanted: pa.StringArray) -> list[tuple[str, str]]:
-    """Returns the id and the path or URL of each wanted image in a shard."""
+    """Returns the ids and URIs of the wanted images in a shard."""
     columns = [name for name in ("image_id", "uri") if name in dataset.schema.names]
     tables = [dataset.read(shard, columns)]
     if (failures := dataset.read_failures(shard)) is not None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
-from captionlib.data.shards.markers import SAMPLE_FOLDER, part_name
+from captionlib.data.shards.markers import SAMPLE_FOLDER, data_file
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError
 from captionlib.storage.folders import Folder, resolve_address
@@ -41,8 +41,7 @@ class StageInput:
     def input_arguments(self) -> dict[str, Any]:
         """The arguments of `create_dataset` that record what the output of the stage was made from.
 
-        A sample is removed after the run, so an output that was made from it has no `source`. The `manifest_id` still
-        identifies the list of images.
+        A sample is removed after the run, so it is not recorded as `source`.
         """
         if self.limit is None:
             return {"source": self.dataset}
@@ -50,7 +49,7 @@ class StageInput:
 
     @property
     def config(self) -> dict[str, int]:
-        """Settings for the output's configuration, so that a run on all images does not resume one on a sample."""
+        """Settings for the configuration of the output, so that a run on all images does not resume one on a sample."""
         return {} if self.limit is None else {"sample": self.limit}
 
 
@@ -139,8 +138,7 @@ class Estimate:
 def estimate_remaining(source: ShardedDataset, outputs: Sequence[ShardedDataset], workers: int) -> Estimate:
     """Estimates the cost of processing the images of a dataset that are not in the sample.
 
-    The estimate is based on `outputs`, the complete outputs for the sample. The time does not include starting the
-    workers or loading the models.
+    `outputs` are the complete outputs for the sample. The time does not include starting workers or loading models.
     """
     totals = outputs[0].compute_totals()  # `totals.images` is the number of images in the sample
     remaining = max(0, source.compute_totals().rows - totals.images)
@@ -152,10 +150,10 @@ def estimate_remaining(source: ShardedDataset, outputs: Sequence[ShardedDataset]
 
 
 def _count_bytes(dataset: ShardedDataset) -> int:
-    """Returns the compressed size of a dataset's columns. File footers, which dominate small files, are not counted."""
+    """Returns the compressed size of the columns, without the footers, which dominate small files."""
     size = 0
     for shard in range(dataset.shards):
-        with dataset.folder.open(f"{part_name(shard)}.parquet") as file:
+        with dataset.folder.open(data_file(shard)) as file:
             metadata = pq.read_metadata(file)
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
         size += sum(group.column(n).total_compressed_size for group in groups for n in range(group.num_columns))

@@ -29,7 +29,7 @@ SCHEMA_VERSIONS = {"manifest": 1, "features": 1, "captions": 1, "embeddings": 1,
 
 
 def _schema(*text: str, **columns: pa.DataType) -> pa.Schema:
-    """Returns a schema with the given text columns and then the other columns, none of which may contain nulls."""
+    """Returns a schema of text columns and other columns, none of which may contain nulls."""
     types = dict.fromkeys(text, pa.string()) | columns
     return pa.schema([pa.field(name, data_type, nullable=False) for name, data_type in types.items()])
 
@@ -106,7 +106,7 @@ def upgrade_schema(kind: str, stored: pa.Schema) -> pa.Schema:
 
 
 def failure_row(row: Mapping[str, Any], error: ImageError) -> dict[str, str | None]:
-    """Returns a row of the failures table. `row` is the input row of the image that could not be read."""
+    """Returns the failure of an image with this input row."""
     return {
         "image_id": row["image_id"],
         "uri": row["uri"],
@@ -118,10 +118,7 @@ def failure_row(row: Mapping[str, Any], error: ImageError) -> dict[str, str | No
 
 
 def features_schema(size: int, dtype: str) -> pa.Schema:
-    """Returns the schema of a features dataset: the columns of a manifest, and features.
-
-    `features` is a vector of `size` float16 or float32 values.
-    """
+    """Returns the columns of a manifest and `features`, a vector of `size` float16 or float32 values."""
     vector = pa.list_({"float16": pa.float16(), "float32": pa.float32()}[dtype], size)
     return pa.schema([*MANIFEST_SCHEMA, *_IMAGE_FILE_FIELDS, pa.field("features", vector, nullable=False)])
 
@@ -129,11 +126,8 @@ def features_schema(size: int, dtype: str) -> pa.Schema:
 def captions_schema(positions: int | None = None, has_scores: bool = False) -> pa.Schema:
     """Returns the schema of a captions dataset.
 
-    `caption`, `log_prob` and `tokens` (the number of tokens) describe the best candidate.
-
     Args:
-        positions: number of positions of the feature map. Adds a column `attention`, which has a vector of attention
-            weights for each token of the best candidate, including the end token. If None, the column is omitted.
+        positions: number of positions of the feature map, for the column `attention`. If None, the column is omitted.
         has_scores: adds `image_text_score` to the columns and to the candidates.
     """
     scores = [pa.field("image_text_score", pa.float32())] if has_scores else []

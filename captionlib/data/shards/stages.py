@@ -1,4 +1,4 @@
-"""Runs a stage (a step such as feature extraction) on one shard of a dataset. A repeated run gives the same rows.
+"""Runs a stage, a step such as feature extraction, on the shards of a dataset.
 
 A finished shard has a marker, the JSON file that records that the shard is complete.
 """
@@ -60,13 +60,10 @@ class ShardJob:
     def plan(self) -> Iterator[list[int]]:
         """Yields up to two lists of shards to process. The caller processes the first before it requests the second.
 
-        Listing the files is fast, but reading the markers of many finished shards is slow. Therefore, the first list
-        contains the shards that lack a marker or a data file, and the second list contains the other shards to process.
-        If the input has changed since the outputs were created, or with `retry_failures` or `verify`, there is only one
-        list.
+        Listing files is fast, but reading the markers of many finished shards is slow. Therefore, the first list
+        contains the shards that lack a marker or a data file, and the second list the other shards to process.
         """
-        missing = self._find_missing()
-        if missing:
+        if missing := self._find_missing():
             yield missing
         if pending := self.pending_shards(missing):
             yield pending
@@ -78,10 +75,7 @@ class ShardJob:
         return self.unfinished_shards(processed)
 
     def unfinished_shards(self, processed: Collection[int] = ()) -> list[int]:
-        """Returns the sorted numbers of the shards that are unfinished, are stale, or have failures to retry.
-
-        Reads the markers of all shards except for those in `processed`, which are not returned.
-        """
+        """Returns those of `pending_shards` that are unfinished, are stale, or have failures to retry."""
         shards = sorted(set(range(self.source.shards)) - set(processed))
         if not shards:
             return []
@@ -94,11 +88,9 @@ class ShardJob:
         ]
 
     def _find_missing(self) -> list[int]:
-        """Returns the shards that lack a marker or a data file, for the first list of `plan`.
+        """Returns the first list of `plan`.
 
-        Returns an empty list if the input has changed, and with `verify` or `retry_failures`. Shards that have both
-        files may need processing too then, so `plan` yields all shards to process in a single list, for which a
-        cluster is started only once.
+        If shards with both files may need processing too, the first list is empty, so that a cluster is started once.
         """
         checksum = self.source.compute_content_checksum()
         if self.verify or self.retry_failures or any(output.source_checksum != checksum for output in self.outputs):
@@ -118,6 +110,7 @@ class ShardJob:
 
         Raises:
             DamagedShardError: the input shard is damaged.
+            DatasetError: the input shard is not finished.
         """
         while True:
             input_marker = self.source.read_marker(shard)
@@ -137,7 +130,6 @@ class ShardJob:
                     raise  # otherwise the input was replaced meanwhile, so the new version is processed
 
     def mark_incomplete(self) -> None:
-        """Marks the output datasets as incomplete; see `ShardedDataset.mark_incomplete`."""
         for output in self.outputs:
             output.mark_incomplete()
 
@@ -154,7 +146,6 @@ class ShardJob:
         )
 
     def _process(self, shard: int, input_marker: Marker, process: ProcessRows) -> Marker:
-        """Processes the new and changed images, and merges their rows with the unchanged rows of the old output."""
         unchanged = self._find_unchanged(shard, input_marker)
         with ExitStack() as stack:  # exits in reverse order and publishes the first output last
             writers = [
@@ -190,7 +181,9 @@ class ShardJob:
             start += rows.num_rows
 
     def _find_unchanged(self, shard: int, input_marker: Marker) -> "_UnchangedRows | None":
-        """Returns the rows and failures of unchanged images in the old output, or None if there is no old output."""
+        """Returns the rows and failures of unchanged images; None if there is no undamaged old output."""
+        if self.verify and any(_has_damaged_data(output, shard) for output in self.outputs):
+            return None
         try:
             outputs = [output.read(shard) for output in self.outputs]
         except DamagedShardError:  # also raised if the shard is missing or not finished
@@ -226,7 +219,6 @@ class _UnchangedRows:
 
     @classmethod
     def find(cls, rows: pa.Table, outputs: Sequence[pa.Table], failures: pa.Table) -> "_UnchangedRows":
-        """Compares the rows of the input with the rows and failures of the old output."""
         output_indices = [match_images(rows, output) for output in outputs]
         is_kept = np.all([indices >= 0 for indices in output_indices], axis=0)
         failure_indices = np.where(is_kept, -1, match_images(rows, failures))
@@ -244,7 +236,7 @@ class _UnchangedRows:
         )
 
     def merge(self, computed: Iterator[tuple[pa.RecordBatch, ...]]) -> Iterator[tuple[pa.RecordBatch, ...]]:
-        """Yields the computed and the unchanged rows in the order of the input. `computed` must be in that order."""
+        """Merges the computed and the unchanged rows, which are both in the order of the input."""
         start = 0
         for batches in computed:
             positions = np.array(
@@ -267,11 +259,16 @@ class _UnchangedRows:
         yield tuple(_to_batch(table.slice(start)) for table in self.tables)
 
 
+def _has_damaged_data(dataset: ShardedDataset, shard: int) -> bool:
+    """Compares the whole data file with its checksum. The markers of early versions have none for its blocks."""
+    marker = dataset.read_marker_even_if_unfinished(shard)
+    return marker is not None and dataset.find_data_damage(shard, marker) != ""
+
+
 def match_images(rows: pa.Table, old: pa.Table) -> npt.NDArray[np.int64]:
     """Returns for each row the index of the old row of the same, unchanged image, or -1 if there is none.
 
-    An image is unchanged if its version (a string that changes with the file) is the same. If a version is unknown, the
-    paths or URLs are compared.
+    An image is unchanged if its version is the same or, where a version is unknown, its path or URL.
     """
     index_array = pc.fill_null(pc.index_in(rows["image_id"], value_set=old["image_id"].combine_chunks()), -1)
     indices: npt.NDArray[np.int64] = index_array.to_numpy().astype(np.int64)

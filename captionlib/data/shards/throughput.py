@@ -19,8 +19,7 @@ IDLE_SECONDS = 300.0
 _RATE_SECONDS = 900.0  # the current speed is an average over this time
 _CURVE_POINTS = 60
 
-_Spans = npt.NDArray[np.float64]
-"""`[spans, 3] float64`: start, end, and the number of images that were processed between these times."""
+_Spans = npt.NDArray[np.float64]  # `[spans, 3]`: start, end, and the number of images processed in between
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,7 @@ class Throughput:
 
 
 def measure_throughput(markers: Iterable[Marker], progress: Iterable[ShardProgress]) -> Throughput | None:
-    """Measures the speed of a job, or returns None if no shard has a known time.
-
-    The images of a shard are assumed to be processed at a constant speed.
-    """
+    """Measures the speed of a job, as if the speed was constant in each shard. Returns None if no time is known."""
     spans = _select_last_run(_list_spans(markers, progress))
     if not len(spans):
         return None

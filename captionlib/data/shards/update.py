@@ -3,16 +3,16 @@
     folder/
       __update/ID/                    new shards: the same files as in a dataset
       __shards/part-00000.json        marker: records that a shard is complete, with the checksums of its files
-      _update.json                    journal: names the new shards; the update is committed once this file exists
+      _update.json                    journal: names the new shards
 
-First, the new shards are written to `__update`. Then the journal commits them. Then they are moved into place. If the
-process dies before the commit, the next update removes the new shards. If it dies after the commit, `open_dataset`
-moves the remaining shards. Several processes may do this at once, because moving a shard again has no effect.
+The new shards are written to `__update`, committed by writing the journal, and then moved into place. If the process
+dies before the commit, the next update removes the new shards. If it dies later, `open_dataset` moves the remaining
+shards. Several processes may do this at once, because moving a shard again has no effect.
 """
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,9 +24,9 @@ from captionlib.data.shards.markers import (
     MARKERS_FOLDER,
     UPDATE_FOLDER,
     Marker,
-    decode_marker,
     from_json_with_checksum,
     part_name,
+    read_marker,
     to_json_with_checksum,
     write_marker,
 )
@@ -48,7 +48,7 @@ def update_shards(dataset: ShardedDataset, shards: int, **changes: Any) -> Itera
         ...         writer.write(rows)
 
     Args:
-        dataset: the dataset. If it is complete, it is complete after the update too.
+        dataset: the dataset. It stays complete if it is.
         shards: number of shards after the update. Each of them must be written in the block or exist already.
         changes: new values of `config`, of `fingerprint` (hash of everything that determines the rows), or of
             `compaction_id` (id of the compaction that divided the images into these shards). A new fingerprint
@@ -102,9 +102,11 @@ def complete_update(folder: Folder) -> None:
     Raises:
         DatasetError: the journal is damaged, or staged shards are missing.
     """
-    journal = _read_journal(folder)
-    if journal is None:
+    try:
+        content = folder.read(JOURNAL_FILE)
+    except FileNotFoundError:
         return
+    journal = _decode_journal(folder, content)
     staging = f"{UPDATE_FOLDER}/{journal['id']}"
     _require_staged(folder, staging, journal["written"])
     for name, checksums in journal["written"].items():
@@ -116,18 +118,25 @@ def complete_update(folder: Folder) -> None:
     for shard in range(dataset.shards, journal["previous_shards"]):
         dataset.remove_shard(shard)
     if journal["complete"]:
-        dataset.finish(max_failure_ratio=1.0)
-    folder.remove_file(JOURNAL_FILE)
-    folder.remove(UPDATE_FOLDER)
+        _finish(dataset)
+    folder.remove_if_equal(JOURNAL_FILE, content)  # another process may have completed this update, and begun the next
+    drop_uncommitted_updates(folder)
 
 
-def _read_journal(folder: Folder) -> dict[str, Any] | None:
+def _finish(dataset: ShardedDataset) -> None:
     try:
-        journal = from_json_with_checksum(folder.read(JOURNAL_FILE))
+        dataset.finish(max_failure_ratio=1.0)
+    except DatasetError:
+        if not dataset.folder.exists(DESCRIPTION_FILE):
+            raise
+        dataset.mark_incomplete()  # a job is replacing a shard, and marks the dataset as complete at its end
+
+
+def _decode_journal(folder: Folder, content: bytes) -> dict[str, Any]:
+    try:
+        journal = from_json_with_checksum(content)
         if missing := {"id", "written", "previous_shards", "complete", "description"} - journal.keys():
             raise ValueError(f"expected the keys {', '.join(sorted(missing))}, got none")
-    except FileNotFoundError:
-        return None
     except ValueError as error:
         raise DatasetError(
             f"{folder.address(JOURNAL_FILE)} is damaged ({error!r}); write the dataset again with --overwrite"
@@ -138,19 +147,15 @@ def _read_journal(folder: Folder) -> dict[str, Any] | None:
 def _require_staged(folder: Folder, staging: str, written: dict[str, str]) -> None:
     """Raises DatasetError if a shard of the update is neither staged nor in place.
 
-    If no shard has been moved into place, the update is dropped before the error is raised.
-
-    Args:
-        folder: folder of the dataset.
-        staging: path of the folder with the staged shards, relative to `folder`.
-        written: checksums of the new files of each shard, by its part name, such as `part-00000`.
+    If no shard is in place, the update is dropped before the error is raised. `written` contains the checksums of the
+    new files of each shard, by its part name, such as `part-00000`.
     """
     moved, missing = [], []
     for name, checksums in written.items():
-        current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
+        current = read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
         if current is not None and _join_checksums(current) == checksums:
             moved.append(name)
-        elif _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json") is None:
+        elif read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json") is None:
             missing.append(name)
     if missing and not moved:
         folder.remove_file(JOURNAL_FILE)
@@ -166,13 +171,9 @@ def _missing_shard_error(folder: Folder, staging: str, name: str) -> DatasetErro
 
 
 def _move_shard(folder: Folder, staging: str, name: str, checksums: str) -> None:
-    """Moves a staged shard into place, given its part name and the checksums of its new files.
-
-    While the files are moved, the marker describes both the old and the new version. Raises DatasetError if the shard
-    is neither staged nor in place.
-    """
-    new = _read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")
-    current = _read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
+    """Moves a staged shard into place. While its files are moved, the marker describes the old and the new version."""
+    new = read_marker(folder, f"{staging}/{MARKERS_FOLDER}/{name}.json")
+    current = read_marker(folder, f"{MARKERS_FOLDER}/{name}.json")
     if new is None and (current is None or _join_checksums(current) != checksums):
         raise _missing_shard_error(folder, staging, name)
     if new is None or current == new:
@@ -189,12 +190,4 @@ def _move_shard(folder: Folder, staging: str, name: str, checksums: str) -> None
 
 
 def _join_checksums(marker: Marker) -> str:
-    """Returns the checksums of the data file and the failures file of a shard."""
     return f"{marker.checksum} {marker.failures_checksum}"
-
-
-def _read_marker(folder: Folder, name: str) -> Marker | None:
-    for content in folder.read_many([name]):
-        with suppress(ValueError):
-            return decode_marker(content)
-    return None

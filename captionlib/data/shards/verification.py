@@ -1,7 +1,4 @@
-"""Reads data files, and verifies each block of bytes against the checksums in the shard's marker.
-
-A marker is the JSON file that records that a shard is complete.
-"""
+"""Reads data files, and compares each block with its checksum in the marker (the file that completes a shard)."""
 
 import threading
 from collections.abc import Iterable

@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 
 from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.markers import (
-    FAILURES_FOLDER,
     Marker,
     ShardProgress,
     compute_checksum,
     compute_checksums,
+    data_file,
     encode_progress,
+    failures_file,
     format_time,
     part_name,
     progress_file,
@@ -41,11 +42,7 @@ PROGRESS_SECONDS = 5.0  # interval between updates of the progress of an unfinis
 
 
 class ShardWriter:
-    """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`.
-
-    If writing takes a long time, the progress so far is written to a file, so that it can be shown with any Beam
-    runner.
-    """
+    """Collects the rows and failures (unreadable images) of a shard. Created by `write_shard`."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema, folder: Folder, shard: int) -> None:
         self.marker: Marker  # describes the shard; set when the `with` block of `write_shard` ends
@@ -60,7 +57,7 @@ class ShardWriter:
         self._is_reported = False
 
     def write(self, rows: pa.RecordBatch | pa.Table) -> None:
-        """Adds rows. A row group is written as soon as it is full. Missing nullable columns are filled with nulls."""
+        """Adds rows. Missing nullable columns are filled with nulls."""
         if isinstance(rows, pa.Table):
             for batch in rows.to_batches():
                 self.write(batch)
@@ -80,13 +77,11 @@ class ShardWriter:
         self.failures.append(failure_row(row, error))
 
     def flush(self) -> None:
-        """Writes the buffered rows as a row group."""
         if self._buffered_rows:
             self._writer.write_table(pa.Table.from_batches(self._buffer, self._schema))
         self._buffer, self._buffered_rows, self._buffered_bytes = [], 0, 0
 
     def remove_progress(self) -> None:
-        """Removes the file with the progress so far."""
         if self._is_reported:
             self._folder.remove_file(progress_file(self._shard))
 
@@ -122,15 +117,14 @@ def write_shard(
         DatasetError: rows and failures do not add up to `expected`.
     """
     started = time.monotonic()
-    name = part_name(shard)
-    with dataset.folder.stage(f"{name}.parquet") as path:
+    with dataset.folder.stage(data_file(shard)) as path:
         with _open_parquet(path, dataset, expected) as parquet:
             writer = ShardWriter(parquet, dataset.schema, dataset.folder, shard)
             yield writer
             writer.flush()
         if writer.rows + len(writer.failures) != expected:
             raise DatasetError(
-                f"{dataset.folder.uri}, {name}: expected {expected} rows and failures together, "
+                f"{dataset.folder.uri}, {part_name(shard)}: expected {expected} rows and failures together, "
                 f"got {writer.rows} rows and {len(writer.failures)} failures; the shard was not published"
             )
         with path.open("rb") as file:
@@ -158,11 +152,10 @@ def write_shard(
         if previous is not None and not _has_same_files(previous, writer.marker):
             write_marker(dataset.folder, replace(writer.marker, previous=previous))
     # The end of the block above has moved the data file into place.
-    failures_name = f"{FAILURES_FOLDER}/{name}.parquet"
     if failures:
-        dataset.folder.write(failures_name, failures)
+        dataset.folder.write(failures_file(shard), failures)
     else:
-        dataset.folder.remove_file(failures_name)  # an earlier version may have had failures
+        dataset.folder.remove_file(failures_file(shard))  # an earlier version may have had failures
     write_marker(dataset.folder, writer.marker)
 
 
@@ -181,16 +174,13 @@ def _open_parquet(path: Path, dataset: ShardedDataset, rows: int) -> pq.ParquetW
 
 
 def _has_same_files(previous: Marker, marker: Marker) -> bool:
-    """Returns whether `previous` describes a finished shard with the same files as `marker`.
-
-    Such a shard stays finished, even if two identical runs write it at the same time.
-    """
+    """Returns whether `previous` describes a finished shard with the same files, which stays finished."""
     same = previous.checksum == marker.checksum and previous.failures_checksum == marker.failures_checksum
     return same and previous.previous is None
 
 
 def _encode_failures(failures: list[dict[str, str | None]]) -> bytes:
-    """Encodes failures as a Parquet file. Returns no bytes if there are none."""
+    """Returns a Parquet file, or no bytes if there are no failures."""
     content = io.BytesIO()
     if failures:
         pq.write_table(pa.Table.from_pylist(failures, FAILURES_SCHEMA), content, compression="zstd")

@@ -19,11 +19,9 @@ _SPLIT = re.compile(r"(?<![a-z])(train|restval|minival|val|test|dev|unlabeled)(?
 def read_coco(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images of COCO caption files in file order. One file at a time is held in memory.
 
-    The split is `options.default_split` or, if that is empty, the split in the file name: `train` for
-    `captions_train2014.json`. Image paths are relative to the subfolder that the file name mentions, here `train2014/`.
-    This subfolder is searched for in `options.image_root` or, if that is None, in the folder of the JSON file and then
-    in its parent folder. If the subfolder is not found, image paths are relative to the first of these folders.
-    See `captionlib.data.sources.rows.SourceReader` for the arguments.
+    The name of a file such as `captions_train2014.json` contains the default split, `train`, and the subfolder of the
+    images, `train2014`. This subfolder is in `options.image_root` or, if that is None, in the folder of the file or in
+    its parent folder. If there is no such subfolder, image paths are relative to the first of these folders.
 
     Raises:
         DatasetError: a file is not in COCO's format, or all of its captions belong to images that it does not list.

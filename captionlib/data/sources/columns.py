@@ -7,25 +7,16 @@ from dataclasses import dataclass
 from captionlib.data.sources.rows import SourceOptions
 from captionlib.errors import ConfigError
 
-__all__ = [
-    "CAPTION_NAMES",
-    "ID_NAMES",
-    "SPLIT_NAMES",
-    "Columns",
-    "list_columns",
-    "select_caption_columns",
-    "select_column",
-    "select_columns",
-]
+__all__ = ["CAPTION_NAMES", "Columns", "list_columns", "select_caption_columns", "select_columns"]
 
 # Conventional column names, in order of preference; case is ignored.
-ID_NAMES = ("image_id", "id", "imageid", "img_id", "imgid", "cocoid", "key")
-URI_NAMES = (
+_ID_NAMES = ("image_id", "id", "imageid", "img_id", "imgid", "cocoid", "key")
+_URI_NAMES = (
     *("uri", "url", "image_uri", "image_url", "path", "image_path", "file_path", "filepath"),
     *("file_name", "filename", "image", "image_name", "file"),
 )
 CAPTION_NAMES = ("captions", "caption", "sentences", "sentence", "text", "texts", "raw", "comment")
-SPLIT_NAMES = ("split", "subset")
+_SPLIT_NAMES = ("split", "subset")
 
 # Limits on the column names in error messages: number of names, and length of a name.
 _SHOWN_COLUMNS = 20
@@ -36,10 +27,7 @@ _NUMBERED_CAPTION = re.compile(r"(?i)(?:caption|sentence)[ _]?\d+")
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the table columns to read. A name is None if the table has no such column.
-
-    The column `version` contains a string that changes when the image changes, such as a hash or a date.
-    """
+    """Names of the table columns to read, or None for a column that the table does not have; see `SourceOptions`."""
 
     uri: str
     id: str | None
@@ -53,39 +41,34 @@ class Columns:
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
-def select_columns(available: Sequence[str], options: SourceOptions, table: str) -> Columns:
-    """Returns the columns specified in `options`, with conventional names as defaults.
+def select_columns(
+    available: Sequence[str], options: SourceOptions, table: str, image_column: str | None = None
+) -> Columns:
+    """Returns the columns specified in `options`, or those with conventional names.
 
-    Args:
-        available: names of all columns in the table.
-        options: column names to use instead of the conventional ones.
-        table: path or URL of the table, for error messages.
+    `image_column` is the column with the images, if they are in the table. `table` is its address.
 
     Raises:
         ConfigError: a specified column or the uri column is missing, or two columns match the same name.
     """
-    uri = select_column(available, options.uri_column, URI_NAMES, table)
+    uri = image_column or _select_column(available, options.uri_column, _URI_NAMES, table)
     if uri is None:
         raise ConfigError(
-            f"{table}: no column for the image uris; expected one of {', '.join(URI_NAMES)}, "
+            f"{table}: no column for the image uris; expected one of {', '.join(_URI_NAMES)}, "
             f"got {list_columns(available)}; specify it with --uri-column or, if the table has no header, specify all "
             "columns with --columns"
         )
     return Columns(
         uri=uri,
-        id=select_column(available, options.id_column, ID_NAMES, table),
+        id=_select_column(available, options.id_column, _ID_NAMES, table),
         captions=select_caption_columns(available, options.caption_columns, table),
-        split=select_column(available, options.split_column, SPLIT_NAMES, table),
-        version=select_column(available, options.version_column, (), table),
+        split=_select_column(available, options.split_column, _SPLIT_NAMES, table),
+        version=_select_column(available, options.version_column, (), table),
     )
 
 
-def select_column(available: Sequence[str], name: str | None, conventional: Sequence[str], table: str) -> str | None:
-    """Returns the column called `name`. If `name` is None, returns the first conventional name in the table, if any.
-
-    Raises:
-        ConfigError: the column is missing or ambiguous.
-    """
+def _select_column(available: Sequence[str], name: str | None, conventional: Sequence[str], table: str) -> str | None:
+    """Returns the column called `name`. If `name` is None, returns the first conventional name in the table, if any."""
     if name is not None:
         if name not in available:
             raise ConfigError(f"{table}: column {name!r} not found; the table has {list_columns(available)}")
@@ -103,19 +86,16 @@ def select_column(available: Sequence[str], name: str | None, conventional: Sequ
 
 
 def select_caption_columns(available: Sequence[str], names: Sequence[str], table: str) -> tuple[str, ...]:
-    """Returns the columns that contain captions.
-
-    If `names` is not empty, these columns are returned. Otherwise, the column with a conventional name, such as
-    `captions`, is returned. If there is none, all numbered columns, such as `caption_0` and `caption_1`, are returned.
+    """Returns the columns called `names`, or the one with a conventional name, or all numbered ones (`caption_0`).
 
     Raises:
         ConfigError: a column is missing or ambiguous.
     """
-    column = None if names else select_column(available, None, CAPTION_NAMES, table)
+    column = None if names else _select_column(available, None, CAPTION_NAMES, table)
     if column is not None:
         return (column,)
     names = names or [name for name in available if _NUMBERED_CAPTION.fullmatch(name.strip())]
-    return tuple(column for name in names if (column := select_column(available, name, (), table)) is not None)
+    return tuple(column for name in names if (column := _select_column(available, name, (), table)) is not None)
 
 
 def list_columns(available: Sequence[str]) -> str:

@@ -31,10 +31,6 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
     Splits come from `options.split_files` or, by default, from the official split files in the folder of the captions,
     such as `Flickr_8k.trainImages.txt`. If split files are used, images that none of them lists are skipped.
-    See `captionlib.data.sources.rows.SourceReader` for the arguments.
-
-    Raises:
-        DatasetError: an image is in two splits.
     """
     for location in find_files(addresses, frozenset({".txt", ".token"})):
         split_files = {split: locate(file) for split, file in options.split_files.items()}
@@ -54,7 +50,7 @@ def read_flickr(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
 
 def _read_images(location: Location, skips: SkipCounter) -> Iterator[tuple[str, tuple[str, ...], str]]:
-    """Yields the name, the captions and the origin (file and first line, for error messages) of each image."""
+    """Yields the name, the captions and the origin (file and first line) of each image."""
     for name, group in groupby(_parse_lines(location, skips), key=lambda line: line[0]):
         lines = list(group)
         origin = f"{location.address}, line {lines[0][2]}"
@@ -89,11 +85,7 @@ def _find_official_split_files(folder: Location) -> dict[str, Location]:
 
 
 def _read_splits(files: Mapping[str, Location]) -> dict[str, str]:
-    """Maps image names without extension to splits. Only some split files include the extension.
-
-    Raises:
-        DatasetError: an image is in two splits.
-    """
+    """Maps image names without extension to splits. Only some split files include the extension."""
     splits: dict[str, str] = {}
     for split, location in files.items():
         for line in read_lines(location):

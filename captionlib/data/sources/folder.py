@@ -29,14 +29,9 @@ _DELETED = "deleted while the folder was listed"
 def read_folder(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images in folders and their subfolders, sorted by name. The id is the path relative to the folder.
 
-    Files with an image extension or without an extension become rows; they are not opened. Files with other extensions,
-    hidden files and folders, and special files are skipped. Symbolic links are followed unless they point to a parent
-    folder.
-    For a glob, ids are relative to the last folder before the first wildcard.
-    See `captionlib.data.sources.rows.SourceReader` for the arguments.
-
-    Raises:
-        DatasetError: a folder does not exist or cannot be read.
+    Images are files with an image extension or without an extension; they are not opened. Hidden files and folders are
+    skipped. Symbolic links are followed unless they point to a parent folder. For a glob, ids are relative to the last
+    folder before the first wildcard.
     """
     for location in itertools.chain.from_iterable(map(locate_all, addresses)):
         if is_glob(location):
@@ -87,7 +82,7 @@ def _is_image_name(name: str, skips: SkipCounter) -> bool:
 def _walk(
     root: Location, include_file: PathFilter, enter_folder: PathFilter, skips: SkipCounter
 ) -> Iterator[tuple[str, str]]:
-    """Yields file paths relative to `root`, with the version of each file (a string that changes with the file).
+    """Yields file paths relative to `root`, each with a version: a string that changes when the file changes.
 
     The files of a directory come first, sorted by name, and then the files in its subdirectories.
     """
@@ -101,11 +96,11 @@ def _walk(
                 continue
             files, folders = _list_names(root.join(folder), identity, skips)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) and _was_deleted(root, folder, ancestors):
-                skips.count_ignored(_DELETED)
-                continue
-            reason = error.strerror or type(error).__name__
-            raise DatasetError(f"folder {root.join(folder).address} cannot be read: {reason}") from error
+            if not isinstance(error, FileNotFoundError) or not _was_deleted(root, folder, ancestors):
+                reason = error.strerror or type(error).__name__
+                raise DatasetError(f"folder {root.join(folder).address} cannot be read: {reason}") from error
+            skips.count_ignored(_DELETED)
+            continue
         prefix = f"{folder}/" if folder else ""
         yield from ((prefix + name, version) for name, version in files if include_file(prefix + name))
         ancestors = ancestors if identity is None else (*ancestors, identity)
@@ -123,8 +118,7 @@ def _identify(folder: Location) -> object | None:
 def _was_deleted(root: Location, folder: str, ancestors: Sequence[object]) -> bool:
     """Returns whether a missing directory was deleted. Otherwise, its disk was unmounted.
 
-    After a disk was unmounted, the nearest parent that exists is its mount point, whose device and inode then differ
-    from those of the disk's root directory. After a deletion, those of the nearest parent that exists are unchanged.
+    Unmounting a disk changes the device and inode of the nearest parent that exists, and deleting a directory does not.
     `ancestors` holds the identities of the parents of `folder` when they were listed, starting with `root`.
     """
     if not root.is_local:

@@ -36,17 +36,11 @@ __all__ = ["SOURCE_FORMATS", "SourceFormat", "detect_common_format", "detect_for
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """A supported format of input datasets.
-
-    Attributes:
-        read: function that yields the rows.
-        row_description: the parts of the source that rows are read from, for an error message.
-        stores_image_paths: whether the source contains image paths, which may be wrong, instead of images.
-    """
+    """A supported format of input datasets."""
 
     read: SourceReader
-    row_description: str
-    stores_image_paths: bool
+    row_description: str  # the parts of the source that rows are read from, for an error message
+    stores_image_paths: bool  # instead of images
 
 
 SOURCE_FORMATS: Mapping[str, SourceFormat] = {
@@ -69,12 +63,6 @@ def read_source(
     source_format: str, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter
 ) -> Iterator[ImageRecord]:
     """Yields the rows of a source. Skips rows and captions that are not valid Unicode.
-
-    Args:
-        source_format: a key of `SOURCE_FORMATS`.
-        addresses: paths, URLs or globs.
-        options: how to read the source.
-        skips: counter of skipped items.
 
     Raises:
         ConfigError: an option does not apply to the source.
@@ -109,12 +97,7 @@ def read_source(
 
 
 def detect_common_format(addresses: Sequence[str]) -> str:
-    """Returns the common format of all sources: a key of `SOURCE_FORMATS`.
-
-    Raises:
-        ConfigError: the formats differ, or a format cannot be detected.
-        DatasetError: a source does not exist.
-    """
+    """Returns the common format of all sources: a key of `SOURCE_FORMATS`."""
     if not addresses:
         raise ConfigError("expected at least one source (path, URL or glob), got none")
     first_addresses: dict[str, str] = {}  # by format
@@ -129,12 +112,7 @@ def detect_common_format(addresses: Sequence[str]) -> str:
 
 
 def detect_format(address: str | os.PathLike[str]) -> str:
-    """Returns the format of a source: a key of `SOURCE_FORMATS`.
-
-    Raises:
-        ConfigError: the format cannot be detected.
-        DatasetError: the source does not exist.
-    """
+    """Returns the format of a source: a key of `SOURCE_FORMATS`."""
     location = locate_all(address)[0]
     if is_glob(location):
         return _detect_glob(location)
@@ -149,7 +127,6 @@ def _detect_glob(location: Location) -> str:
 
 
 def _detect_folder(folder: Location) -> str:
-    """Detects the format of a folder by its images, subfolders, tars and Parquet files. The default is `folder`."""
     parquet: Location | None = None
     has_tars = False
     with convert_os_errors(folder.address):

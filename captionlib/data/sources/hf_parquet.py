@@ -5,13 +5,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from captionlib.data.sources.columns import (
-    ID_NAMES,
-    SPLIT_NAMES,
-    list_columns,
-    select_caption_columns,
-    select_column,
-)
+from captionlib.data.sources.columns import list_columns, select_columns
 from captionlib.data.sources.locations import Location, find_files, open_file
 from captionlib.data.sources.rows import ImageRecord, SkipCounter, SourceOptions
 from captionlib.data.sources.tables import (
@@ -35,15 +29,6 @@ def read_hf_parquet(addresses: Sequence[str], options: SourceOptions, skips: Ski
 
     The id is the value of the id column. If there is none, the id is the image's path. If there are no paths, or paths
     repeat in the file, the id consists of the file name and the 0-based row number.
-
-    Args:
-        addresses: paths, URLs or glob patterns of the files.
-        options: how to read the files.
-        skips: counter of skipped rows and captions.
-
-    Raises:
-        ConfigError: a column is missing or ambiguous.
-        DatasetError: a file cannot be read.
     """
     for location in find_files(addresses, frozenset({".parquet"})):
         with open_file(location) as file:
@@ -63,10 +48,6 @@ def _is_binary(data_type: pa.DataType) -> bool:
     return data_type in {pa.binary(), pa.large_binary(), pa.binary_view()}
 
 
-def _can_contain_images(data_type: pa.DataType) -> bool:
-    return _is_binary(data_type) or _is_image_struct(data_type)
-
-
 def _is_image_struct(data_type: pa.DataType) -> bool:
     index = data_type.get_field_index("bytes") if pa.types.is_struct(data_type) else -1
     return index >= 0 and _is_binary(data_type.field(index).type)
@@ -80,25 +61,21 @@ def _read_rows(
     image_type = schema.field(image_column).type
     bytes_column = f"{image_column}.bytes" if _is_image_struct(image_type) else image_column
     has_path = _is_image_struct(image_type) and image_type.get_field_index("path") >= 0
-    id_column = select_column(schema.names, options.id_column, ID_NAMES, location.address)
-    split_column = select_column(schema.names, options.split_column, SPLIT_NAMES, location.address)
-    caption_columns = select_caption_columns(schema.names, options.caption_columns, location.address)
+    columns = select_columns(schema.names, options, location.address, image_column)
     path_column = f"{image_column}.path"
-    uses_path = has_path and id_column is None and _is_unique(parquet, path_column, location)
-    version_column = select_column(schema.names, options.version_column, (), location.address)
-    file_version = version_from_file(location)  # short string that changes when the file does
-    names = (id_column, split_column, version_column, *caption_columns, path_column if uses_path else None)
-    columns = [name for name in names if name is not None]
-    for number, record in enumerate(read_parquet_columns(parquet, columns, location, options)):
+    uses_path = has_path and columns.id is None and _is_unique(parquet, path_column, location)
+    file_version = version_from_file(location)  # changes when the file changes
+    names = [name for name in columns.names if name != image_column] + [path_column] * uses_path
+    for number, record in enumerate(read_parquet_columns(parquet, names, location, options)):
         origin = f"{location.address}, row {number + 1}"
         try:
-            if id_column is not None:
-                image_id = parse_id(record[id_column], origin, id_column)
+            if columns.id is not None:
+                image_id = parse_id(record.get(columns.id), origin, columns.id)
             else:
                 path = (record.get(image_column) or {}).get("path") if uses_path else None
                 image_id = parse_optional(parse_text, path, origin, path_column, f"{location.name}#{number}")
-            split = parse_split_column(record, split_column, origin, options.default_split)
-            version = parse_version_column(record, version_column, origin) or f"{file_version}-{number:x}"
+            split = parse_split_column(record, columns.split, origin, options.default_split)
+            version = parse_version_column(record, columns.version, origin) or f"{file_version}-{number:x}"
         except EntryError as error:
             skips.reject_image(error.reason, error.problem)
             continue
@@ -106,7 +83,7 @@ def _read_rows(
             image_id=image_id,
             uri=f"{location.address}#row={number}&column={bytes_column}",
             split=split,
-            captions=parse_caption_columns(record, caption_columns, origin, options, skips),
+            captions=parse_caption_columns(record, columns.captions, origin, options, skips),
             origin=origin,
             version=version,
         )
@@ -124,7 +101,11 @@ def _is_unique(parquet: pq.ParquetFile, column: str, location: Location) -> bool
 def _select_image_column(schema: pa.Schema, name: str | None, table: str) -> str:
     columns = find_image_columns(schema)
     if name is not None:
-        columns = [field.name for field in schema if field.name == name and _can_contain_images(field.type)]
+        columns = [
+            field.name
+            for field in schema
+            if field.name == name and (_is_binary(field.type) or _is_image_struct(field.type))
+        ]
     if not columns:
         expected = "a column" if name is None else f"column {name!r}"
         raise ConfigError(

@@ -21,11 +21,7 @@ __all__ = ["read_karpathy", "read_rows_with_imgid"]
 def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
     """Yields the images of `dataset.json` files in file order. One file at a time is held in memory.
 
-    The id is `cocoid` or, if missing, `imgid`. The splits are train, restval, val and test. See
-    `captionlib.data.sources.rows.SourceReader` for the arguments.
-
-    Raises:
-        DatasetError: a file is not in Karpathy's format.
+    The id is `cocoid` or, if missing, `imgid`. The splits are train, restval, val and test.
     """
     for location in find_files(addresses, frozenset({".json"})):
         for _, row in read_rows_with_imgid(location, options, skips):
@@ -35,14 +31,7 @@ def read_karpathy(addresses: Sequence[str], options: SourceOptions, skips: SkipC
 def read_rows_with_imgid(
     location: Location, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[tuple[object, ImageRecord]]:
-    """Yields the images of one `dataset.json`, each with its `imgid`.
-
-    The `imgid` is the index of the image's column in NeuralTalk's features file. Invalid images and captions
-    are skipped.
-
-    Raises:
-        DatasetError: the file is not in Karpathy's format.
-    """
+    """Yields the images of one `dataset.json`, each with its `imgid`, the image's column in NeuralTalk's features."""
     document = parse_object(load_json(location), location.address)
     root = find_image_root(options.image_root, location)
     for index, entry in enumerate(parse_list(document.get("images"), location.address, "images")):

@@ -39,17 +39,11 @@ _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 @dataclass(frozen=True)
 class Location:
-    """A file or a folder.
-
-    Attributes:
-        fs: fsspec file system.
-        path: path within `fs`.
-        address: absolute path or URL, for output and messages.
-    """
+    """A file or a folder on an fsspec file system."""
 
     fs: Any
-    path: str
-    address: str
+    path: str  # within `fs`
+    address: str  # absolute path or URL, for output and messages
 
     @property
     def is_local(self) -> bool:
@@ -64,19 +58,11 @@ class Location:
         return Location(self.fs, self.path.rpartition("/")[0], self.address.rpartition("/")[0])
 
     def find_type(self) -> str | None:
-        """Returns `file`, `directory` or `other`, or None if the file does not exist.
-
-        Raises:
-            StorageError: the storage failed or refused the request.
-        """
+        """Returns `file`, `directory` or `other`, or None if the file does not exist."""
         return find_file_type(self.fs, self.path)
 
     def require(self, expected: str = "a file, a folder or a glob") -> "Location":
-        """Returns the location if it exists. `expected` describes what should be there.
-
-        Raises:
-            DatasetError: it does not exist.
-        """
+        """Returns the location, or raises DatasetError if it does not exist."""
         if self.find_type() is None:
             raise DatasetError(f"{self.address} does not exist; expected {expected}")
         return self
@@ -86,12 +72,7 @@ class Location:
 
 
 def locate(address: str | os.PathLike[str]) -> Location:
-    """Resolves a path or a URL to a location, whether or not it exists.
-
-    Raises:
-        ConfigError: the address chains file systems with `::`, or its protocol is unknown, is not allowed, or needs a
-            package that is not installed; see `captionlib.storage.file_systems`.
-    """
+    """Resolves a path or a URL to a location, whether or not it exists. Raises ConfigError if it is not supported."""
     address = os.fspath(address)
     fs, path = open_file_system(address)
     if isinstance(fs, LocalFileSystem):
@@ -101,11 +82,7 @@ def locate(address: str | os.PathLike[str]) -> Location:
 
 
 def locate_all(address: str | os.PathLike[str]) -> list[Location]:
-    """Resolves an address to locations. Expands braces unless a file with exactly this name exists.
-
-    Raises:
-        ConfigError: an address is not supported; see `locate`.
-    """
+    """Resolves an address to locations. Expands braces unless a file with exactly this name exists."""
     location, expanded = locate(address), expand_braces(os.fspath(address))
     return [location] if len(expanded) == 1 or location.find_type() else list(map(locate, expanded))
 
@@ -138,8 +115,8 @@ def get_uncompressed_extension(name: str) -> str:
 
 def is_glob(location: Location) -> bool:
     """Returns whether a path contains wildcards. HTTP URLs (`?` starts a query) and existing files are not globs."""
-    protocols = (location.fs.protocol,) if isinstance(location.fs.protocol, str) else location.fs.protocol
-    return find_wildcard(location.path) is not None and "http" not in protocols and location.find_type() is None
+    is_web = split_protocol(location.address)[0] in ("http", "https")
+    return not is_web and find_wildcard(location.path) is not None and location.find_type() is None
 
 
 def split_glob(location: Location) -> tuple[Location, str]:
@@ -150,9 +127,7 @@ def split_glob(location: Location) -> tuple[Location, str]:
 
 
 def find_files(addresses: Sequence[str], extensions: frozenset[str]) -> Iterator[Location]:
-    """Yields the files at the given addresses.
-
-    A glob yields all matching files. A folder yields its files with one of `extensions`.
+    """Yields the files at the given addresses, and the files with one of `extensions` in folders.
 
     Raises:
         DatasetError: an address does not exist, or no file is found at it.
@@ -266,9 +241,4 @@ def read_lines(location: Location) -> Iterator[str]:
 
 
 def load_json(location: Location) -> Any:
-    """Returns the content of a JSON file.
-
-    Raises:
-        DatasetError: the file cannot be read or parsed; see `parse_json`.
-    """
     return parse_json("".join(read_lines(location)), location.address)

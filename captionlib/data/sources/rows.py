@@ -1,12 +1,9 @@
-"""The interface of source readers: their options, the records that they yield, and a counter of skipped items.
-
-A source is an input dataset in one of the supported formats.
-"""
+"""The interface of functions that read a source, an input dataset in one of the supported formats."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TypeAlias
 
 from captionlib.config import configclass
 from captionlib.errors import DatasetError
@@ -16,24 +13,14 @@ __all__ = ["ImageRecord", "SkipCounter", "SourceOptions", "SourceReader"]
 
 @dataclass(slots=True)  # not frozen, because frozen instances take three times as long to create
 class ImageRecord:
-    """An image of a source, which becomes a row of the manifest: the Parquet dataset that lists the images.
+    """An image of a source, which becomes a row of the manifest: the Parquet dataset that lists the images."""
 
-    Attributes:
-        image_id: id that is unique in the source and the same on every run.
-        uri: absolute path or URL of the image.
-        split: name of the split, such as `train`; empty if unknown.
-        captions: reference captions.
-        origin: file and line (or row, or entry) that the record was read from, for error messages.
-        version: short string that changes when the image file changes. It stays the same when only the captions change.
-            If empty, `version_from_uri` computes it.
-    """
-
-    image_id: str
-    uri: str
-    split: str
+    image_id: str  # unique in the source, and the same on every run
+    uri: str  # absolute path or URL of the image
+    split: str  # such as `train`; empty if unknown
     captions: tuple[str, ...]
-    origin: str = field(default="", compare=False)
-    version: str = field(default="", compare=False)
+    origin: str = field(default="", compare=False)  # file and line (or row, or entry), for error messages
+    version: str = field(default="", compare=False)  # changes when the image file changes; if empty, computed from it
 
 
 class SkipCounter:
@@ -41,34 +28,22 @@ class SkipCounter:
 
     An ignored item is skipped by design, such as a hidden file. A rejected item is an image or a caption with an error.
 
-    Args:
-        strict: raise an error for a rejected image or caption instead of counting it.
-
-    Attributes:
-        counts: number of skipped items by reason.
-        examples: first rejected item by reason, as passed to `reject_image` or `reject_captions`.
-        caption_reasons: reasons for which captions were rejected.
+    If `strict` is true, a rejected item is an error.
     """
 
     def __init__(self, strict: bool = False) -> None:
         self._strict = strict
-        self.counts: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
-        self.caption_reasons: set[str] = set()
+        self.counts: Counter[str] = Counter()  # of skipped items by reason
+        self.examples: dict[str, str] = {}  # first rejected item by reason
+        self.caption_reasons: set[str] = set()  # for which captions were rejected
 
     def count_ignored(self, reason: str) -> None:
-        """Counts an item that is skipped by design, such as a hidden file."""
         self.counts[reason] += 1
 
     def reject_image(self, reason: str, example: str) -> None:
-        """Counts an image whose entry in the source is invalid.
+        """Counts an image whose entry in the source is invalid, or raises DatasetError if the counter is strict.
 
-        Args:
-            reason: short category under which the image is counted.
-            example: where the entry is and, optionally, what is wrong with it.
-
-        Raises:
-            DatasetError: the counter is strict.
+        `reason` is a short category. `example` says where the entry is and, optionally, what is wrong with it.
         """
         example = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in example)
         if self._strict:
@@ -77,11 +52,7 @@ class SkipCounter:
         self.examples.setdefault(reason, example)
 
     def reject_captions(self, reason: str, example: str) -> None:
-        """Counts an entry whose captions are invalid or belong to no image. See `reject_image` for the arguments.
-
-        Raises:
-            DatasetError: the counter is strict.
-        """
+        """Counts an entry whose captions are invalid or belong to no image; see `reject_image`."""
         self.reject_image(reason, example)
         self.caption_reasons.add(reason)
 
@@ -133,15 +104,5 @@ class SourceOptions:
     tsv_quotes: bool = False
 
 
-class SourceReader(Protocol):
-    """Function that yields the images of a source in the same order on every run.
-
-    Args:
-        addresses: paths, URLs or globs of the source.
-        options: how to read the source.
-        skips: counter of skipped items.
-    """
-
-    def __call__(
-        self, addresses: Sequence[str], options: SourceOptions, skips: SkipCounter
-    ) -> Iterator[ImageRecord]: ...
+SourceReader: TypeAlias = Callable[[Sequence[str], SourceOptions, SkipCounter], Iterator[ImageRecord]]
+"""A function that yields the images at paths, URLs or globs, in the same order on every run."""

@@ -49,17 +49,11 @@ _QUOTED_CELL = re.compile(r'\s*"((?:[^"]|"")*)"\s*', re.DOTALL)
 
 
 class _Record(NamedTuple):
-    """A table row before parsing.
+    """A table row before parsing."""
 
-    Attributes:
-        origin: file and 1-based line or row number, for error messages.
-        columns: columns to read.
-        values: unparsed values by column.
-    """
-
-    origin: str
+    origin: str  # file and line or row number, for error messages
     columns: Columns
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # by column
 
 
 def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
@@ -67,11 +61,7 @@ def read_tables(addresses: Sequence[str], options: SourceOptions, skips: SkipCou
 
     Consecutive rows of the same image are merged into one row with all their captions, unless they have caption lists.
     Without an id column, the id is the uri as it is in the table. URIs may be relative to `options.image_root`
-    or, by default, to the table's folder. Invalid rows are skipped. See `SourceReader` for the arguments.
-
-    Raises:
-        ConfigError: a column is missing or ambiguous.
-        DatasetError: a table cannot be read. The message contains the line number.
+    or, by default, to the table's folder.
     """
     for location in find_files(addresses, TABLE_EXTENSIONS):
         read = _READERS.get(get_uncompressed_extension(location.name), _read_delimited)
@@ -103,15 +93,10 @@ def _parse_records(
 
 
 def parse_split_column(values: Mapping[str, Any], column: str | None, origin: str, default: str) -> str:
-    """Returns the split in `column` of a row, or `default` if the column or its value is missing."""
     return default if column is None else parse_optional(parse_id, values.get(column), origin, column, default)
 
 
 def parse_version_column(values: Mapping[str, Any], column: str | None, origin: str) -> str:
-    """Returns the version of an image, or an empty string if the column or its value is missing.
-
-    The version changes whenever the image changes.
-    """
     return "" if column is None else parse_optional(parse_id, values.get(column), origin, column)
 
 
@@ -132,11 +117,7 @@ def parse_caption_columns(
 
 
 def _merge_captions(rows: Iterable[tuple[ImageRecord, bool]], skips: SkipCounter) -> Iterator[ImageRecord]:
-    """Merges adjacent rows of the same image into one row with all their captions.
-
-    Each row is paired with a flag that says whether it may be merged. If rows with equal ids are not merged,
-    `captionlib prepare` rejects them later.
-    """
+    """Merges adjacent rows of the same image into one row with all their captions, if both rows may be merged."""
     previous: ImageRecord | None = None
     previous_mergeable = False
     for row, mergeable in rows:
@@ -158,7 +139,6 @@ def _merge_captions(rows: Iterable[tuple[ImageRecord, bool]], skips: SkipCounter
 
 
 def _read_delimited(location: Location, options: SourceOptions, skips: SkipCounter) -> Iterator[_Record]:
-    """Yields the rows of a CSV, TSV or text table."""
     lines = read_lines(location)
     first = next(lines, "")
     delimiter = _detect_delimiter(first, location, options)
@@ -199,10 +179,7 @@ def _detect_delimiter(first: str, location: Location, options: SourceOptions) ->
 
 
 def _split_lines(lines: Iterable[str], delimiter: str, first_number: int) -> Iterator[tuple[int, list[str]]]:
-    """Yields the line number and two cells of each line: the text before and after the first delimiter.
-
-    `first_number` is the line number of the first line.
-    """
+    """Yields the line number and two cells of each line: the text before and after the first delimiter."""
     for number, line in enumerate(lines, first_number):
         if line.strip():
             cells = line.rstrip("\r\n").split(delimiter, 1)
@@ -216,7 +193,6 @@ def _split_lines(lines: Iterable[str], delimiter: str, first_number: int) -> Ite
 def _parse_delimited(
     lines: Iterable[str], location: Location, delimiter: str, quoting: Literal[0, 3]
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yields the line number and the cells of each row."""
     reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
     try:
         for cells in reader:
@@ -237,8 +213,7 @@ def _read_json(location: Location, options: SourceOptions, skips: SkipCounter) -
     Objects without an image id are skipped if the first object has one.
     """
     columns = (options.uri_column, options.id_column, options.split_column, options.version_column)
-    optional = (*columns, *options.caption_columns)
-    requested = [name for name in optional if name is not None]
+    requested = [name for name in (*columns, *options.caption_columns) if name is not None]
     absent = set(requested)
     selected: dict[tuple[str, ...], Columns] = {}
     first: _Record | None = None
@@ -274,25 +249,23 @@ def _read_json(location: Location, options: SourceOptions, skips: SkipCounter) -
 
 
 def _read_objects(location: Location, skips: SkipCounter) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the origin (for error messages) and the values of each object in a JSON Lines file or a JSON array."""
-
-    def parse_entry(
-        parse: Callable[[Any, str], dict[str, Any]], value: object, origin: str
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the origin and the values of each object in a JSON Lines file or a JSON array."""
+    lines = ((number, line) for number, line in enumerate(read_lines(location), 1) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    is_array = first[1].lstrip().startswith("[") and get_uncompressed_extension(location.name) == ".json"
+    entries: Iterator[tuple[str, Any]]
+    if is_array:
+        records = parse_list(load_json(location), location.address, "records")
+        entries = ((f"{location.address}, [{index}]", record) for index, record in enumerate(records))
+    else:
+        entries = ((f"{location.address}, line {number}", line) for number, line in itertools.chain([first], lines))
+    for origin, entry in entries:
         try:
-            yield origin, parse(value, origin)
+            yield origin, parse_object(entry, origin) if is_array else _parse_line(entry, origin)
         except EntryError as error:
             skips.reject_image(error.reason, error.problem)
-
-    lines = enumerate(read_lines(location), 1)
-    first_number, first = next(((number, line) for number, line in lines if line.strip()), (0, ""))
-    if first.lstrip().startswith("[") and get_uncompressed_extension(location.name) == ".json":
-        for index, value in enumerate(parse_list(load_json(location), location.address, "records")):
-            yield from parse_entry(parse_object, value, f"{location.address}, [{index}]")
-        return
-    for number, line in itertools.chain([(first_number, first)], lines):
-        if line.strip():
-            yield from parse_entry(_parse_line, line, f"{location.address}, line {number}")
 
 
 def _parse_line(line: str, origin: str) -> dict[str, Any]:
@@ -313,13 +286,8 @@ def _read_parquet(location: Location, options: SourceOptions, skips: SkipCounter
 
 
 def open_parquet(file: BinaryIO, location: Location) -> pq.ParquetFile:
-    """Opens a Parquet file. Reads are buffered, so whole row groups are not held in memory.
-
-    Raises:
-        DatasetError: the file is not a Parquet file, or is damaged.
-    """
     try:
-        return pq.ParquetFile(file, buffer_size=1 << 20)
+        return pq.ParquetFile(file, buffer_size=1 << 20)  # without a buffer, it would read whole row groups
     except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{location.address} is not Parquet, or is damaged: {error}") from error
 
@@ -331,9 +299,6 @@ def read_parquet_columns(
 
     A map becomes the list of its values; if `options.caption_language` is set, only the value with this key is kept.
     Bytes of text that are not UTF-8 become lone surrogates (`surrogateescape`).
-
-    Raises:
-        DatasetError: the file is damaged.
     """
     if not columns:
         yield from ({} for _ in range(parquet.metadata.num_rows))

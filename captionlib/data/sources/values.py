@@ -1,7 +1,7 @@
 """Parses untyped values from JSON files and tables into ids, texts and captions.
 
-JSON `null`, NaN and blank text count as missing. `origin` (file and line) and `field` (name of the value) appear in
-error messages.
+JSON `null`, NaN and blank text count as missing. Functions raise EntryError for a value of a different type. Its
+message contains `origin` (file and line) and `field` (name of the value).
 """
 
 import ast
@@ -10,7 +10,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -42,28 +42,17 @@ _PRINTED_LIST = re.compile(r"""\[\s*(?:['"\[{].*|)\]""", re.DOTALL)
 _PYTHON_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _PYTHON_LIST = re.compile(rf"\[\s*{_PYTHON_STRING}(?:\s*,\s*{_PYTHON_STRING})*\s*,?\s*\]", re.DOTALL)
 
-_KINDS: Mapping[type, str] = {
-    str: "text",
-    bool: "boolean",
-    int: "number",
-    float: "number",
-    list: "list",
-    dict: "object",
-}
+_KINDS = {str: "text", bool: "boolean", int: "number", float: "number", list: "list", dict: "object"}
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlist, _REPR.maxdict = 2, 80, 80, 4, 4
 
 
 class _DuplicateKeyError(Exception):
-    """A JSON object has the same key twice."""
+    """A JSON object repeats a key."""
 
 
 def parse_json(text: str, origin: str) -> Any:
-    """Parses JSON.
-
-    Raises:
-        DatasetError: `text` is not JSON, is nested too deeply, contains a number that is too long, or repeats a key.
-    """
+    """Parses JSON. Raises DatasetError if the text is invalid or repeats a key."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -91,7 +80,6 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_to_object)
 
 
 def describe_value(value: object) -> str:
-    """Returns the type and the start of a value for an error message."""
     if value is None:
         return "no value"
     if isinstance(value, str) and not value.strip():
@@ -100,7 +88,6 @@ def describe_value(value: object) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Returns whether a value is null, NaN or blank text."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
@@ -133,22 +120,14 @@ def _entry_error(origin: str, field: str, expected: str, value: object) -> Entry
 
 
 def parse_text(value: object, origin: str, field: str) -> str:
-    """Returns `value`, which must be nonblank text.
-
-    Raises:
-        EntryError: the value is blank, missing or of a different type.
-    """
+    """Returns `value`, which must be text and not blank."""
     if isinstance(value, str) and value.strip():
         return value
     raise _entry_error(origin, field, "text", value)
 
 
 def parse_id(value: object, origin: str, field: str) -> str:
-    """Returns an id (or a similar value, such as a split) as text. Numbers of any type must have an integer value.
-
-    Raises:
-        EntryError: the value is missing, a fraction, a float too large to be exact, or of a different type.
-    """
+    """Returns an id (or a similar value, such as a split) as text. Numbers of any type must be exact integers."""
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -168,22 +147,12 @@ def parse_optional(
 
 
 def parse_list(value: object, origin: str, field: str) -> list[Any]:
-    """Returns `value`, which must be a list.
-
-    Raises:
-        EntryError: the value is not a list.
-    """
     if isinstance(value, list):
         return value
     raise _entry_error(origin, field, "a list", value)
 
 
 def parse_object(value: object, origin: str) -> dict[str, Any]:
-    """Returns `value`, which must be a JSON object.
-
-    Raises:
-        EntryError: the value is not an object.
-    """
     if isinstance(value, dict):
         return value
     raise EntryError("entry that is not an object", f"{origin}: expected an object, got {describe_value(value)}")
@@ -194,9 +163,6 @@ def parse_captions(value: object, origin: str, field: str, depth: int = 0) -> tu
 
     A text may also contain a list in JSON or Python syntax: `["a dog", "two dogs"]`. Captions are stripped;
     missing captions are dropped. `depth` counts the lists and objects that contain the value.
-
-    Raises:
-        EntryError: the value is of a different type, or is nested too deeply.
     """
     if is_missing(value):
         return ()

@@ -29,10 +29,7 @@ def version_from_stat(stat: os.stat_result) -> str:
 
 
 def find_modified_times(versions: pa.StringArray) -> pa.TimestampArray:
-    """Returns the modification times, in UTC, that the versions of local files contain; see `version_from_stat`.
-
-    The time is null for versions of any other form.
-    """
+    """Returns the modification times in UTC of local files, or null for versions of other files."""
     times = pc.extract_regex(versions, _STAT_VERSION).field("nanoseconds")
     seconds = [int(time, 16) // 10**9 if time else None for time in times.to_pylist()]
     return pa.array(seconds, pa.int64()).cast(pa.timestamp("s"))
@@ -41,8 +38,7 @@ def find_modified_times(versions: pa.StringArray) -> pa.TimestampArray:
 def version_from_listing(details: Mapping[str, Any]) -> str:
     """Returns the version of a remote file from its entry in a listing of an fsspec file system.
 
-    The version is the hash or version number in the entry. If the entry has neither, the version is a hash of the size
-    and modification time.
+    The version is the hash or version number in the entry, or else a hash of the size and modification time.
     """
     for key in _CONTENT_KEYS:
         if details.get(key):
@@ -52,7 +48,6 @@ def version_from_listing(details: Mapping[str, Any]) -> str:
 
 
 def version_from_file(location: Location) -> str:
-    """Returns the version of a local or remote source file, such as a tar archive."""
     if location.is_local:
         return version_from_stat(os.stat(location.path))  # noqa: PTH116
     return version_from_listing(location.fs.info(location.path))

@@ -27,19 +27,12 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass
 class _Sample:
-    """One sample.
-
-    Attributes:
-        key: name that its files share, without extension.
-        origin: tar and key, for error messages.
-        images: byte range of each image in the tar, by extension.
-        texts: content of each caption or JSON file, by extension.
-    """
+    """One sample: the files that share a key, by extension."""
 
     key: str
-    origin: str
-    images: dict[str, tuple[int, int]] = field(default_factory=dict)
-    texts: dict[str, str] = field(default_factory=dict)
+    origin: str  # tar and key, for error messages
+    images: dict[str, tuple[int, int]] = field(default_factory=dict)  # byte range in the tar
+    texts: dict[str, str] = field(default_factory=dict)  # content of caption and JSON files
 
 
 def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: SkipCounter) -> Iterator[ImageRecord]:
@@ -48,14 +41,11 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
     Only tar headers and captions are read. Captions are the lines of the sample's `.txt`, `.text`, `.caption` or
     `.captions` file. If there is no such file, or if `options.caption_columns` is set, captions are read from the
     `.json` file. The id is the sample's key, or the value of `options.id_column` in the `.json` file.
-    A sample with invalid captions is kept without captions. See `SourceReader` for the arguments.
-
-    Raises:
-        DatasetError: a tar is compressed or damaged.
+    A sample with invalid captions is kept without captions.
     """
     for location in find_files(addresses, frozenset({".tar"})):
         with open_file(location) as file:
-            version = version_from_file(location)  # a string that changes when the tar changes
+            version = version_from_file(location)  # changes when the tar changes
             seen: set[int] = set()  # hashes, because a tar can hold millions of keys
             for sample in _read_samples(file, location, skips):
                 if sample.images:
@@ -72,7 +62,6 @@ def read_webdataset(addresses: Sequence[str], options: SourceOptions, skips: Ski
 def _to_rows(
     sample: _Sample, location: Location, tar_version: str, options: SourceOptions, skips: SkipCounter
 ) -> Iterator[ImageRecord]:
-    """Yields the row of a sample, or nothing if the sample has no valid id."""
     for _ in range(len(sample.images) - 1):
         skips.count_ignored("additional image in a sample")
     try:
@@ -130,7 +119,6 @@ def _parse_captions(
 
 
 def _read_samples(file: BinaryIO, location: Location, skips: SkipCounter) -> Iterator[_Sample]:
-    """Yields the samples of a tar. A sample consists of consecutive members with the same key."""
     sample: _Sample | None = None
     for tar, member in _read_members(file, location):
         match = _MEMBER_NAME.fullmatch(member.name)
@@ -227,15 +215,9 @@ def _read_next_member(tar: tarfile.TarFile, location: Location) -> tarfile.TarIn
 
 
 def _find_next_tar(file: BinaryIO, offset: int, location: Location) -> int | None:
-    """Returns the offset of the next concatenated tar, or None if only zeros follow.
-
-    `offset` is the position at which tarfile stopped reading.
-
-    Raises:
-        DatasetError: no block of zeros follows, so tarfile has stopped (silently) at damaged data.
-    """
+    """Returns the offset of the next concatenated tar, or None if only zeros follow `offset`, where tarfile stopped."""
     file.seek(offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops silently at damaged data
         raise DatasetError(
             f"{location.address} is truncated or damaged at byte {offset}: expected a member or the end of the tar"
         )

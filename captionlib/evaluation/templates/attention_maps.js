@@ -1,4 +1,11 @@
 // Attention maps: each word of a caption is a button that overlays its map on the image.
+function createElement(tag, className, text) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text; // not parsed as HTML, because captions are untrusted
+  return element;
+}
+
 const SIDE = 112; // side of the smoothed map in pixels
 
 // Upsamples each row to SIDE values with cubic B-splines, which are smooth and non-negative, and transposes the result.

@@ -44,12 +44,6 @@ for (const name of attributes) addOption($("correctness"), `=${name}`, `${name} 
 if (items.some(item => item.baseline)) $("winner").hidden = false;
 if (has("gain")) for (const [value, label] of [["a", "A is better"], ["b", "B is better"]]) addOption($("winner"), value, label);
 
-function createElement(tag, className, text) {
-  const element = document.createElement(tag);
-  if (className) element.className = className;
-  if (text !== undefined) element.textContent = text; // not parsed as HTML, because captions are untrusted
-  return element;
-}
 function listWords() {
   return $("words").value.toLowerCase().split(/\s+/).filter(Boolean);
 }

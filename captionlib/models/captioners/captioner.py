@@ -198,10 +198,8 @@ class CaptionerNetwork(nn.Module):
         else:
             self.recurrence = _create_recurrence(config)
         if config.image_input != "none" and (self.transformer is None or config.image_input == "every_step"):
-            output_sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
-            self.image_projection = nn.Linear(
-                self.projection_input_size, output_sizes.get(config.image_input, gates_size)
-            )
+            sizes = {"initial_input": embedding_size, "initial_state": self.state_count * hidden_size}
+            self.image_projection = nn.Linear(self.projection_input_size, sizes.get(config.image_input, gates_size))
         self.attention: Attention | None = None
         if config.attention_size:
             self.attention = Attention(feature_size, config.attention_size, hidden_size, gates_size, config.dropout)

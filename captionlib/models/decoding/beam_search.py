@@ -1,7 +1,7 @@
 """Beam search over many images at once.
 
 A hypothesis that reaches END is stored and no longer extended, so the beam of its image becomes narrower. The search
-ends when no hypothesis is left to extend. Each step extends the hypotheses of all images in one batch.
+ends when no hypothesis is left to extend.
 
 In diverse beam search (Vijayakumar et al. 2016, arXiv 1610.02424) the beam of an image is divided into groups, which
 choose their words one after another at each time step. A word is penalized once for each hypothesis of earlier groups
@@ -22,18 +22,10 @@ __all__ = ["search_beam"]
 
 
 class _Continuations(NamedTuple):
-    """The continuations that each group chose, best first. All tensors are `[groups, width]`.
+    """The continuations that each group chose, best first. All tensors are `[groups, width]`."""
 
-    Without diverse beam search, the beam of each image is one group.
-
-    Attributes:
-        log_prob: log-probability of the sentence so far; -inf if a group has fewer than `width` continuations.
-        row: the row, in the batch, of the hypothesis that is extended.
-        word: the word that extends it.
-    """
-
-    log_prob: Tensor
-    row: Tensor
+    log_prob: Tensor  # -inf if a group has fewer than `width` continuations
+    row: Tensor  # of the extended hypothesis in the batch
     word: Tensor
 
 
@@ -52,7 +44,7 @@ def search_beam(
 
 
 class _BeamSearch:
-    """The state of the search for a batch of images; `extend` adds one word to each hypothesis.
+    """The state of the search for a batch of images.
 
     Group g of an image has the number image * beam_groups + g. The hypotheses of a group are adjacent, best first.
     """
@@ -75,9 +67,8 @@ class _BeamSearch:
         self._group = torch.arange(groups, device=device)  # group number of each hypothesis, ascending
         # Groups, log-probabilities, and words (END included) of the hypotheses that finished at each time step.
         self._finished: list[tuple[Tensor, Tensor, Tensor]] = []
-        # The maximum number of unfinished hypotheses of each group, and the best scores of its finished ones.
-        self._max_unfinished = torch.full((groups, 1), self._width, device=device)
-        self._best_scores = torch.full((groups, config.candidate_count), -torch.inf, device=device)
+        self._max_unfinished = torch.full((groups, 1), self._width, device=device)  # hypotheses of each group
+        self._best_scores = torch.full((groups, config.candidate_count), -torch.inf, device=device)  # of finished ones
         self._ranks = torch.arange(self._width, device=device)
 
     @property
@@ -107,7 +98,6 @@ class _BeamSearch:
         self._beam = Hypotheses(log_prob[self._group, rank], words, state.select(rows))
 
     def candidates(self) -> list[list[Candidate]]:
-        """Returns the finished hypotheses of each image; a sentence that several groups found is listed once."""
         per_image: list[dict[tuple[int, ...], Candidate]] = [{} for _ in range(self._images)]
         for finished in self._finished:
             for group, log_prob, words in zip(*(values.tolist() for values in finished), strict=True):
@@ -117,14 +107,12 @@ class _BeamSearch:
         return [list(candidates.values()) for candidates in per_image]
 
     def _choose(self, log_probs: Tensor) -> _Continuations:
-        """Chooses the most probable continuations of each group, from log-probabilities `[rows, vocabulary_size]`."""
         log_prob, word = log_probs.topk(min(self._width, log_probs.shape[1]), dim=1)
         log_prob += self._beam.log_prob[:, None]
         best, row, column = _top_continuations(log_prob, self._group, len(self._max_unfinished), self._width)
         return _Continuations(best, row, word[row, column])
 
     def _choose_diverse(self, log_probs: Tensor) -> _Continuations:
-        """Chooses as `_choose` does, but group by group, with a penalty on words that earlier groups chose."""
         beam_log_prob, groups = self._beam.log_prob, self._config.beam_groups
         chosen = _Continuations(
             log_probs.new_full((len(self._max_unfinished), self._width), -torch.inf),
@@ -149,7 +137,6 @@ class _BeamSearch:
         return chosen
 
     def _finish(self, finishing: Tensor, chosen: _Continuations) -> None:
-        """Stores the continuations marked in `finishing`, `[groups, width] bool`, and makes the beam narrower."""
         group, rank = finishing.nonzero(as_tuple=True)
         rows, word = chosen.row[group, rank], chosen.word[group, rank]
         words = torch.cat([self._beam.words[rows, 1:], word[:, None]], 1)
@@ -159,25 +146,17 @@ class _BeamSearch:
         self._best_scores = torch.cat([self._best_scores, scores], 1).topk(self._config.candidate_count, dim=1).values
 
     def _can_improve(self, log_prob: Tensor) -> Tensor:
-        """Returns whether each hypothesis can still be among the `candidate_count` best of its group.
-
-        Log-probabilities only decrease as a sentence grows, so the final score is at most the current log-probability
-        divided by max_tokens ** length_penalty. This limit is smaller for less probable hypotheses. So if a hypothesis
-        is pruned, all less probable ones of its group are pruned too.
-        """
+        """Returns whether each hypothesis can still be among the `candidate_count` best of its group."""
+        # Log-probabilities only decrease as a sentence grows.
         bound = log_prob / self._max_tokens**self._config.length_penalty
         can_improve: Tensor = bound > self._best_scores[:, -1:]
         return can_improve
 
 
 def _top_continuations(scores: Tensor, group: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the `width` best continuations of each group.
+    """Returns score, row and column of the `width` best continuations of each group, padded with scores of -inf.
 
-    `scores` is `[rows, columns] float32`, with a column for each word that may extend the hypothesis of a row. `group`
-    is `[rows] int64` in ascending order.
-
-    Returns:
-        Score, row and column of each continuation, `[groups, width]`. If a group has fewer, the other scores are -inf.
+    Each column of `scores` is a word that may extend the hypothesis of a row. `group` must be sorted.
     """
     rows, columns = scores.shape
     first_row = torch.searchsorted(group, torch.arange(groups, device=group.device))

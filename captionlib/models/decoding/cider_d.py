@@ -1,11 +1,9 @@
 """Computes CIDEr-D between all pairs of sentences from two lists, fast enough for every training step.
 
 The formula is from Vedantam et al. 2015 (arXiv 1411.5726) as implemented in pycocoevalcap: n-grams weighted by tf-idf,
-clipped counts, and a Gaussian penalty on the difference in length, measured in bigrams. Here, document frequencies
-come from all training images. In an evaluation, they come from the evaluated images.
+clipped counts, and a Gaussian penalty on the difference in length, measured in bigrams.
 
-An n-gram of up to four words is packed into one 64-bit integer. N-grams are counted by sorting the integers, and
-matched by matrix products.
+N-grams are packed into 64-bit integers, counted by sorting, and matched by matrix products.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,8 +30,8 @@ class CiderD:
     """Computes CIDEr-D.
 
     Args:
-        references: the reference captions of each training image, as token ids. They are read once and not stored.
-            If None, all n-grams have equal weight.
+        references: token ids of the references of each training image, for document frequencies. If None, all n-grams
+            have equal weight.
 
     Raises:
         DatasetError: there are fewer than two images, so document frequencies would be meaningless.
@@ -63,7 +61,7 @@ class CiderD:
         """Computes a tenth of the CIDEr-D of each sentence (row) against each single reference (column)."""
         sentence_ngrams, reference_ngrams = _extract_ngrams(sentences), _extract_ngrams(references)
         distinct, column = np.unique(np.concatenate([sentence_ngrams.ids, reference_ngrams.ids]), return_inverse=True)
-        weights, end = self._weight_ngrams(distinct), len(sentence_ngrams.ids)
+        weights, end = self._compute_idf(distinct), len(sentence_ngrams.ids)
         sentence_counts = _NgramCounts(sentence_ngrams, column[:end], weights)
         reference_counts = _NgramCounts(reference_ngrams, column[end:], weights)
         columns = np.unique(column[:end])  # n-grams that occur only in the references match nothing
@@ -78,8 +76,7 @@ class CiderD:
         length_gap = sentence_bigrams[:, None] - reference_bigrams[None]
         return total / _MAX_N * np.exp(-(length_gap**2) / (2 * _SIGMA**2))
 
-    def _weight_ngrams(self, ids: NgramIds) -> Floats:
-        """Returns the inverse document frequency of each n-gram."""
+    def _compute_idf(self, ids: NgramIds) -> Floats:
         weights = np.full(len(ids), self._rare_weight)
         if len(self._common_ids):
             index = np.searchsorted(self._common_ids, ids).clip(max=len(self._common_ids) - 1)
@@ -89,19 +86,12 @@ class CiderD:
 
 
 class _Ngrams(NamedTuple):
-    """All n-grams of several sentences, repeated ones included.
-
-    Attributes:
-        ids: `[ngrams]`, the words of each n-gram in one integer.
-        sentences: `[ngrams]`, the sentence of each n-gram.
-        sizes: `[ngrams]`, the number of words of each n-gram.
-        lengths: `[sentences]`, the number of words of each sentence.
-    """
+    """All n-grams of several sentences, repeated ones included."""
 
     ids: NgramIds
-    sentences: Indices
-    sizes: Indices
-    lengths: Indices
+    sentences: Indices  # the sentence of each n-gram
+    sizes: Indices  # words of each n-gram
+    lengths: Indices  # words of each sentence
 
 
 def _extract_ngrams(sentences: Sequence[Sequence[int]]) -> _Ngrams:
@@ -147,7 +137,7 @@ class _NgramCounts:
     def at_least(self, minimum: int, factors: Indices | int, columns: Indices) -> Floats:
         """Returns the normalized weight of each n-gram times its factor, or 0 if it occurs fewer than `minimum` times.
 
-        `factors` is `self.counts` or 1. `columns` selects distinct n-grams. The result is `[sentences, columns]`.
+        The result is `[sentences, columns]`.
         """
         matrix = np.zeros((self._sentences, len(columns)))
         selected = (self.counts >= minimum) & np.isin(self._column, columns)

@@ -13,9 +13,9 @@ __all__ = ["Constraints", "find_forbidden_ids"]
 
 
 class Constraints:
-    """Forbids given words, repeated n-grams, and END in short sentences. Other words keep their probability.
+    """Forbids the words `forbidden` (ids), repeated n-grams, and END in short sentences.
 
-    `forbidden` contains the ids of the given words.
+    Other words keep their probability.
     """
 
     def __init__(self, config: DecodingConfig, forbidden: Tensor) -> None:
@@ -26,9 +26,7 @@ class Constraints:
     def apply(self, log_probs: Tensor, words: Tensor) -> None:
         """Sets the log-probability of forbidden words to -inf, in place. END is allowed if no other word is.
 
-        Args:
-            log_probs: `[rows, vocabulary_size] float32`, log-probabilities of the next word.
-            words: `[rows, count] int64`, the words so far, without the start token.
+        `log_probs` is `[rows, vocabulary_size]`. `words` is `[rows, count]`, the words after the start token.
         """
         too_short = words.shape[1] < self._min_words
         end = log_probs[:, END].clone() if too_short else None
@@ -40,7 +38,6 @@ class Constraints:
             log_probs[:, END] = end.where(log_probs.amax(1) == -torch.inf, -torch.inf)
 
     def _forbid_repeats(self, log_probs: Tensor, words: Tensor) -> None:
-        """Forbids words that would complete an n-gram that the row already contains."""
         ngrams = words.unfold(1, self._ngram_size, 1)  # [rows, positions, n]
         ending = words[:, None, words.shape[1] - self._ngram_size + 1 :]  # [rows, 1, n - 1]
         row, position = (ngrams[:, :, :-1] == ending).all(2).nonzero(as_tuple=True)

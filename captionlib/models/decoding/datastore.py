@@ -1,7 +1,7 @@
 """The datastore of a captioner: features and reference captions of its training images, for reranking.
 
-`captionlib build-datastore` writes it as `datastore.parquet` into the checkpoint. To rerank the candidate captions of a
-new image, rerank.py compares them with the references of the most similar training images.
+It is the file `datastore.parquet` in the checkpoint. The candidate captions of a new image are compared with the
+references of the most similar training images.
 """
 
 import json
@@ -16,66 +16,37 @@ import pyarrow.parquet as pq
 
 from captionlib.data.arrays import numpy_to_vectors, vectors_to_numpy
 from captionlib.data.shards.markers import compute_fingerprint, from_json
-from captionlib.errors import CheckpointError
+from captionlib.errors import CheckpointError, StorageError
 from captionlib.models.checkpoints.checkpoint import LoadedCaptioner
 from captionlib.models.checkpoints.encoder_file import CONFIG
 from captionlib.models.checkpoints.folder import DATASTORE, FolderLike, open_folder
 from captionlib.models.decoding.cider_d import CiderD
 
-__all__ = [
-    "Datastore",
-    "DatastoreEntries",
-    "Neighbors",
-    "read_datastore",
-    "read_datastore_fingerprint",
-    "write_datastore",
-]
+__all__ = ["Datastore", "DatastoreRows", "Neighbors", "read_datastore", "read_datastore_fingerprint", "write_datastore"]
 
 Vectors = npt.NDArray[np.float32]
 
-_TEMPERATURE = 0.06  # of the softmax that converts cosine similarities of neighbors to weights
+DatastoreRows = tuple[list[str], Vectors, list[list[list[int]]]]
+"""Ids of training images, their `ImageState.features`, and the token ids of their references."""
 
+_TEMPERATURE = 0.06  # of the softmax that converts cosine similarities of neighbors to weights
 _REFERENCES = pa.list_(pa.list_(pa.int32()))
 
 
-class DatastoreEntries(NamedTuple):
-    """A batch of training images.
-
-    Attributes:
-        image_ids: `[images]`, ids of the images.
-        vectors: `[images, projection_input_size]`, the inputs of the image projection (`ImageState.features`).
-        references: token ids of each image's references.
-    """
-
-    image_ids: list[str]
-    vectors: Vectors
-    references: list[list[list[int]]]
-
-
 class Neighbors(NamedTuple):
-    """The references of the training images most similar to an image.
-
-    Attributes:
-        references: token ids of each reference.
-        weights: `[references]`, summing to 1.
-    """
+    """The references of the training images most similar to an image, as token ids, and their weights."""
 
     references: list[list[int]]
-    weights: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float64]  # sum to 1
 
 
 class Datastore:
     """Finds the training images most similar to given images, by the cosine of their standardized vectors.
 
-    Args:
-        image_ids: ids of the training images.
-        vectors: `[images, projection_input_size]`, the `ImageState.features` of these images.
-        references: token ids of each image's references, `list<list<int32>>`.
-        fingerprint: hash of everything that determines the datastore.
+    `vectors` are the `ImageState.features` of the training images, and `references` are token ids, `list<list<int32>>`.
     """
 
-    def __init__(self, image_ids: Sequence[str], vectors: Vectors, references: pa.Array, fingerprint: str) -> None:
-        self.fingerprint = fingerprint
+    def __init__(self, image_ids: Sequence[str], vectors: Vectors, references: pa.Array) -> None:
         self.cider = CiderD(image_references.as_py() for image_references in references)
         self._rows = {image_id: row for row, image_id in enumerate(image_ids)}
         self._references = references
@@ -85,12 +56,9 @@ class Datastore:
         self._unit_vectors = self._normalize(vectors)
 
     def find_neighbors(self, vectors: Vectors, count: int, image_ids: Sequence[str] | None = None) -> list[Neighbors]:
-        """Finds the neighbors of each image; more similar ones have larger weights.
+        """Finds up to `count` neighbors of each image; more similar ones have larger weights.
 
-        Args:
-            vectors: `[images, projection_input_size]`, the `ImageState.features` of these images.
-            count: the maximum number of neighbors.
-            image_ids: ids of these images, to exclude an image from its own neighbors; None if they are unknown.
+        `vectors` are the `ImageState.features` of the images. An image with a known id is not its own neighbor.
         """
         similarities = self._normalize(vectors) @ self._unit_vectors.T
         for image, image_id in enumerate(image_ids or ()):
@@ -102,18 +70,17 @@ class Datastore:
         return [self._collect(rows, image_similarities[rows]) for rows, image_similarities in per_image]
 
     def _normalize(self, vectors: Vectors) -> Vectors:
-        """Standardizes vectors and scales them to unit length; zero vectors stay zero."""
         standardized = (vectors - self._mean) / self._std
         lengths = np.linalg.norm(standardized, axis=1, keepdims=True)
         unit_vectors: Vectors = standardized / np.where(lengths > 0, lengths, 1)
         return unit_vectors
 
     def _collect(self, rows: npt.NDArray[np.int64], similarities: Vectors) -> Neighbors:
-        """Weights neighbors by similarity, and divides the weight of each neighbor evenly among its references."""
         weights = np.exp((similarities - similarities.max()).astype(np.float64) / _TEMPERATURE)
         per_image = self._references.take(pa.array(rows)).to_pylist()
         counts = [len(references) for references in per_image]
         references = [reference for image_references in per_image for reference in image_references]
+        # The references of an image share its weight.
         return Neighbors(references, np.repeat(weights / weights.sum() / counts, counts))
 
 
@@ -122,12 +89,11 @@ def write_datastore(
     captioner: LoadedCaptioner,
     features_fingerprint: str,
     splits: Sequence[str],
-    entries: Iterable[DatastoreEntries],
+    batches: Iterable[DatastoreRows],
 ) -> None:
     """Writes the datastore into a captioner's checkpoint, completely or not at all.
 
-    `features_fingerprint` is the fingerprint of the features dataset that contains the splits. The fingerprint of the
-    datastore depends on it, the splits and the captioner.
+    `features_fingerprint` is the fingerprint of the dataset that contains the splits.
     """
     origin = {"captioner": captioner.fingerprint, "features": features_fingerprint, "splits": list(splits)}
     schema = pa.schema(
@@ -139,7 +105,7 @@ def write_datastore(
         {"captionlib": json.dumps(origin)},
     )
     with open_folder(folder).stage(DATASTORE) as path, pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for image_ids, vectors, references in entries:
+        for image_ids, vectors, references in batches:
             columns = [pa.array(image_ids), numpy_to_vectors(vectors), pa.array(references, _REFERENCES)]
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     if not open_folder(folder).exists(CONFIG):
@@ -147,11 +113,7 @@ def write_datastore(
 
 
 def read_datastore_fingerprint(folder: FolderLike, captioner: LoadedCaptioner) -> str:
-    """Reads only the fingerprint of a captioner's datastore.
-
-    Raises:
-        CheckpointError: the datastore is missing or damaged, or belongs to a different captioner.
-    """
+    """Reads only the fingerprint of a captioner's datastore; raises the errors of `read_datastore`."""
     with _open(folder, captioner) as (_, fingerprint):
         return fingerprint
 
@@ -161,16 +123,17 @@ def read_datastore(folder: FolderLike, captioner: LoadedCaptioner) -> Datastore:
 
     Raises:
         CheckpointError: the datastore is missing or damaged, or belongs to a different captioner.
+        StorageError: the storage failed.
     """
-    with _open(folder, captioner) as (file, fingerprint):
+    with _open(folder, captioner) as (file, _):
         table = file.read()
     vectors = vectors_to_numpy(table["vector"])
-    return Datastore(table["image_id"].to_pylist(), vectors, table["references"].combine_chunks(), fingerprint)
+    return Datastore(table["image_id"].to_pylist(), vectors, table["references"].combine_chunks())
 
 
 @contextmanager
 def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.ParquetFile, str]]:
-    """Opens the datastore, checks that it belongs to the captioner, and yields the file and the fingerprint."""
+    """Yields the file of the captioner's datastore, and its fingerprint."""
     source = open_folder(folder)
     command = f"`captionlib build-datastore FEATURES -c {source.uri}`"
     try:
@@ -190,6 +153,8 @@ def _open(folder: FolderLike, captioner: LoadedCaptioner) -> Iterator[tuple[pq.P
                 )
             yield file, compute_fingerprint("datastore", origin)
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise StorageError(f"{source.address(DATASTORE)} cannot be read: {error.strerror}") from error
         reason = " ".join(str(error).split())  # Arrow's messages have several lines
         raise CheckpointError(
             f"{source.address(DATASTORE)} is damaged ({reason}); write it again with {command}"

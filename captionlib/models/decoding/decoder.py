@@ -28,11 +28,9 @@ class Decoder:
 
     Args:
         model: the captioner; decoding runs on its device.
-        config: how to decode captions. If None, `DecodingConfig()` is used.
-        dtype: dtype of the captioner's computation, float32 or bfloat16; log-probabilities are summed in float32.
+        dtype: dtype of the captioner's computation, float32 or bfloat16.
         vocabulary: the captioner's vocabulary; required if `forbidden_words` is set, or if tokens are not words.
-        datastore: features and references of the captioner's training images; required only for `rerank.neighbors`,
-            which compares candidates with the references of similar training images.
+        datastore: features and references of the captioner's training images; required only for `rerank.neighbors`.
 
     Raises:
         ConfigError: `forbidden_words` or `rerank` cannot be applied; see `find_forbidden_ids` and `Reranker`.
@@ -50,7 +48,7 @@ class Decoder:
         self.config = replace(config, max_tokens=config.find_max_tokens(vocabulary.unit if vocabulary else "words"))
         self._to_key: Callable[[list[int]], Hashable] = tuple  # candidates with the same key are duplicates
         if vocabulary is not None and vocabulary.unit == "subwords":
-            self._to_key = vocabulary.decode
+            self._to_key = vocabulary.decode  # several sequences of subwords may spell the same text
         self._captioner = IncrementalCaptioner(model, dtype)
         self._reranker: Reranker | None = None
         if self.config.rerank.method == "mbr":
@@ -70,8 +68,7 @@ class Decoder:
         UNKNOWN, which stands for rare words, is never generated. Its probability is not redistributed to other words.
 
         Args:
-            features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder. Batches of
-                about 100 images are recommended.
+            features: `[images, feature_size]` or `[images, positions, channels]`, from the encoder.
             image_ids: ids of the images. An image's id and the seed determine its samples. A training image with the
                 same id is not used as a neighbor. If None, samples depend on the features instead of the id.
             prefix: token ids that every sentence begins with; log-probabilities include them.
@@ -124,7 +121,7 @@ class Decoder:
         return [pool[: self.config.n_best] for pool in pools]
 
     def _select_pool(self, candidates: list[Candidate]) -> list[Candidate]:
-        """Returns the best distinct candidates of an image. Subwords that spell the same text are duplicates."""
+        """Returns the best distinct candidates of an image."""
         exponent = self.config.length_penalty
         ranked = sorted(candidates, key=lambda each: each.log_prob / each.token_count**exponent, reverse=True)
         distinct: dict[Hashable, Candidate] = {}

@@ -1,4 +1,4 @@
-"""Incremental decoding, one word per time step, with precomputed weights that make a step fast."""
+"""Incremental decoding: one word per time step, with precomputed weights that make a step fast."""
 
 import copy
 from collections.abc import Sequence
@@ -23,49 +23,33 @@ _MIN_PACKED_ROWS = 32  # with fewer rows oneDNN is not faster
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sentence of an n-best list.
+    """One sentence of an n-best list."""
 
-    Attributes:
-        token_ids: token ids without START and END, which have the same id.
-        log_prob: ln p(sentence | image), the sum over all tokens, without `length_penalty`.
-        token_count: number of tokens that `log_prob` sums over: the words, and END unless the sentence was truncated.
-    """
-
-    token_ids: list[int]
-    log_prob: float
-    token_count: int
+    token_ids: list[int]  # without END
+    log_prob: float  # ln p(sentence | image), the sum over all tokens, without `length_penalty`
+    token_count: int  # tokens that `log_prob` sums over: the words, and END unless the sentence was truncated
 
 
 class DecoderState(NamedTuple):
     """The state of partial sentences. A parent is a prefix whose state is stored once for all its extensions.
 
-    Attributes:
-        h: `[parents, hidden_size]` of each layer; for a Transformer, the keys of the words so far, `[parents, words,
-            hidden_size]`.
-        c: `[parents, hidden_size]` of each layer of an LSTM; for a Transformer, the values of the words so far; empty
-            for an RNN.
-        context: `[parents, attention_size]`, the last context vector; None without attention.
-        image_projections: `[parents, gates]`, added to the gates of the next time step, or to the word embedding of a
-            Transformer; None if the image is not added.
-        image: `[parents] int64`, the image of each parent; None without attention.
-        annotations: `ImageState.annotations`; None without attention.
-        parent: `[rows] int64`, the state row of each sentence; None if row i belongs to sentence i.
+    For a Transformer, `h` has the keys of all words, `[parents, words, hidden_size]`, and `c` their values. Without
+    attention, `context`, `image` and `annotations` are None.
     """
 
-    h: tuple[Tensor, ...]
-    c: tuple[Tensor, ...]
-    context: Tensor | None
-    image_projections: Tensor | None
-    image: Tensor | None
-    annotations: Tensor | None
-    parent: Tensor | None = None
+    h: tuple[Tensor, ...]  # [parents, hidden_size] of each layer
+    c: tuple[Tensor, ...]  # [parents, hidden_size] of each layer of an LSTM; empty for an RNN
+    context: Tensor | None  # [parents, attention_size], the last context vector
+    image_projections: Tensor | None  # [parents, gates], added to the next gates, or word embedding of a Transformer
+    image: Tensor | None  # [parents] int64, the image of each parent
+    annotations: Tensor | None  # see `ImageState`
+    parent: Tensor | None = None  # [rows] int64, the state row of each sentence; None if row i belongs to sentence i
 
     def select(self, rows: Tensor) -> "DecoderState":
         """Returns the state of the given rows, `[count] int64`; repeated rows share a parent."""
         if self.parent is not None:
             rows = self.parent.index_select(0, rows)
         kept, parent = torch.unique(rows, return_inverse=True)
-
         h, c = (tuple(values.index_select(0, kept) for values in layers) for layers in (self.h, self.c))
         context, image_projections, image = (
             None if values is None else values.index_select(0, kept)
@@ -79,20 +63,13 @@ class DecoderState(NamedTuple):
 
 
 class Hypotheses(NamedTuple):
-    """Partial sentences, one per row.
+    """Partial sentences, one per row."""
 
-    Attributes:
-        log_prob: `[rows] float32`, log-probability of the words so far.
-        words: `[rows, 1 + words] int64`, END as the start token and the words so far.
-        state: state after all words except the last.
-    """
-
-    log_prob: Tensor
-    words: Tensor
-    state: DecoderState
+    log_prob: Tensor  # [rows] float32
+    words: Tensor  # [rows, 1 + words] int64; the first is END, which is also the start token
+    state: DecoderState  # after all words except the last
 
     def select(self, rows: Tensor) -> "Hypotheses":
-        """Returns the given rows, `[count] int64`."""
         return Hypotheses(self.log_prob[rows], self.words[rows], self.state.select(rows))
 
 
@@ -100,11 +77,7 @@ class IncrementalCaptioner:
     """A snapshot of a captioner that runs one word at a time. Later changes to the captioner's weights have no effect.
 
     For an RNN or LSTM, Wxh x + b of the first layer is precomputed for every word of the vocabulary, and Whh h is
-    computed once for all sentences with the same parent. A Transformer caches the keys and values of all words.
-
-    Args:
-        model: the captioner; the snapshot runs on its device.
-        dtype: dtype of the computation, float32 or bfloat16.
+    computed once for all sentences with the same parent.
     """
 
     @torch.inference_mode()
@@ -124,12 +97,10 @@ class IncrementalCaptioner:
 
     @torch.inference_mode()
     def encode_images(self, features: Tensor) -> ImageState:
-        """Encodes images, `[images, *feature_shape]` on any device."""
         return self._model.encode_images(features.to(self.device, torch.float32))
 
     @torch.inference_mode()
     def encode_mean_features(self) -> ImageState:
-        """Encodes the mean features of the training images; see `CaptionerNetwork.encode_mean_features`."""
         return self._model.encode_mean_features()
 
     @torch.inference_mode()
@@ -163,14 +134,9 @@ class IncrementalCaptioner:
 
     @torch.inference_mode()
     def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
-        """Runs one time step for one sentence per row.
+        """Returns the log-probabilities of the next words, `[rows, vocabulary_size] float32`, and the new state.
 
-        Args:
-            state: state of the sentences so far.
-            words: `[rows] int64`, the previous word of each sentence; END at the first time step.
-
-        Returns:
-            The log-probabilities of the next word, `[rows, vocabulary_size] float32`, and the new state.
+        `words` are the previous words, `[rows] int64`; END at the first time step.
         """
         step = self._step_recurrence if self._transformer is None else self._step_transformer
         hidden, state = step(state, words)
@@ -250,17 +216,11 @@ def _pack_linears(module: Module, dtype: torch.dtype) -> Module:
 
 
 class PackedLinear(nn.Module):
-    """Computes x W^T + b with a snapshot of W and b.
+    """A snapshot of a linear layer.
 
-    On a CPU, oneDNN multiplies many float32 rows by weights in its packed layout. This takes half the time of a BLAS
-    that does not use the processor's widest vector instructions. The class uses the operators that torch.compile
-    emits, because these accept and return tensors in the ordinary layout. Converting inputs and outputs would take
-    about 10% of the time of a beam search.
-
-    Args:
-        weight: W, `[outputs, inputs]`.
-        bias: b, `[outputs]`; None if there is no bias.
-        dtype: dtype of the computation.
+    On a CPU, oneDNN multiplies many float32 rows by weights in its packed layout, in half the time of a BLAS that does
+    not use the processor's widest vector instructions. The operators are those that torch.compile emits, because they
+    accept and return tensors in the ordinary layout.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -273,7 +233,6 @@ class PackedLinear(nn.Module):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Computes outputs `[rows, outputs]` from inputs `[rows, inputs]`."""
         if self._packed is None or len(rows) < _MIN_PACKED_ROWS:
             return rows @ self._transposed if self._bias is None else torch.addmm(self._bias, rows, self._transposed)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")

@@ -4,12 +4,8 @@
 
 Here, a and b are candidates, and p is the captioner's probability.
 
-The most probable candidate often differs from all others. The candidate most similar to the others, weighted by their
-probability, usually scores better against references.
-
 With neighbors (the training images most similar to the image), the score is multiplied by the CIDEr-D of the candidate
-against the reference captions of the neighbors, after Devlin et al. 2015 (arXiv 1505.04467). The captioner's datastore
-(datastore.py) contains these references.
+against the reference captions of the neighbors, after Devlin et al. 2015 (arXiv 1505.04467).
 
 With a mutual information weight w, the score is multiplied by (p(a | image) / p(a | mean features)) ** w, after Li et
 al. 2016 (arXiv 1510.03055). This penalizes captions that fit any image. The mean features are those of the training
@@ -72,11 +68,6 @@ class RerankConfig:
 class Reranker:
     """Reranks the candidates of many images.
 
-    Args:
-        config: how to rerank the candidates.
-        captioner: the captioner, wrapped for step-by-step decoding. It also computes p(a | mean features).
-        datastore: the captioner's datastore; required only for neighbors.
-
     Raises:
         ConfigError: `neighbors` is set but there is no datastore, or `mutual_information_weight` is set but the
             captioner does not store the mean features of the training images.
@@ -97,13 +88,7 @@ class Reranker:
     def rerank(
         self, pools: Sequence[Sequence[Candidate]], image_state: ImageState, image_ids: Sequence[str] | None
     ) -> list[list[Candidate]]:
-        """Reranks the candidates of each image.
-
-        Args:
-            pools: the candidates of each image, the most probable first.
-            image_state: the encoded images.
-            image_ids: ids of the images, so that a training image is not its own neighbor; None if they are unknown.
-        """
+        """Reranks the candidates of each image. An image with a known id is not its own neighbor."""
         neighbors: list[Neighbors] | list[None] = [None] * len(pools)
         if self._datastore is not None:
             vectors = image_state.features.cpu().numpy()
@@ -117,7 +102,7 @@ class Reranker:
         ]
 
     def _compute_factors(self, pools: Sequence[Sequence[Candidate]], mean_features: ImageState) -> list[Weights]:
-        """Computes (p(a | image) / p(a | mean features)) ** weight, relative to the largest of each pool."""
+        """Computes (p(a | image) / p(a | mean features)) ** w, divided by the largest value of each pool."""
         candidates = [candidate for pool in pools for candidate in pool]
         log_probs = np.array([candidate.log_prob for candidate in candidates])
         mean_log_probs = score_sentences(self._captioner, mean_features, candidates).cpu().numpy()
@@ -136,12 +121,7 @@ def rerank_candidates(
 ) -> list[Candidate]:
     """Orders the candidates of one image by minimum Bayes risk. Ties, up to floating-point error, keep their order.
 
-    Args:
-        candidates: distinct candidates.
-        temperature: see `RerankConfig`.
-        cider: computes CIDEr-D.
-        neighbors: references of similar images. If None, the scores do not depend on neighbors.
-        factors: `[candidates] float64`, one factor for each score. If None, all are 1.
+    `factors` are multiplied with the scores, `[candidates] float64`.
     """
     log_probs = np.array([candidate.log_prob for candidate in candidates])
     weights = np.exp((log_probs - log_probs.max()) / temperature)

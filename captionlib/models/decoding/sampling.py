@@ -26,10 +26,9 @@ def sample_captions(
     start: Hypotheses,
     seed_keys: Sequence[bytes],
 ) -> list[list[Candidate]]:
-    """Samples `n_best` sentences per image, in the order of their indices; duplicates are included.
+    """Samples `n_best` sentences per image, including duplicates. `start` contains one hypothesis per image.
 
-    `start` contains one hypothesis per image. `seed_keys` has one key per image. The key and the seed determine the
-    image's random numbers.
+    The key of an image and the seed determine its random numbers.
     """
     device, per_image = captioner.device, config.n_best
     sentence = torch.arange(len(seed_keys) * per_image, device=device)  # sentence of each row
@@ -56,12 +55,9 @@ def sample_captions(
 
 
 def generate_uniforms(seed_keys: Sequence[bytes], sentences: int, count: int, seed: int) -> Tensor:
-    """Generates `count` random numbers from [0, 1) for each sentence of each image.
+    """Generates `count` random numbers from [0, 1) for each sentence, `[len(seed_keys) * sentences, count] float32`.
 
-    The numbers depend only on the image's `seed_keys` entry, the index of the sentence, and `seed`.
-
-    Returns:
-        `[len(seed_keys) * sentences, count] float32`.
+    The numbers depend only on the key of the image, the index of the sentence, and `seed`.
     """
     numbers = np.empty((len(seed_keys) * sentences, count), np.float32)
     for image, key in enumerate(seed_keys):
@@ -73,15 +69,9 @@ def generate_uniforms(seed_keys: Sequence[bytes], sentences: int, count: int, se
 
 
 def sample_tokens(log_probs: Tensor, uniforms: Tensor, config: DecodingConfig) -> Tensor:
-    """Samples a word per row by inverse transform sampling.
+    """Samples a word per row, `[rows] int64`, by inverse transform sampling.
 
-    Args:
-        log_probs: `[rows, vocabulary_size] float32`, -inf for forbidden words.
-        uniforms: `[rows] float32` from [0, 1).
-        config: `temperature`, `top_k` and `top_p`.
-
-    Returns:
-        `[rows] int64`.
+    `log_probs` is `[rows, vocabulary_size]`, with -inf for forbidden words. `uniforms` is `[rows]`, from [0, 1).
     """
     scores, top_ids = log_probs / config.temperature, None
     if config.top_k is not None:
@@ -98,9 +88,8 @@ def _sample_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Te
     """Samples a word per row from its nucleus: the most probable words with a total probability of at least `top_p`.
 
     Sorting the vocabulary would take longer than computing the probabilities. Instead, a word is sampled from all
-    words. It is rejected if the total probability of the more probable words is at least `top_p`. After a rejection, a
-    word is sampled from these more probable words, and so on. All words that tie for the last place in the nucleus
-    belong to it.
+    words. It is rejected if the total probability of the more probable words is at least `top_p`. The next word is
+    sampled from these more probable words.
     """
     sampled = torch.empty_like(uniforms, dtype=torch.int64)
     rows = torch.arange(len(uniforms), device=uniforms.device)
@@ -110,14 +99,14 @@ def _sample_nucleus(probabilities: Tensor, uniforms: Tensor, top_p: float) -> Te
         is_rejected = more_probable.sum(1) >= top_p
         sampled[rows[~is_rejected]] = word[~is_rejected, 0]
         rows, probabilities = rows[is_rejected], more_probable[is_rejected]
-        uniforms = _scramble(uniforms[is_rejected])
+        uniforms = _derive_uniforms(uniforms[is_rejected])
     return sampled
 
 
-def _scramble(uniforms: Tensor) -> Tensor:
-    """Hashes random numbers to new ones. Different numbers have different hashes."""
+def _derive_uniforms(uniforms: Tensor) -> Tensor:
+    """Derives a new random number from each one; different numbers stay different."""
     bits = (uniforms * 2**24).long()
-    for factor in (0x5BD1E9, 0x35A2D3):  # odd, so different numbers stay different
+    for factor in (0x5BD1E9, 0x35A2D3):  # odd, so the multiplication is invertible
         bits = (bits * factor) % 2**24
         bits ^= bits >> 13
     return bits.float() / 2**24

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+import torchvision
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -18,7 +19,7 @@ from captionlib.data.images.fetching import ImageFetcher
 from captionlib.errors import ConfigError
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.network import build_network
-from captionlib.models.encoders.weights import find_class_names, load_weights, resolve_preprocessing
+from captionlib.models.encoders.weights import load_weights, resolve_preprocessing
 
 __all__ = ["ActivationConfig", "Activations", "LayerActivations", "compute_activations", "find_convolutions"]
 
@@ -50,42 +51,24 @@ class ActivationConfig:
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """The activations of one layer.
-
-    Attributes:
-        node: node of the network's graph.
-        maps: `[channels, height, width] float32`.
-    """
+    """The activations of one layer."""
 
     node: str
-    maps: npt.NDArray[np.float32]
+    maps: npt.NDArray[np.float32]  # [channels, height, width]
 
 
 @dataclass(frozen=True)
 class Activations:
-    """The activations of a network for one image.
+    """The activations of a network for one image."""
 
-    Attributes:
-        image: the network's input before normalization, `[height, width, 3] uint8`.
-        layers: the layers in the order of the network.
-        classes: class names and probabilities, most probable first; empty if the weights are random or have no
-            classifier.
-        note: reason why `classes` is empty; otherwise an empty string.
-    """
-
-    image: npt.NDArray[np.uint8]
-    layers: Sequence[LayerActivations]
-    classes: Sequence[tuple[str, float]]
-    note: str
+    image: npt.NDArray[np.uint8]  # the network's input before normalization, [height, width, 3]
+    layers: Sequence[LayerActivations]  # in the order of the network
+    classes: Sequence[tuple[str, float]]  # names and probabilities, most probable first
+    note: str  # reason why `classes` is empty; otherwise an empty string
 
 
 def compute_activations(uri: str | os.PathLike[str], config: ActivationConfig, device: str = "auto") -> Activations:
     """Runs a network on an image and returns the activations of its layers and the class probabilities.
-
-    Args:
-        uri: path or URL of the image.
-        config: the network and its layers.
-        device: auto, cpu, cuda or cuda:N.
 
     Raises:
         ConfigError: the model, the weights, a node or the device does not exist, or a node outputs no feature map.
@@ -132,10 +115,7 @@ def _belongs_to_convolution(node: str, modules: Mapping[str, nn.Module]) -> bool
 
 
 def _load_network(config: ActivationConfig) -> tuple[nn.Module, str, str]:
-    """Returns the network, the node of its logits, and a note.
-
-    If there are no logits, the node is an empty string and the note is the reason. Otherwise, the note is empty.
-    """
+    """Returns the network, the node of its logits, and an empty note; or an empty node, and a note with the reason."""
     model = build_network(config.model)
     nodes, logits_node = _choose_nodes(model, config)
     network: nn.Module = create_feature_extractor(model, list(dict.fromkeys([*nodes, logits_node])))
@@ -156,7 +136,7 @@ def _load_network(config: ActivationConfig) -> tuple[nn.Module, str, str]:
 
 
 def _choose_nodes(model: nn.Module, config: ActivationConfig) -> tuple[list[str], str]:
-    """Returns the nodes to show, and the last node, which outputs the logits."""
+    """Returns the nodes to show and the node of the logits."""
     _, names = get_graph_node_names(model)
     if unknown := [node for node in config.nodes if node not in names]:
         raise ConfigError(
@@ -184,7 +164,7 @@ def _assign_weights(network: nn.Module, weights: Mapping[str, Tensor], config: A
 
 
 def _normalize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
-    """Returns `[1, 3, height, width] float32`, normalized by the preprocessing's mean and standard deviation."""
+    """Returns `[1, 3, height, width] float32`."""
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
     return (pixels - mean) / std
@@ -193,5 +173,7 @@ def _normalize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Te
 def _rank_classes(logits: Tensor, config: ActivationConfig) -> list[tuple[str, float]]:
     probabilities = logits.flatten().float().softmax(0).cpu()
     top = probabilities.topk(min(_REPORTED_CLASSES, len(probabilities)))
-    names = find_class_names(config.model, len(probabilities))
+    names: list[str] = torchvision.models.get_model_weights(config.model).DEFAULT.meta.get("categories", [])
+    if len(names) != len(probabilities):
+        names = [f"class {number}" for number in range(len(probabilities))]
     return [(names[index], value) for value, index in zip(top.values.tolist(), top.indices.tolist(), strict=True)]

@@ -1,7 +1,4 @@
-"""Encoders, which compute features of images with PyTorch networks.
-
-This module loads networks of torchvision; `captionlib.models.families.encoder` also loads those of other libraries.
-"""
+"""Encoders, which compute features of images with PyTorch networks. `load_encoder` loads those of torchvision."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -38,7 +35,6 @@ __all__ = [
     "EncoderConfig",
     "PendingFeatures",
     "Pixels",
-    "build_encoder",
     "describe_finetuned_encoder",
     "describe_preprocessing",
     "load_encoder",
@@ -90,10 +86,7 @@ class EncoderConfig:
     def from_description(cls, description: Mapping[str, Any], weights: str | None = None) -> "EncoderConfig":
         """Reconstructs the configuration of an encoder from its description.
 
-        Args:
-            description: the encoder's description, from a features dataset or a checkpoint.
-            weights: path of the encoder's weights file or model folder. Required if the weights came from a file or
-                folder, because the description contains only a hash of them.
+        `weights` is the path of the encoder's weights file or model folder, required if its weights came from one.
 
         Raises:
             ConfigError: the weights came from a file or folder and `weights` is None, or the features were imported.
@@ -130,7 +123,6 @@ class EncoderConfig:
         return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
 
     def override_preprocessing(self, preprocessing: Preprocessing) -> Preprocessing:
-        """Returns `preprocessing` with the configured `resize_size` and `decode_scale`."""
         return replace(
             preprocessing,
             resize_size=self.resize_size or preprocessing.resize_size,
@@ -147,27 +139,32 @@ class EncoderConfig:
 
 
 class Encoder:
-    """An encoder with loaded weights; `build_encoder` builds it. Implements the protocol `ImageEncoder`.
+    """Computes features with a PyTorch network that has its weights. Implements the protocol `ImageEncoder`.
 
-    Attributes:
-        network: the network.
-        preprocessing: how to convert an image to the input of the network.
-        device: the device of the network.
-        shape: shape of the features of one image: `[size]`, or `[positions, channels]` for an unpooled feature map.
-        description: everything that determines the features, including a hash of the weights.
+    Args:
+        network: module that maps normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
+            `[batch, size]` or `[batch, channels, height, width]`.
+        config: becomes part of the encoder's description.
+        preprocessing: how to convert an image to pixels. `config` overrides its `resize_size` and `decode_scale`.
+        device: device that the network is moved to.
+        weights_hash: hash of everything that determines the network's output and is not part of `config`.
+        trainable: see `EncoderNetwork`.
     """
 
     def __init__(
         self,
-        network: EncoderNetwork,
+        network: nn.Module,
         config: EncoderConfig,
         preprocessing: Preprocessing,
         device: torch.device,
         weights_hash: str,
+        trainable: bool = False,
     ) -> None:
-        self.network = network.to(device)
-        self.preprocessing = preprocessing
+        self.preprocessing = config.override_preprocessing(preprocessing)
         self.device = device
+        dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
+        encoder_network = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
+        self.network = encoder_network.to(device)
         crop = preprocessing.crop_size
         self.shape: list[int] = list(self.encode(np.zeros((1, crop, crop, 3), np.uint8)).shape[1:])
         self.description: dict[str, Any] = {
@@ -180,31 +177,17 @@ class Encoder:
             "pooling": config.pooling,
             "dtype": config.dtype,
             "stored_dtype": config.stored_dtype,
-            "preprocessing": describe_preprocessing(preprocessing),
+            "preprocessing": describe_preprocessing(self.preprocessing),
             "shape": self.shape,
         }
 
-    @property
-    def size(self) -> int:
-        """Number of values in the features of one image."""
-        return int(np.prod(self.shape))
-
     def encode(self, images: Pixels) -> npt.NDArray[np.floating]:
-        """Encodes a batch and waits for its features; see `encode_async`."""
         return self.encode_async(images)()
 
     def encode_async(self, images: Pixels) -> PendingFeatures:
-        """Starts encoding a batch. Batches that exceed the memory of the device are halved.
+        """Starts encoding a batch; see `ImageEncoder`. Batches that exceed the memory of the device are halved.
 
-        To keep a GPU busy, start the next batch before waiting for the features of the current one. Copies and
-        computation are queued in one CUDA stream.
-
-        Args:
-            images: `[batch, crop, crop, 3] uint8`, RGB.
-
-        Returns:
-            A function that waits for the features and returns them: `[batch, size]` or `[batch, positions, channels]`
-            of the stored dtype. It raises DatasetError if they overflow that dtype.
+        To keep a GPU busy, start the next batch before waiting for the features of the current one.
         """
         pixels = np.asarray(images)
         parts = halve_on_out_of_memory(lambda part: self._start_batch(pixels[part]), len(pixels))
@@ -238,33 +221,7 @@ def load_encoder(config: EncoderConfig, device: str = "auto", trainable: bool = 
     weights, config = load_network_weights(network, config)
     network.load_state_dict(weights, assign=True)
     preprocessing = resolve_preprocessing(config.model, config.weights)
-    return build_encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
-
-
-def build_encoder(
-    network: nn.Module,
-    config: EncoderConfig,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    weights_hash: str,
-    trainable: bool = False,
-) -> Encoder:
-    """Builds an encoder from a network with loaded weights.
-
-    Args:
-        network: module that maps normalized pixels, `[batch, 3, crop, crop]`, to a dictionary with the key `features`:
-            `[batch, size]` or `[batch, channels, height, width]`.
-        config: the configuration, which becomes part of the encoder's description.
-        preprocessing: how to convert an image to pixels, and the mean and standard deviation for normalization.
-            `config` overrides its `resize_size` and `decode_scale`.
-        device: device that the network is moved to.
-        weights_hash: hash of everything that determines the network's output and is not part of `config`.
-        trainable: see `EncoderNetwork`.
-    """
-    dtype, stored_dtype = getattr(torch, config.dtype), getattr(torch, config.stored_dtype)
-    preprocessing = config.override_preprocessing(preprocessing)
-    module = EncoderNetwork(network, preprocessing, config.pooling, dtype, stored_dtype, trainable)
-    return Encoder(module, config, preprocessing, device, weights_hash)
+    return Encoder(network, config, preprocessing, torch_device, hash_weights(weights), trainable)
 
 
 def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dict[str, Tensor], EncoderConfig]:
@@ -289,7 +246,12 @@ def load_network_weights(network: nn.Module, config: EncoderConfig) -> tuple[dic
         weights = {**sample_weights(network, config.missing_weights), **weights}
     else:
         config = replace(config, missing_weights="error")  # no weights were sampled
-    _check_shapes(weights, needed, config)
+    for name, tensor in needed.items():
+        if weights[name].shape != tensor.shape:
+            raise ConfigError(
+                f"weights {config.weights}: {name} has shape {list(weights[name].shape)}, but "
+                f"{config.model} expects {list(tensor.shape)}; these weights are for a different network"
+            )
     return weights, config
 
 
@@ -305,11 +267,8 @@ def describe_finetuned_encoder(description: Mapping[str, Any], weights: Mapping[
 def pack_encoder_weights(config: EncoderConfig) -> bytes:
     """Packs the tensors that an encoder needs, and its preprocessing, into the content of a safetensors file.
 
-    Tensors are stored in float16 if that changes no value.
-
-    Args:
-        config: configuration of a torchvision network with weights from a file. The file may contain more tensors than
-            the encoder needs.
+    The encoder must be a torchvision network with weights from a file. Tensors are stored in float16 if that changes
+    no value.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -330,12 +289,3 @@ def describe_preprocessing(preprocessing: Preprocessing | SizeLimit) -> dict[str
         if values.get(name) == default:  # omitted, so that the fingerprints of older datasets remain valid
             del values[name]
     return values
-
-
-def _check_shapes(weights: Mapping[str, Tensor], needed: Mapping[str, Tensor], config: EncoderConfig) -> None:
-    for name, tensor in needed.items():
-        if weights[name].shape != tensor.shape:
-            raise ConfigError(
-                f"weights {config.weights}: {name} has shape {list(weights[name].shape)}, but "
-                f"{config.model} expects {list(tensor.shape)}; these weights are for a different network"
-            )

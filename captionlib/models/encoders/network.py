@@ -1,6 +1,6 @@
 """Encoder networks as PyTorch modules: torchvision models truncated at nodes of their computation graphs.
 
-Only the functions that need torchvision import it, because importing it takes longer than importing PyTorch.
+Importing torchvision is slow, so only the functions that need it import it.
 """
 
 import difflib
@@ -37,9 +37,7 @@ _VGG_ALIASES = {"fc6": "classifier.1", "fc7": "classifier.4"}
 class EvalModeNetwork(nn.Module):
     """A network that stays in evaluation mode, even while it is fine-tuned.
 
-    Args:
-        network: result of `truncate_network` or `slice_network`.
-        autocast: compute in bfloat16 and keep the weights in their own dtype.
+    With `autocast`, it computes in bfloat16 and keeps the weights in their own dtype.
     """
 
     def __init__(self, network: nn.Module, autocast: bool) -> None:
@@ -49,11 +47,9 @@ class EvalModeNetwork(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Keeps evaluation mode, so that batch normalization and dropout behave as in feature extraction."""
         return super().train(False)
 
     def run_network(self, inputs: Tensor) -> Tensor:
-        """Runs the network on `[batch, channels, height, width]`, and returns its features as float32."""
         with torch.autocast(inputs.device.type, torch.bfloat16) if self._autocast else nullcontext():
             output: Tensor = self.network(inputs)["features"]
         return output.float()
@@ -63,11 +59,8 @@ class EncoderNetwork(EvalModeNetwork):
     """A truncated network with normalization before it and pooling after it.
 
     Args:
-        network: result of `truncate_network`, with its weights loaded. Unless `trainable`, its batch normalizations
-            are fused into the convolutions before them.
-        preprocessing: supplies the mean and the standard deviation for normalization.
+        network: result of `truncate_network`, with its weights loaded.
         pooling: `none` keeps a spatial feature map whole; `mean` and `max` reduce it over positions.
-        dtype: dtype of the computation.
         stored_dtype: dtype that `encode` rounds features to.
         trainable: keep float32 weights regardless of `dtype`, so that small updates are not rounded away.
     """
@@ -96,11 +89,7 @@ class EncoderNetwork(EvalModeNetwork):
         self.register_buffer("shift", mean / std, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Computes features, `[batch, size]` or `[batch, positions, channels] float32`.
-
-        Args:
-            pixels: `[batch, crop, crop, 3] uint8`, RGB.
-        """
+        """Computes features, `[batch, size]` or `[batch, positions, channels]`, from `[batch, crop, crop, 3] uint8`."""
         batch, height, width, _ = pixels.shape
         rows = pixels.reshape(batch, height, -1).float()  # PyTorch is slow if its inner loop has only 3 iterations
         rows = rows.mul_(self.scale.repeat(width)).sub_(self.shift.repeat(width)).to(self._input_dtype)
@@ -108,11 +97,7 @@ class EncoderNetwork(EvalModeNetwork):
         return self._pool(self.run_network(images))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Computes features as `forward` does, and rounds them to the stored dtype.
-
-        Raises:
-            DatasetError: the features overflow the stored dtype.
-        """
+        """Computes features as `forward` does, and rounds them to the stored dtype. Raises DatasetError on overflow."""
         features = self.encode_unchecked(pixels)
         require_finite(features)
         return features
@@ -123,11 +108,9 @@ class EncoderNetwork(EvalModeNetwork):
         return features
 
     def export_weights(self) -> dict[str, Tensor]:
-        """Returns the weights of a trainable network on the CPU, under torchvision's names."""
         return {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
 
     def _pool(self, output: Tensor) -> Tensor:
-        """Reduces `[batch, channels, height, width]` to `[batch, channels]` or `[batch, positions, channels]`."""
         if output.dim() == 4 and self._pooling == "mean":
             return output.mean((2, 3))
         if output.dim() == 4 and self._pooling == "max":
@@ -138,7 +121,6 @@ class EncoderNetwork(EvalModeNetwork):
 
 
 def _fuse_batch_norms(network: GraphModule) -> None:
-    """Fuses batch normalizations into the convolutions before them, and replaces them with `nn.Identity`."""
     modules = dict(network.named_modules())
     for name, next_name in _list_successive_modules(network):
         convolution, norm = modules.get(name), modules.get(next_name)
@@ -158,7 +140,7 @@ def _list_successive_modules(network: GraphModule) -> Iterator[tuple[str, str]]:
 
 
 def flatten_positions(output: Tensor) -> Tensor:
-    """Reshapes `[batch, channels, height, width]` to `[batch, positions, channels]`, and flattens other outputs."""
+    """Reshapes feature maps to `[batch, positions, channels]`, and other outputs to `[batch, size]`."""
     return output.flatten(2).transpose(1, 2) if output.dim() == 4 else output.flatten(1)
 
 
@@ -207,9 +189,7 @@ def truncate_network(name: str, node: str) -> nn.Module:
 
 
 def slice_network(name: str, start: str, node: str) -> nn.Module:
-    """Builds the layers of a torchvision model between two nodes.
-
-    The input is the output of `start`. The output is a dictionary with the key `features`, the output of `node`.
+    """Builds the layers of a torchvision model after the node `start`, up to `node`; see `truncate_network`.
 
     Raises:
         ConfigError: the model or a node does not exist, or `node` does not depend on `start` alone.
@@ -255,7 +235,7 @@ def list_parameters_before(name: str, node: str) -> set[str]:
 
 
 def _extract_nodes(name: str, outputs: Mapping[str, str]) -> GraphModule:
-    """Builds a torchvision model that returns the outputs of nodes, each under the name that `outputs` gives it."""
+    """Builds a torchvision model that returns the outputs of nodes. `outputs` maps nodes to names of outputs."""
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
     model = build_network(name)

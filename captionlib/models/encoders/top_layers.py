@@ -1,7 +1,6 @@
 """The top layers of an encoder, which are fine-tuned as part of a captioner.
 
-The lower layers are frozen, so their output is computed once and stored in a features dataset. A training step then
-computes only a few layers instead of a whole network.
+The lower layers are frozen, so their output is computed once and stored in a features dataset.
 """
 
 import math
@@ -26,9 +25,6 @@ class EncoderTop(EvalModeNetwork):
     Args:
         encoder: `Encoder.description` of the encoder whose features are the input.
         node: node of the encoder's network whose output is returned.
-
-    Attributes:
-        shape: shape of the output for one image: `[positions, channels]`.
 
     Raises:
         ConfigError: the node does not follow the encoder's node, or the input or the output is not a feature map.

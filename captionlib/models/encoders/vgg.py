@@ -32,22 +32,14 @@ VGG_PREPROCESSING = Preprocessing(256, 224, "bilinear", mean=(0.485, 0.456, 0.40
 
 
 class _Truncated(nn.Sequential):
-    """A network that returns a dictionary of features, as torchvision's feature extractors do."""
+    """Returns a dictionary, as torchvision's feature extractors do."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {"features": super().forward(images)}  # type: ignore[no-untyped-call]
 
 
 def truncate_vgg(name: str, node: str) -> nn.Module | None:
-    """Builds a network of `VGG_URLS` up to and including a node (layer).
-
-    Args:
-        name: name of the network, such as `vgg16`.
-        node: name of the node, such as `classifier.4`.
-
-    Returns:
-        The network, or None if it does not have this node.
-    """
+    """Builds a network of `VGG_URLS` up to and including a node such as `classifier.4`; None if the node is unknown."""
     groups = {group: nn.Sequential() for group in ("features", "avgpool", "flatten", "classifier")}
     for group, layer in _create_layers(name):
         groups[group].append(layer)

@@ -7,14 +7,14 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.error import URLError
 
 import safetensors
 import safetensors.torch
 import torch
-from fsspec.implementations.cached import SimpleCacheFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
@@ -23,10 +23,10 @@ from captionlib.data.shards.markers import from_json
 from captionlib.errors import CaptionlibError, ConfigError
 from captionlib.models.encoders.vgg import VGG_PREPROCESSING, VGG_URLS, VGG_WEIGHTS
 from captionlib.storage.file_systems import open_file_system
+from captionlib.storage.retries import call_with_retries
 
 __all__ = [
     "choose_build_device",
-    "find_class_names",
     "hash_weights",
     "is_weights_file",
     "load_weights",
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _PREPROCESSING = "captionlib.preprocessing"  # key in the header of a safetensors file
+_COPY = "weights"  # file name of the copy of a remote file
 
 
 def load_weights(model: str, weights: str, network: nn.Module) -> dict[str, Tensor]:
@@ -74,15 +75,13 @@ def choose_build_device(*weights: str) -> torch.device:
 
 
 def is_weights_file(weights: str) -> bool:
-    """Returns whether weights are specified as a file rather than as a name or a seed."""
     return weights.endswith((".safetensors", ".pth", ".pt"))
 
 
 def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
-    """Samples the weights of convolutional and linear layers from He's normal distribution; other layers are unchanged.
+    """Samples the weights of convolutional and linear layers of `network`, in place; other layers are unchanged.
 
-    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in). The function
-    also modifies the weights of `network`.
+    Source: He et al. 2015, "Delving Deep into Rectifiers", equation 10: std = sqrt(2 / fan_in).
 
     Raises:
         ConfigError: `weights` is not `random:SEED`.
@@ -100,23 +99,28 @@ def sample_weights(network: nn.Module, weights: str) -> dict[str, Tensor]:
 
 
 def resolve_preprocessing(model: str, weights: str) -> Preprocessing:
-    """Returns the preprocessing that a model needs with these weights.
+    """Returns the preprocessing in the header of a weights file, of named weights, or of a model's default weights.
 
-    The preprocessing is taken from the header of a weights file, from torchvision's named weights, or otherwise from
-    the model's default weights. `load_weights` lists the possible values of `weights`.
+    `weights` has the form of `load_weights`.
 
     Raises:
         ConfigError: the weights file cannot be read.
     """
-    return _read_preprocessing(weights) or _find_preprocessing(model, weights)
-
-
-def find_class_names(model: str, count: int) -> list[str]:
-    """Returns the class names of the default weights if there are `count`; otherwise `class 0`, `class 1`, ..."""
+    if preprocessing := _read_preprocessing(weights):
+        return preprocessing
+    if model in VGG_URLS and (weights == VGG_WEIGHTS or is_weights_file(weights) or weights.startswith("random:")):
+        return VGG_PREPROCESSING
     import torchvision
 
-    names: list[str] = torchvision.models.get_model_weights(model).DEFAULT.meta.get("categories", [])
-    return names if len(names) == count else [f"class {number}" for number in range(count)]
+    entries = torchvision.models.get_model_weights(model)
+    preset = (entries[weights] if weights in entries.__members__ else entries.DEFAULT).transforms()
+    return Preprocessing(
+        resize_size=preset.resize_size[0],
+        crop_size=preset.crop_size[0],
+        interpolation=preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
@@ -134,7 +138,6 @@ def serialize_weights(weights: Mapping[str, Tensor], preprocessing: Preprocessin
 
 
 def _read_preprocessing(weights: str) -> Preprocessing | None:
-    """Returns the preprocessing in the header of a weights file, or None if there is none."""
     if not weights.endswith(".safetensors"):
         return None
     with _open_local(weights) as path, safetensors.safe_open(path, framework="pt") as file:
@@ -145,25 +148,7 @@ def _read_preprocessing(weights: str) -> Preprocessing | None:
         return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def _find_preprocessing(model: str, weights: str) -> Preprocessing:
-    """Returns the preprocessing of torchvision's weights with this name, or that of the model's default weights."""
-    if model in VGG_URLS and (weights == VGG_WEIGHTS or is_weights_file(weights) or weights.startswith("random:")):
-        return VGG_PREPROCESSING
-    import torchvision
-
-    entries = torchvision.models.get_model_weights(model)
-    preset = (entries[weights] if weights in entries.__members__ else entries.DEFAULT).transforms()
-    return Preprocessing(
-        resize_size=preset.resize_size[0],
-        crop_size=preset.crop_size[0],
-        interpolation=preset.interpolation.value,
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
-    )
-
-
 def _download(model: str, weights: str) -> Mapping[str, Tensor]:
-    """Downloads torchvision's weights with this name, or reads them from the cache of PyTorch Hub."""
     load: Callable[..., Mapping[str, Tensor]]
     if model in VGG_URLS and weights == VGG_WEIGHTS:
         url = VGG_URLS[model]
@@ -206,12 +191,15 @@ def _read_file(address: str, names: set[str]) -> Mapping[str, Tensor]:
 def _open_local(address: str) -> Iterator[str]:
     """Yields a local path to a weights file; raises ConfigError if an error occurs while the file is read."""
     try:
-        path = _copy_to_local(address)
-        if not Path(path).is_file():
-            raise ConfigError(f"weights {address}: file not found")
-        yield path
+        fs, path = open_file_system(address)
+        local_path = path if isinstance(fs, LocalFileSystem) else f"{_copy_to_temporary_folder(address).name}/{_COPY}"
+        if not Path(local_path).is_file():
+            raise FileNotFoundError
+        yield str(local_path)
     except CaptionlibError:
         raise
+    except FileNotFoundError as error:
+        raise ConfigError(f"weights {address}: file not found") from error
     except Exception as error:  # PyTorch raises various exceptions on damaged files
         # The message omits `error`, because it may contain parts of the file, and the address may come from an
         # untrusted checkpoint.
@@ -219,10 +207,10 @@ def _open_local(address: str) -> Iterator[str]:
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error
 
 
-def _copy_to_local(address: str) -> str:
-    """Returns the path of a local file, or of a copy that is deleted when the process ends."""
+@cache
+def _copy_to_temporary_folder(address: str) -> TemporaryDirectory[str]:
+    """Copies a remote file to a folder that is deleted when the process ends."""
     fs, path = open_file_system(address)
-    if isinstance(fs, LocalFileSystem):
-        return str(path)
-    with SimpleCacheFileSystem(fs=fs).open(path, "rb") as copy:
-        return str(copy.name)
+    folder = TemporaryDirectory(prefix="captionlib-")
+    call_with_retries(path, lambda: fs.get_file(path, f"{folder.name}/{_COPY}"))
+    return folder

@@ -91,10 +91,6 @@ def open_captioner(address: str | os.PathLike[str], device: str = "cpu") -> Capt
         CheckpointError: the model is missing, damaged or of a different kind.
         ConfigError: the family or the device does not exist.
     """
-    return open_model("captioners", address, device, _load_checkpoint)
-
-
-def _load_checkpoint(folder: str) -> CaptionModel:
     from captionlib.models.families.checkpoint_captioner import CheckpointCaptioner
 
-    return CheckpointCaptioner(folder)
+    return open_model("captioners", address, device, CheckpointCaptioner)

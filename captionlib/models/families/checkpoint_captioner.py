@@ -84,10 +84,8 @@ class CheckpointCaptioner:
         if nonempty:
             device = next(model.parameters()).device
             features = torch.from_numpy(np.array(images, np.float32)).to(device)  # a copy, which is writable
-            image_indices = torch.tensor(
-                [index for index, per_image in enumerate(ids) for each in per_image if each], device=device
-            )
-            scores = model(features, pad_sentences(nonempty).to(device), image_indices)
+            image_indices = [index for index, per_image in enumerate(ids) for each in per_image if each]
+            scores = model(features, pad_sentences(nonempty).to(device), torch.tensor(image_indices, device=device))
             np.add.at(log_probs, scores.sentences.cpu().numpy(), scores.log_probs.double().cpu().numpy())
         sums = iter(log_probs.tolist())
         return [[(next(sums), len(each) + 1) if each else (0.0, 0) for each in per_image] for per_image in ids]

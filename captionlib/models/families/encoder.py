@@ -17,7 +17,7 @@ __all__ = ["ImageEncoder", "LoadEncoder", "open_encoder"]
 
 
 class ImageEncoder(Protocol):
-    """An image encoder of any family. `open_encoder` loads one; `build_encoder` builds one from a PyTorch module."""
+    """An image encoder of any family. `open_encoder` loads one; `Encoder` turns a PyTorch module into one."""
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import CheckpointError, ConfigError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, build_encoder
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig
 from captionlib.models.families.huggingface import ModelFolder, find_preprocessing
 from captionlib.models.families.nodes import Node, check_node, select_class_token, to_feature_map
 
@@ -58,7 +58,7 @@ def load(location: str, config: EncoderConfig, device: torch.device) -> Encoder:
     # A local folder is identified by the hash of its files, not by its location.
     name = tower.model.config.model_type if folder.is_local else location
     config = replace(config, model=f"hf:{name}", weights="folder" if folder.is_local else "hub")
-    return build_encoder(tower, config, preprocessing, device, folder.compute_fingerprint())
+    return Encoder(tower, config, preprocessing, device, folder.compute_fingerprint())
 
 
 def _load_tower(folder: ModelFolder, node: Node) -> Any:

@@ -17,7 +17,7 @@ _MAX_TOKENS = 4096  # per batch of sentences; the logits of a vocabulary of 30,0
 def score_sentences(
     model: Any, tokenizer: Any, pixels: Tensor, sentences: Sequence[Sequence[str]]
 ) -> list[list[tuple[float, int]]]:
-    """Returns ln p(sentence | image) and the number of tokens, including the end token, of the sentences of each image.
+    """Computes ln p(sentence | image) and the number of tokens of the sentences of each image; see `SentenceScorer`.
 
     `model` is BLIP, GIT or an encoder-decoder, in float32. `pixels` is `[images, 3, height, width] float32`,
     normalized, on the device of the model.
@@ -27,10 +27,10 @@ def score_sentences(
     """
     start, end = _find_start_and_end(model)
     ids = [tokenizer(text, add_special_tokens=False).input_ids for texts in sentences for text in texts]
-    if not ids:
-        return [[] for _ in sentences]
+    if not any(ids):
+        return [[(0.0, 0) for _ in texts] for texts in sentences]
     image_indices = torch.tensor([index for index, texts in enumerate(sentences) for _ in texts], device=pixels.device)
-    counts = torch.tensor([len(each) + 1 for each in ids], device=pixels.device)
+    counts = torch.tensor([len(each) + 1 if each else 0 for each in ids], device=pixels.device)
     width = int(counts.max())
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", width)
     if width > limit:
@@ -43,7 +43,7 @@ def score_sentences(
     is_token = torch.arange(width, device=pixels.device) < counts[:, None]
     compute_logits = _encode_images(model, pixels)
     sums: list[float] = []
-    for rows in torch.arange(len(ids), device=pixels.device).split(max(1, _MAX_TOKENS // width)):
+    for rows in torch.split(torch.arange(len(ids), device=pixels.device), max(1, _MAX_TOKENS // width)):
         log_probs = compute_logits(image_indices[rows], tokens[rows, :-1]).log_softmax(2)
         log_probs = log_probs.gather(2, tokens[rows, 1:, None])[:, :, 0]
         sums += log_probs.masked_fill(~is_token[rows], 0).sum(1).tolist()

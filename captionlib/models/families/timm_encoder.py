@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.errors import ConfigError
-from captionlib.models.encoders.encoder import Encoder, EncoderConfig, build_encoder, load_network_weights
+from captionlib.models.encoders.encoder import Encoder, EncoderConfig, load_network_weights
 from captionlib.models.encoders.weights import hash_weights
 from captionlib.models.families.nodes import Node, check_node, select_class_token, to_feature_map
 
@@ -52,7 +52,7 @@ def load(name: str, config: EncoderConfig, device: torch.device) -> Encoder:
     preprocessing = _find_preprocessing(model, address)
     weights, config = load_network_weights(model, config)
     model.load_state_dict(weights)
-    return build_encoder(_TimmNetwork(model, node, address), config, preprocessing, device, hash_weights(weights))
+    return Encoder(_TimmNetwork(model, node, address), config, preprocessing, device, hash_weights(weights))
 
 
 def _build_model(name: str) -> nn.Module:

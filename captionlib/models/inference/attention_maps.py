@@ -1,4 +1,4 @@
-"""Computes attention maps: for each token of a caption, its attention weights over the positions of the image."""
+"""Computes attention maps: the attention weights of each token of a caption over the positions of the image."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ __all__ = ["compute_attention_maps", "count_positions"]
 
 
 def count_positions(captioner: LoadedCaptioner) -> int | None:
-    """Returns the number of positions of a feature map that the captioner attends to, or None without attention."""
+    """Returns the number of positions that the captioner attends to, or None without attention to a feature map."""
     if captioner.model.attention_module is None or len(captioner.encoder["shape"]) != 2:
         return None
-    encoder_top = captioner.model.encoder_top  # the encoder layers that are part of the captioner, if any
+    encoder_top = captioner.model.encoder_top
     return int(captioner.encoder["shape"][0]) if encoder_top is None else encoder_top.shape[0]
 
 
@@ -26,11 +26,7 @@ def count_positions(captioner: LoadedCaptioner) -> int | None:
 def compute_attention_maps(
     model: CaptionerNetwork, features: npt.NDArray[np.float32], captions: Sequence[Candidate]
 ) -> list[npt.NDArray[np.float16]]:
-    """Computes the attention weights of each caption's tokens, including END if it was reached.
-
-    Returns:
-        `[token_count, positions]` for each caption.
-    """
+    """Computes the attention weights of each caption's tokens (and of END if it was reached), `[tokens, positions]`."""
     device = model.output.weight.device
     token_ids = pad_sentences([caption.token_ids for caption in captions]).to(device)
     image_indices = torch.arange(len(captions), device=device)  # caption i describes image i

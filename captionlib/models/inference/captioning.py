@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Condition
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from cachetools import LRUCache, cached
 from pydantic import PositiveInt
 
 from captionlib.config import configclass
@@ -26,7 +28,7 @@ from captionlib.models.inference.embedding import SHARED_RANKERS, build_embeddin
 from captionlib.models.inference.extraction import EncodedRows
 from captionlib.models.inference.image_text_scores import check_needs_no_ranker, score_captions
 from captionlib.models.inference.model_inputs import open_input_loader
-from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion
 
 __all__ = [
     "SHARED_CAPTIONERS",
@@ -74,11 +76,7 @@ class GenerationConfig:
 
 
 def require_attention(captioner: CaptionModel, address: str) -> int:
-    """Returns the number of positions of the captioner's attention maps. The error message contains `address`.
-
-    Raises:
-        CheckpointError: the captioner has no attention maps.
-    """
+    """Returns the number of positions of the captioner's attention maps; raises CheckpointError if it has none."""
     if captioner.attention_positions is None:
         raise CheckpointError(
             f"{address}: attention_maps needs a captioner with attention to a feature map, got one without; leave "
@@ -89,30 +87,17 @@ def require_attention(captioner: CaptionModel, address: str) -> int:
 
 @dataclass(frozen=True)
 class CaptionGeneration:
-    """Pipeline stage that generates a captions dataset from a features dataset or a manifest (list of images).
-
-    Attributes:
-        config: configuration of the generation.
-        captioner: the version of the captioner to use.
-        description: what the captions depend on, from `CaptionModel.describe_generation`. A worker fails if its
-            captioner returns a different description.
-        input_transform: how images become the captioner's input; None if the dataset contains features.
-        device: device of the models.
-        threads: number of CPU threads of the models. If None, PyTorch's default is used.
-        ranker: dual encoder for retrieval that scores how well the captions fit the images; None for no scores.
-        ranker_input_transform: how images become the ranker's input.
-        embed: whether the ranker's embeddings of the images are a second output.
-    """
+    """Pipeline stage that generates a captions dataset from a features dataset or a manifest (list of images)."""
 
     config: GenerationConfig
     captioner: CheckpointVersion
-    description: Mapping[str, Any]
-    input_transform: InputTransform | None = None
+    description: Mapping[str, Any]  # expected `CaptionModel.describe_generation`; a worker fails if its own differs
+    input_transform: InputTransform | None = None  # None if the dataset contains features
     device: str = "auto"
-    threads: int | None = None
-    ranker: CheckpointVersion | None = None
+    threads: int | None = None  # CPU threads of the models; None for PyTorch's default
+    ranker: CheckpointVersion | None = None  # scores how well the captions fit the images
     ranker_input_transform: InputTransform | None = None
-    embed: bool = False
+    embed: bool = False  # whether the ranker's embeddings of the images are a second output
 
     @property
     def columns(self) -> Sequence[str]:
@@ -121,7 +106,6 @@ class CaptionGeneration:
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
-        """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         config = self.config
@@ -156,16 +140,14 @@ def _caption_batches(
         yield (scored, build_embedding_rows(rows, vectors)) if embed else (scored,)
 
 
-@cached_per_process
+_prepared_captioners: LRUCache[object, GenerateCaptions] = LRUCache(1)
+
+
+@cached(_prepared_captioners, condition=Condition())  # threads wait while one prepares
 def _prepare_once(
     checkpoint: CheckpointVersion, config: GenerationConfig, _datastore: str | None, device: str
 ) -> GenerateCaptions:
-    """Prepares a captioner once per process, and again if its datastore changes.
-
-    `_datastore` is the fingerprint (hash) of the captioner's datastore (features and captions of training images, which
-    are searched to rerank captions).
-    It is not used here, but is part of the cache key.
-    """
+    """Prepares a captioner once per process, and again if the fingerprint of its datastore changes."""
     return SHARED_CAPTIONERS.get(checkpoint, device).prepare(config)
 
 
@@ -193,11 +175,7 @@ def build_caption_rows(rows: Sequence[Row], candidates: Sequence[Sequence[Captio
 
 
 def _to_candidate(caption: Caption) -> Row:
-    return {
-        "caption": caption.text,
-        "log_prob": caption.log_prob,
-        "image_text_score": caption.image_text_score,
-    }
+    return {"caption": caption.text, "log_prob": caption.log_prob, "image_text_score": caption.image_text_score}
 
 
 def caption_images(
@@ -251,7 +229,6 @@ def caption_images(
 
 
 def _rebatch(encoded: EncodedRows, size: int) -> EncodedRows:
-    """Regroups batches of any length into batches of `size` rows; the last one may be shorter."""
     rows: list[Row] = []
     inputs: list[tuple[npt.NDArray[Any], ...]] = []  # for each row, one array per model
     for more_rows, more_inputs in encoded:

@@ -17,7 +17,7 @@ from captionlib.data.splits import add_split_aliases
 from captionlib.errors import DatasetError
 from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.checkpoints.checkpoint import load_captioner
-from captionlib.models.decoding.datastore import DatastoreEntries, write_datastore
+from captionlib.models.decoding.datastore import DatastoreRows, write_datastore
 from captionlib.models.devices import halve_on_out_of_memory, resolve_device
 from captionlib.models.inference.model_inputs import choose_input_transform, open_input_loader
 from captionlib.progress import progress_bar
@@ -52,13 +52,8 @@ def build_datastore(
 ) -> tuple[int, int]:
     """Builds the datastore of a captioner and replaces the one in its checkpoint, if there is one.
 
-    Args:
-        source: a complete features dataset or manifest. The images of a manifest are encoded on the fly.
-        checkpoint: the captioner's folder.
-        config: the splits, and how to load images.
-        weights: path of the encoder's weights file, if it is not in the checkpoint.
-        device: auto, cpu, cuda or cuda:N.
-        progress: show a progress bar.
+    `source` is a complete features dataset or manifest. `weights` is the path of the encoder's weights file, if it is
+    not in the checkpoint.
 
     Returns:
         The number of images in the datastore, and the number of images that could not be read.
@@ -79,7 +74,7 @@ def build_datastore(
     columns = ["image_id", "uri"] if input_transform else ["image_id", "features"]
     failed: list[str] = []
 
-    def encode_entries() -> Iterator[DatastoreEntries]:
+    def encode_rows() -> Iterator[DatastoreRows]:
         with (
             open_input_loader(
                 [input_transform], [captioner], config.loading, config.encoder_batch_size, device, None
@@ -89,7 +84,7 @@ def build_datastore(
             batches = _read_batches(dataset, config.splits, columns)
             for rows, (features,) in load_features(batches, lambda row, _error: failed.append(row["image_id"])):
                 bar.update(len(rows))
-                yield DatastoreEntries(
+                yield (
                     [row["image_id"] for row in rows],
                     _compute_vectors(captioner.model, torch.from_numpy(np.asarray(features, np.float32))).numpy(),
                     [[captioner.vocabulary.encode(caption) for caption in row["captions"]] for row in rows],
@@ -99,30 +94,29 @@ def build_datastore(
                     f"{dataset.folder.uri}: none of the {total:,} images could be read; an example is {failed[0]}"
                 )
 
-    write_datastore(checkpoint, captioner, dataset.compute_content_checksum(), config.splits, encode_entries())
+    write_datastore(checkpoint, captioner, dataset.compute_content_checksum(), config.splits, encode_rows())
     return total - len(failed), len(failed)
 
 
 def _read_batches(
     dataset: ShardedDataset, splits: Sequence[str], columns: Sequence[str] = ()
 ) -> Iterator[pa.RecordBatch]:
-    """Yields the rows that are in `splits` and have captions. Their columns are split, captions and `columns`."""
+    """Yields the rows that are in `splits` and have captions, with the columns split, captions and `columns`."""
+    wanted = pa.array(add_split_aliases(splits), pa.string())
     for shard in range(dataset.shards):
         for batch in dataset.read_batches(shard, ["split", "captions", *columns]):
             has_captions = pc.greater(pc.list_value_length(batch["captions"]), 0)
-            selected = batch.filter(
-                pc.and_(pc.is_in(batch["split"], pa.array(add_split_aliases(splits), pa.string())), has_captions)
-            )
+            selected = batch.filter(pc.and_(pc.is_in(batch["split"], wanted), has_captions))
             if selected.num_rows:
                 yield selected
 
 
 @torch.inference_mode()
 def _compute_vectors(model: CaptionerNetwork, features: torch.Tensor) -> torch.Tensor:
-    """Returns the input of the captioner's image projection, `[images, projection_input_size]`, on the CPU."""
+    """Returns `ImageState.features` on the CPU."""
     device = model.output.weight.device
-    return torch.cat(
-        halve_on_out_of_memory(
-            lambda part: model.encode_images(features[part].to(device)).features.cpu(), len(features)
-        )
-    )
+
+    def encode(part: slice) -> torch.Tensor:
+        return model.encode_images(features[part].to(device)).features.cpu()
+
+    return torch.cat(halve_on_out_of_memory(encode, len(features)))

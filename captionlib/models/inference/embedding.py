@@ -13,7 +13,6 @@ import torch
 from pydantic import PositiveInt
 
 from captionlib.config import configclass
-from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.images.loading import LoadingConfig
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.sampling import StageInput
@@ -21,16 +20,11 @@ from captionlib.data.shards.schemas import embeddings_schema
 from captionlib.data.shards.stages import ProcessRows
 from captionlib.models.families.model import InputTransform
 from captionlib.models.families.ranker import RankingModel, open_ranker
+from captionlib.models.inference.extraction import build_vector_rows
 from captionlib.models.inference.model_inputs import open_input_loader
 from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion
 
-__all__ = [
-    "SHARED_RANKERS",
-    "EmbeddingConfig",
-    "ImageEmbedding",
-    "build_embedding_rows",
-    "create_embeddings_dataset",
-]
+__all__ = ["SHARED_RANKERS", "EmbeddingConfig", "ImageEmbedding", "build_embedding_rows", "create_embeddings_dataset"]
 
 SHARED_RANKERS: CheckpointCache[RankingModel] = CheckpointCache(open_ranker)
 
@@ -52,21 +46,13 @@ class EmbeddingConfig:
 
 @dataclass(frozen=True)
 class ImageEmbedding:
-    """Pipeline stage from a features dataset or a manifest (list of images) to an embeddings dataset.
-
-    Attributes:
-        config: configuration of the embedding.
-        ranker: the version of the ranker to use.
-        input_transform: how images become the ranker's input; None if the dataset contains features.
-        device: device of the models.
-        threads: number of CPU threads of the models. If None, PyTorch's default is used.
-    """
+    """Pipeline stage from a features dataset or a manifest (list of images) to an embeddings dataset."""
 
     config: EmbeddingConfig
     ranker: CheckpointVersion
-    input_transform: InputTransform | None = None
+    input_transform: InputTransform | None = None  # None if the dataset contains features
     device: str = "auto"
-    threads: int | None = None
+    threads: int | None = None  # CPU threads of the models; None for PyTorch's default
 
     @property
     def columns(self) -> Sequence[str]:
@@ -75,7 +61,6 @@ class ImageEmbedding:
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
-        """Loads the models; see `Stage.open`."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         ranker = SHARED_RANKERS.get(self.ranker, self.device)
@@ -92,7 +77,6 @@ class ImageEmbedding:
 def create_embeddings_dataset(
     folder: str | os.PathLike[str], stage_input: StageInput, ranker: RankingModel, overwrite: bool
 ) -> ShardedDataset:
-    """Creates an embeddings dataset for the images of `stage_input`; see `create_dataset`."""
     return create_dataset(
         folder,
         "embeddings",
@@ -104,8 +88,5 @@ def create_embeddings_dataset(
 
 
 def build_embedding_rows(rows: Sequence[Row], vectors: npt.NDArray[np.float32]) -> pa.RecordBatch:
-    """Returns rows of an embeddings dataset from the embeddings of images, `[images, size]`."""
-    schema = embeddings_schema(vectors.shape[1])
-    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema]
-    columns[-1] = numpy_to_vectors(vectors.astype(np.float16))
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
+    """Returns rows of an embeddings dataset. `vectors` is `[images, size]`."""
+    return build_vector_rows(rows, vectors.astype(np.float16), embeddings_schema(vectors.shape[1]))

@@ -5,12 +5,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Condition
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from cachetools import LRUCache, cached
 from pydantic import PositiveInt
 
 from captionlib.config import configclass, describe_differences
@@ -22,14 +24,14 @@ from captionlib.data.shards.stages import ProcessRows, ReportFailure
 from captionlib.errors import DatasetError, ImageError
 from captionlib.models.encoders.encoder import EncoderConfig
 from captionlib.models.families.encoder import ImageEncoder, open_encoder
-from captionlib.models.families.model import Arrays, describe_pixel_input
-from captionlib.models.inference.shared_models import cached_per_process
+from captionlib.models.families.model import Arrays
 
 __all__ = [
     "EncodedRows",
     "ExtractionConfig",
     "FeatureExtraction",
     "PixelPassthrough",
+    "build_vector_rows",
     "encode_images",
     "load_shared_encoder",
 ]
@@ -57,19 +59,12 @@ class ExtractionConfig:
 
 @dataclass(frozen=True)
 class FeatureExtraction:
-    """Pipeline stage from a manifest to a features dataset.
-
-    Attributes:
-        config: configuration of the extraction.
-        description: expected `ImageEncoder.description`; a worker fails if its encoder differs.
-        device: device of the encoder.
-        threads: number of CPU threads of the encoder. If None, PyTorch's default is used.
-    """
+    """Pipeline stage from a manifest to a features dataset."""
 
     config: ExtractionConfig
-    description: Mapping[str, Any]
+    description: Mapping[str, Any]  # expected `ImageEncoder.description`; a worker fails if its encoder differs
     device: str = "auto"
-    threads: int | None = None
+    threads: int | None = None  # CPU threads of the encoder; None for PyTorch's default
 
     @property
     def columns(self) -> Sequence[str]:
@@ -77,7 +72,6 @@ class FeatureExtraction:
 
     @contextmanager
     def open(self) -> Iterator[ProcessRows]:
-        """Loads the encoder and starts the image decoders; see `Stage.open`."""
         encoder = load_shared_encoder(self.config.encoder, self.device, self.threads, self.description)
         schema = features_schema(math.prod(encoder.shape), self.config.encoder.stored_dtype)
         with open_loader(self.config.loading, encoder.preprocessing) as load:
@@ -87,11 +81,15 @@ class FeatureExtraction:
             ) -> Iterator[tuple[pa.RecordBatch, ...]]:
                 images = load(row for batch in batches for row in batch.to_pylist())
                 for rows, (features,) in encode_images([encoder], images, self.config.batch_size, report_failure):
-                    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in schema][:-1]
-                    vectors = numpy_to_vectors(np.asarray(features))
-                    yield (pa.RecordBatch.from_arrays([*columns, vectors], schema=schema),)
+                    yield (build_vector_rows(rows, np.asarray(features), schema),)
 
             yield process
+
+
+def build_vector_rows(rows: Sequence[Row], vectors: npt.NDArray[np.floating], schema: pa.Schema) -> pa.RecordBatch:
+    """Returns rows of a dataset. The last column of `schema` contains the vectors, and `rows` the other columns."""
+    columns = [pa.array([row.get(each.name) for row in rows], each.type) for each in list(schema)[:-1]]
+    return pa.RecordBatch.from_arrays([*columns, numpy_to_vectors(vectors)], schema=schema)
 
 
 class PixelPassthrough:
@@ -99,10 +97,8 @@ class PixelPassthrough:
 
     def __init__(self, preprocessing: Preprocessing | SizeLimit) -> None:
         self.preprocessing = preprocessing
-        self.description = describe_pixel_input(preprocessing)
 
     def encode_async(self, images: Sequence[npt.NDArray[np.uint8]]) -> Callable[[], Arrays]:
-        """Returns a function that returns the images; see `ImageEncoder.encode_async`."""
         return lambda: images
 
 
@@ -112,16 +108,9 @@ def encode_images(
     batch_size: int,
     report_failure: ReportFailure,
 ) -> EncodedRows:
-    """Encodes images in full batches. Images that could not be loaded are omitted.
+    """Encodes images in batches. Images that could not be loaded are reported and left out.
 
-    Args:
-        encoders: the encoders. Each image has one array of pixels per encoder, in the same order.
-        images: rows of a dataset, and their images.
-        batch_size: images per batch.
-        report_failure: called with the row of an image that could not be loaded, and the error.
-
-    Yields:
-        The rows of a batch, and their features from each encoder.
+    Each image has one array of pixels per encoder, in the order of `encoders`.
     """
     pending: deque[tuple[list[Row], list[Callable[[], Arrays]]]] = deque()
     for rows, batch in _batch_images(images, batch_size, report_failure):
@@ -157,9 +146,7 @@ def _batch_images(
 def load_shared_encoder(
     config: EncoderConfig, device: str, threads: int | None, description: Mapping[str, Any] | None = None
 ) -> ImageEncoder:
-    """Returns an encoder that all threads of this process share. The two most recently used encoders stay loaded.
-
-    `threads` sets the number of CPU threads of the process, unless it is None.
+    """Returns an encoder that all threads of this process share, and sets the number of CPU threads unless it is None.
 
     Raises:
         DatasetError: the encoder differs from `description`, for example because its weights file is different.
@@ -173,4 +160,5 @@ def load_shared_encoder(
     return encoder
 
 
-_load_encoder_once = cached_per_process(open_encoder, size=2)  # a captioner and a dual encoder may need one each
+_shared_encoders: LRUCache[object, ImageEncoder] = LRUCache(2)  # a captioner and a dual encoder may need one each
+_load_encoder_once = cached(_shared_encoders, condition=Condition())(open_encoder)  # threads wait while one loads

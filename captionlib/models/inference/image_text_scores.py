@@ -18,11 +18,7 @@ __all__ = ["check_needs_no_ranker", "score_captions"]
 
 
 def check_needs_no_ranker(decoding: DecodingConfig) -> None:
-    """Checks that captions can be decoded without a ranker.
-
-    Raises:
-        ConfigError: decoding reranks the candidates with a ranker.
-    """
+    """Raises ConfigError if decoding reranks the candidates with a ranker."""
     if decoding.rerank.method == "image_text":
         raise ConfigError(
             "decoding.rerank.method image_text needs a ranker, got none; specify one, or set the method to none"
@@ -38,12 +34,7 @@ def score_captions(
     """Adds `image_text_score` to all candidates.
 
     If `decoding.rerank.method` is `image_text`, also sorts the candidates by it and keeps the first `n_best`.
-
-    Args:
-        candidates: the candidates of each image, best first.
-        vectors: embeddings of the images, `[images, size]`.
-        ranker: the ranker that computed the embeddings.
-        decoding: the configuration that the candidates were decoded with.
+    `vectors` are the ranker's embeddings of the images, `[images, size]`.
     """
     texts = list({caption.text: None for per_image in candidates for caption in per_image})
     embeddings = dict(zip(texts, ranker.encode_sentences(texts), strict=True))

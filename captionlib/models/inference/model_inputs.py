@@ -19,7 +19,7 @@ from captionlib.models.inference.extraction import EncodedRows, PixelPassthrough
 __all__ = ["InputLoader", "choose_input_transform", "open_input_loader"]
 
 InputLoader = Callable[[Iterator[pa.RecordBatch], ReportFailure], EncodedRows]
-"""Function that reads batches of a dataset. It yields their rows, without `features`, and the input of each model."""
+"""Function from batches of a dataset to their rows, without `features`, and the input of each model."""
 
 
 def choose_input_transform(
@@ -27,8 +27,7 @@ def choose_input_transform(
 ) -> InputTransform | None:
     """Returns the transform from images of a manifest to the input of a model, or None if `source` contains features.
 
-    `weights` is the path of the encoder's weights file, if the user specified it. If `threads` is None, PyTorch chooses
-    the number of threads.
+    `weights` is the path of the encoder's weights file, if the user specified it.
 
     Raises:
         CheckpointError: the encoder of the images or features differs from the one that the model was trained with.
@@ -61,13 +60,8 @@ def open_input_loader(
 ) -> Iterator[InputLoader]:
     """Yields a function that loads the input of one or more models.
 
-    Args:
-        input_transforms: results of `choose_input_transform`, one for each model.
-        models: the models.
-        loading: how images are fetched and decoded.
-        batch_size: images per batch of an encoder.
-        device: device of the encoders.
-        threads: CPU threads of the encoders; if None, PyTorch's default.
+    `input_transforms` are results of `choose_input_transform`, one for each model. The other arguments apply if images
+    are encoded.
 
     Raises:
         DatasetError: the encoder that this process (such as a Beam worker) loads differs from the encoder of a model.

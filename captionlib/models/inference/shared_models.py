@@ -3,9 +3,8 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
 from threading import Lock
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -14,36 +13,20 @@ from captionlib.models.devices import resolve_device
 from captionlib.models.families.model import ImageModel
 from captionlib.models.families.registry import resolve_model_address
 
-__all__ = ["CheckpointCache", "CheckpointVersion", "cached_per_process"]
+__all__ = ["CheckpointCache", "CheckpointVersion"]
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 Model = TypeVar("Model", bound=ImageModel)
 
 
 @dataclass(frozen=True)
 class CheckpointVersion:
-    """A checkpoint, and the version of the checkpoint at the start of a run.
+    """A checkpoint, and the version of the checkpoint at the start of a run."""
 
-    Attributes:
-        folder: absolute path or URL of the checkpoint, or an address with a prefix, such as `hf:FOLDER`.
-        fingerprint: hash of everything that determines the model's output.
-    """
-
-    folder: str
-    fingerprint: str
+    folder: str  # absolute path or URL of the checkpoint, or an address with a prefix, such as `hf:FOLDER`
+    fingerprint: str  # of everything that determines the model's output
 
     def require_unchanged(self, part: str, expected: object, actual: object) -> None:
-        """Checks that a part of the checkpoint is the same as at the start of the run.
-
-        Args:
-            part: name of the part, for the error message.
-            expected: fingerprint or settings of the part at the start of the run.
-            actual: fingerprint or settings of the part that was loaded now.
-
-        Raises:
-            CheckpointError: `expected` and `actual` differ.
-        """
+        """Raises CheckpointError if a part of the checkpoint is not the same as at the start of the run."""
         if expected != actual:
             raise CheckpointError(
                 f"{self.folder}: expected the {part} that the run started with, {expected}, got {actual}; start again "
@@ -61,10 +44,7 @@ class CheckpointCache(Generic[Model]):
         self._device: torch.device | None = None  # device of the cached model; None if it has not been moved yet
 
     def load_with_version(self, folder: str | os.PathLike[str]) -> tuple[Model, CheckpointVersion]:
-        """Loads a model. Also returns its version, which workers pass to `get` to use the same weights.
-
-        The model is cached for pipeline stages that run in this process.
-        """
+        """Loads and caches a model. Also returns its version, which workers pass to `get` to use the same weights."""
         model = self._load(os.fspath(folder))
         checkpoint = CheckpointVersion(resolve_model_address(folder), model.fingerprint)
         with self._lock:
@@ -72,11 +52,7 @@ class CheckpointCache(Generic[Model]):
         return model, checkpoint
 
     def get(self, checkpoint: CheckpointVersion, device: str) -> Model:
-        """Returns this version of a model on a device; loads the model unless it is cached.
-
-        Raises:
-            CheckpointError: the checkpoint was replaced.
-        """
+        """Returns this version of a model on a device. Raises CheckpointError if the checkpoint was replaced."""
         torch_device = resolve_device(device)
         with self._lock:  # other threads wait while one loads
             if self._entry is None or self._entry[0] != checkpoint:
@@ -89,17 +65,3 @@ class CheckpointCache(Generic[Model]):
                 model.to(torch_device)
                 self._device = torch_device
             return model
-
-
-def cached_per_process(load: Callable[Arguments, Result], size: int = 1) -> Callable[Arguments, Result]:
-    """Wraps a loader so that all threads share its `size` most recently used results, which must not be modified."""
-    lock = Lock()
-    cached = lru_cache(maxsize=size)(load)
-
-    @wraps(load)
-    def load_shared(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with lock:  # other threads wait while one loads
-            result: Result = cached(*args, **kwargs)  # type: ignore[arg-type]
-            return result
-
-    return load_shared

@@ -118,13 +118,8 @@ def _build_recurrence(config: RankerConfig) -> nn.RNNBase | None:
     if config.sentence_encoder == "mean":
         return None
     cell = nn.LSTM if config.sentence_encoder == "lstm" else nn.GRU
-    return cell(
-        config.embedding_size,
-        config.hidden_size,
-        config.layers,
-        batch_first=True,
-        dropout=config.dropout if config.layers > 1 else 0.0,
-    )
+    dropout = config.dropout if config.layers > 1 else 0.0
+    return cell(config.embedding_size, config.hidden_size, config.layers, batch_first=True, dropout=dropout)
 
 
 def _append_end(sentences: Tensor) -> tuple[Tensor, Tensor]:

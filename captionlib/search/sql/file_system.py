@@ -24,21 +24,19 @@ class DatasetFile(NamedTuple):
 
 
 class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """Exposes the given files of other file systems under new names, read-only.
+    """Exposes files of other file systems at addresses such as `dataset://captions/part-00000.parquet`, read-only.
 
-    DuckDB reads `dataset://captions/part-00000.parquet`, wherever the file is stored. DuckDB cannot write files or list
-    folders, and does not interpret characters of the actual path as a glob pattern. DuckDB opens a file several times
-    in one query. This class opens a local file only once, so a query reads one version of it, even if the file is
-    replaced.
+    DuckDB cannot list folders, and does not interpret characters of the actual path as a glob pattern. DuckDB opens a
+    file several times in one query. This class opens a local file only once, so that a query reads one version of it,
+    even if the file is replaced.
     """
 
     protocol = "dataset"
     cachable = False
 
     def __init__(self, files: Mapping[str, DatasetFile]) -> None:
-        """Exposes files under names such as `captions/part-00000.parquet`."""
         super().__init__()
-        self._files = {f"{self.protocol}://{name}": file for name, file in files.items()}
+        self._files = files
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -48,11 +46,6 @@ class DatasetFileSystem(AbstractFileSystem):  # type: ignore[misc]
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
             self._descriptors.clear()
-
-    @property
-    def addresses(self) -> list[str]:
-        """The URLs under which DuckDB opens the files."""
-        return list(self._files)
 
     def open(self, path: str, mode: str = "rb", **_options: Any) -> RangedFile:
         if mode not in ("r", "rb"):

@@ -25,10 +25,8 @@ _UNTRACKED_BYTES = 2**29  # memory that DuckDB does not count, such as Arrow bat
 def run_query(open_rows: OpenRows, memory_bytes: int, timeout_seconds: float) -> Iterator[pa.RecordBatchReader]:
     """Runs a query in a child process and streams its rows.
 
-    Args:
-        open_rows: starts the query. The child process calls it.
-        memory_bytes: limit on DuckDB's memory. The child is killed if it allocates 512 MiB more.
-        timeout_seconds: limit on the total time that this process waits for rows.
+    The child is killed if it allocates 512 MiB more than `memory_bytes`, which is the limit on DuckDB's memory, or if
+    this process waits for rows longer than `timeout_seconds` in total.
 
     Raises:
         QueryError: the query exceeds a limit. Reading the rows may also raise it.
@@ -42,8 +40,8 @@ def run_query(open_rows: OpenRows, memory_bytes: int, timeout_seconds: float) ->
             for batch in rows:
                 writer.write_batch(batch)
                 sink.flush()
-            # Closed only after success: the parent stops reading at the end marker that `close` writes. If the marker
-            # is missing, the parent reads to the end of the output, where the child's error is raised.
+            # Closed only after success: without the end marker that `close` writes, the parent reads to the end of the
+            # output, where the child's error is raised.
             writer.close()
 
     limits = ProcessLimits(

@@ -1,4 +1,7 @@
-"""Common queries, for callers who do not want to write SQL. Arguments become SQL parameters, never part of the SQL."""
+"""Common queries, for callers who do not want to write SQL. Arguments become SQL parameters, never part of the SQL.
+
+All functions except `find_image` raise QueryError if the dataset does not contain captions.
+"""
 
 import re
 
@@ -18,9 +21,6 @@ def find_image(session: SqlSession, image_id: str) -> pa.Table:
     """Returns the row of one image from a dataset of any kind, or its rows from several datasets.
 
     Bloom filters in the Parquet files let DuckDB skip most row groups.
-
-    Raises:
-        QueryError: the image is not in the dataset, or processing it failed; the message includes the reason.
     """
     view = session.view.replace('"', '""')
     rows = session.query(f'SELECT * FROM "{view}" WHERE image_id = ?', [image_id])
@@ -36,11 +36,7 @@ def find_image(session: SqlSession, image_id: str) -> pa.Table:
 
 
 def find_captions(session: SqlSession, words: str, limit: int | None = None) -> pa.RecordBatchReader:
-    """Returns the captions that contain all words, in any order, ignoring case, most probable first.
-
-    Raises:
-        QueryError: `words` is empty, or the dataset does not contain captions.
-    """
+    """Returns the captions that contain all words, in any order, ignoring case, most probable first."""
     patterns = [_WORD_START + re.escape(word) + _WORD_END for word in words.split()]
     if not patterns:
         raise QueryError("words to search for: expected one or more, got none")
@@ -49,20 +45,11 @@ def find_captions(session: SqlSession, words: str, limit: int | None = None) -> 
 
 
 def find_top_captions(session: SqlSession, limit: int) -> pa.RecordBatchReader:
-    """Returns the most probable captions.
-
-    Raises:
-        QueryError: the dataset does not contain captions.
-    """
     return _stream_captions(session, "", [], limit)
 
 
 def count_words(session: SqlSession, limit: int) -> pa.RecordBatchReader:
-    """Returns the most frequent words of the captions with their counts.
-
-    Raises:
-        QueryError: the dataset does not contain captions.
-    """
+    """Returns the most frequent words of the captions with their counts."""
     _require_captions(session)
     sql = """
         SELECT word, count(*) AS count

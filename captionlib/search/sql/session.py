@@ -53,11 +53,6 @@ class SqlLimits:
 
     @property
     def memory_bytes(self) -> int:
-        """The memory limit in bytes.
-
-        Raises:
-            ConfigError: the memory limit is not a size.
-        """
         try:
             return int(TypeAdapter(ByteSize).validate_python(self.memory))
         except ValidationError as error:
@@ -65,16 +60,11 @@ class SqlLimits:
 
 
 class SqlSession:
-    """One or more datasets of the same kind, opened for SQL by `open_sql`.
-
-    Attributes:
-        view: name of the view over the rows, which is the kind of the datasets, such as `captions`.
-        folders: paths or URLs of the datasets, for error messages.
-    """
+    """One or more datasets of the same kind, opened for SQL by `open_sql`."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, datasets: Sequence[ShardedDataset]) -> None:
-        self.view = datasets[0].kind
-        self.folders = " and ".join(dataset.folder.uri for dataset in datasets)
+        self.view = datasets[0].kind  # the name of the view over the rows is the kind, such as `captions`
+        self.folders = " and ".join(dataset.folder.uri for dataset in datasets)  # for error messages
         self._connection = connection
 
     def stream(self, sql: str, parameters: Sequence[Any] = ()) -> pa.RecordBatchReader:
@@ -101,11 +91,7 @@ class SqlSession:
         return self.stream(sql, parameters).read_all()
 
     def find_matching(self, where: str) -> frozenset[str]:
-        """Returns the ids of the images that match a SQL condition over the columns of the view.
-
-        Raises:
-            QueryError: the condition is invalid or fails.
-        """
+        """Returns the ids of the images that match a SQL condition over the columns of the view."""
         view = self.view.replace('"', '""')
         try:
             with _raise_query_errors(self.view):
@@ -130,54 +116,38 @@ def open_sql(
 ) -> Iterator[SqlSession]:
     """Opens datasets of the same kind for SQL.
 
-    A view with the name of the kind, such as `captions`, contains the rows of all datasets. An image that is in several
-    datasets has several rows. The view `failures` contains the images that could not be processed. A dataset can be
-    queried while it is being written, because the views contain only finished shards (Parquet files).
+    A view with the name of the kind, such as `captions`, contains the rows of all datasets. The view `failures`
+    contains the images that could not be processed. Both contain only finished shards (Parquet files).
 
-    Args:
-        folders: the datasets.
-        kind: expected kind; None for any.
-        limits: resources that the queries may use.
-        duplicates: dataset that contains groups of similar images. Only one image of each group is kept.
-        mark_duplicates: keep the rows of all images, and add the column `duplicate_of`. It contains the id of the kept
-            image of the group, or null if the image is not a duplicate.
+    `kind` is the expected kind; None for any. `duplicates` is a dataset of groups of similar images: the view contains
+    only the kept image of each group. With `mark_duplicates`, it contains all images, and a column `duplicate_of` with
+    the id of the kept image, or null if the image is not a duplicate.
 
     Raises:
         DatasetError: a folder is not a dataset of the given kind, or the kinds differ.
         ConfigError: DuckDB rejects the limits.
     """
-    datasets = _open_datasets(folders, kind)
-    data_files: dict[str, DatasetFile] = {}
-    failure_files: dict[str, DatasetFile] = {}
-    for index, dataset in enumerate(datasets):
-        data, failures = _list_files(dataset, f"{index}/" if len(datasets) > 1 else "")
-        data_files |= data
-        failure_files |= failures
+    first, *others = list_addresses(folders)
+    datasets = [open_dataset(first, kind)]
+    datasets += [open_dataset(folder, datasets[0].kind) for folder in others]
+    data_files, failure_files = _list_files(datasets)
     with (
         tempfile.TemporaryDirectory(prefix="captionlib-") as spill_folder,
         closing(DatasetFileSystem({**data_files, **failure_files})) as files,
         closing(connect(limits, spill_folder)) as connection,
     ):
         connection.register_filesystem(files)
-        restrict_connection(connection, files.addresses)
+        restrict_connection(connection, [*data_files, *failure_files])
         schemas = [dataset.schema for dataset in datasets]
         with _raise_query_errors(datasets[0].kind):
             view = datasets[0].kind
             all_rows = view if duplicates is None else f"all_{view}"
-            _create_view(connection, all_rows, files.addresses[: len(data_files)], schemas)
+            _create_view(connection, all_rows, list(data_files), schemas)
             if duplicates is not None:
                 _join_duplicates(connection, all_rows, duplicates, mark_duplicates).create_view(view)
-            _create_view(connection, "failures", files.addresses[len(data_files) :], [FAILURES_SCHEMA])
+            _create_view(connection, "failures", list(failure_files), [FAILURES_SCHEMA])
         with _interrupt_on_ctrl_c(connection):
             yield SqlSession(connection, datasets)
-
-
-def _open_datasets(folders: Addresses, kind: str | None) -> list[ShardedDataset]:
-    datasets: list[ShardedDataset] = []
-    for folder in list_addresses(folders):
-        # All datasets must be of the same kind as the first one.
-        datasets.append(open_dataset(folder, datasets[0].kind if datasets else kind))
-    return datasets
 
 
 def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limits: SqlLimits = SqlLimits()) -> pa.Table:
@@ -207,11 +177,7 @@ def query_sql(folder: Addresses, sql: str, parameters: Sequence[Any] = (), limit
 
 
 def connect(limits: SqlLimits, spill_folder: str) -> duckdb.DuckDBPyConnection:
-    """Opens an isolated in-memory database that spills large intermediate results to a folder.
-
-    Raises:
-        ConfigError: DuckDB rejects the limits.
-    """
+    """Opens an isolated in-memory database that spills large intermediate results to a folder."""
     config: dict[str, Any] = {**_ISOLATION, "memory_limit": limits.memory, "temp_directory": spill_folder}
     if limits.threads is not None:
         config["threads"] = limits.threads
@@ -231,20 +197,22 @@ def restrict_connection(connection: duckdb.DuckDBPyConnection, addresses: Sequen
     connection.execute("SET lock_configuration = true")
 
 
-def _list_files(dataset: ShardedDataset, prefix: str) -> tuple[dict[str, DatasetFile], dict[str, DatasetFile]]:
-    """Returns the data files and failure files of all finished shards, by the names under which DuckDB opens them."""
-    finished = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
-    failure_files = set(dataset.folder.list(FAILURES_FOLDER))
-    names = [f"{part_name(shard)}.parquet" for shard in finished]
-    failed = [name for name in names if name in failure_files]
-    folder = dataset.folder
-    return (
-        {f"{dataset.kind}/{prefix}{name}": DatasetFile(folder.fs, folder.path(name)) for name in names},
-        {
-            f"failures/{prefix}{name}": DatasetFile(folder.fs, folder.path(f"{FAILURES_FOLDER}/{name}"))
-            for name in failed
-        },
-    )
+def _list_files(datasets: Sequence[ShardedDataset]) -> tuple[dict[str, DatasetFile], dict[str, DatasetFile]]:
+    """Returns the data files and failure files of all finished shards, by the addresses at which DuckDB opens them."""
+    data: dict[str, DatasetFile] = {}
+    failures: dict[str, DatasetFile] = {}
+    for index, dataset in enumerate(datasets):
+        folder = dataset.folder
+        prefix = f"{index}/" if len(datasets) > 1 else ""
+        finished = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
+        failure_files = set(folder.list(FAILURES_FOLDER))  # listed last, to include those of all finished shards
+        for shard in finished:
+            name = f"{part_name(shard)}.parquet"
+            data[f"dataset://{dataset.kind}/{prefix}{name}"] = DatasetFile(folder.fs, folder.path(name))
+            if name in failure_files:
+                path = folder.path(f"{FAILURES_FOLDER}/{name}")
+                failures[f"dataset://failures/{prefix}{name}"] = DatasetFile(folder.fs, path)
+    return data, failures
 
 
 def _create_view(
@@ -272,7 +240,7 @@ def _join_duplicates(
 
 @contextmanager
 def _interrupt_on_ctrl_c(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
-    """Makes Ctrl-C interrupt a running query; by default DuckDB completes the query first."""
+    """Makes Ctrl-C interrupt a running query. By default, DuckDB completes it first."""
     previous = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(previous):
         yield

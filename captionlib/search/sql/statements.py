@@ -26,13 +26,9 @@ _STACK_TRACE = re.compile(r"Traceback \(most recent call last\):\n(?:  .*\n)*[\w
 def check_reads_only(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Checks that SQL is one SELECT (or DESCRIBE, SHOW, SUMMARIZE, VALUES, FROM) with only safe table functions.
 
-    The configuration of the connection already blocks access to files and changes to the configuration. This check
-    also rejects functions that the configuration does not block, such as `enable_logging(storage_path=...)` and
-    functions of later versions of DuckDB. It rejects everything that reads settings, because they can contain secrets:
-    for example, DuckDB copies the password of a proxy from the environment.
-
-    Raises:
-        QueryError: the SQL is invalid, is not a SELECT, or uses a function or view that is not allowed.
+    The configuration of the connection already blocks access to files. This check also rejects functions that it does
+    not block, such as `enable_logging(storage_path=...)`, and everything that reads settings, because they can contain
+    secrets: DuckDB copies the password of a proxy from the environment.
     """
     try:
         statements = connection.extract_statements(sql)
@@ -76,20 +72,15 @@ def _check_views(node: dict[str, Any], system_views: Set[str], dataset_views: Se
 
 
 def check_condition(connection: duckdb.DuckDBPyConnection, condition: str) -> None:
-    """Checks that SQL is one expression, so that a caller can put it in parentheses in a statement.
+    """Raises duckdb.Error if SQL is not one expression, such as `true) UNION (SELECT 1`.
 
-    `true) UNION (SELECT 1`, for example, would close the parentheses. `check_reads_only` must still check the whole
-    statement.
-
-    Raises:
-        duckdb.Error: the SQL is not an expression.
+    `check_reads_only` must still check the statement that contains it.
     """
     # The line break ends a comment at the end of the condition. The brackets reject `1) FROM a WHERE (1`.
     connection.extract_statements(f"SELECT [(\n{condition}\n)]")
 
 
 def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    """Yields all mappings of a parsed statement, outer mappings first."""
     stack = [tree]
     while stack:
         node = stack.pop()
@@ -101,11 +92,7 @@ def _walk_nodes(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def to_query_error(error: Exception) -> QueryError:
-    """Converts a DuckDB error. Keeps only its description, as one line, and omits the SQL and advice that follow.
-
-    If the file system raised an exception, DuckDB's error contains the stack trace. Only the message of the exception
-    is kept.
-    """
+    """Converts a DuckDB error. Keeps only its description, as one line, without SQL, advice and stack traces."""
     raised = _STACK_TRACE.search(str(error))
     description, _, _ = (raised[1] if raised else str(error)).partition("\n\n")
     return QueryError(f"query: {' '.join(description.split())}")

@@ -1,13 +1,6 @@
 // Makes each word of the caption show its attention map on the image; attention_maps.js draws the maps.
 "use strict";
 
-function createElement(tag, className, text) {
-  const element = document.createElement(tag);
-  element.className = className;
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
-
 const figure = document.getElementById("attention"), caption = document.getElementById("caption");
 const crop = createElement("div", "crop");
 const [left, top_, width, height] = figure.dataset.crop.split(" ").map((fraction) => `${100 * fraction}%`);

@@ -90,7 +90,7 @@ def test_update_without_changes_writes_nothing(tmp_path: Path) -> None:
 
 def test_unchanged_rows_are_not_written_or_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     update(tmp_path, make_rows("abcd"))
-    for name in ("compare_with_manifest", "check_unique_ids"):
+    for name in ("Comparison", "check_unique_ids"):
         monkeypatch.delattr(f"captionlib.data.ingestion.prepare.{name}")
     reports: list[Changes] = []
     assert update(tmp_path, make_rows("abcd"), report_changes=reports.append).already_prepared

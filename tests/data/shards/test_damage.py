@@ -3,15 +3,18 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
+from captionlib.data.shards import dataset as dataset_module
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import Marker, to_json_with_checksum
+from captionlib.data.shards.markers import Marker, to_json_with_checksum, write_marker
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, embeddings_schema, features_schema
+from captionlib.data.shards.verification import VerifiedFile
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DamagedShardError, DatasetError, FetchError, StorageError
 from captionlib.storage.folders import TEMPORARY_FOLDER, Folder
@@ -82,6 +85,17 @@ def test_flipped_bits_in_failures_are_noticed(tmp_path: Path) -> None:
     for _ in flip_bits(tmp_path / "__failures" / "part-00001.parquet"):
         with pytest.raises(DamagedShardError, match=r"__failures/part-00001\.parquet is damaged"):
             dataset.read_failures(1)
+
+
+def test_flipped_bits_in_failures_that_are_being_removed_are_noticed(tmp_path: Path) -> None:
+    dataset = create(tmp_path)
+    marker = dataset.read_marker(0)
+    assert marker is not None
+    write_marker(dataset.folder, replace(marker, failures=0, failures_checksum="", previous=marker))
+    assert dataset.read_failures(0) is not None
+    for _ in flip_bits(tmp_path / "__failures" / "part-00000.parquet", 10):
+        with pytest.raises(DamagedShardError, match=r"__failures/part-00000\.parquet is damaged"):
+            dataset.read_failures(0)
 
 
 def test_markers_with_flipped_bits_do_not_count(tmp_path: Path) -> None:
@@ -275,6 +289,77 @@ def test_reader_that_meets_a_new_version_reads_its_marker_again(
 
     monkeypatch.setattr(ShardedDataset, "read_marker_even_if_unfinished", replace_after_first_call)
     assert dataset.read(0).num_rows == 30
+
+
+def write_failure(dataset: ShardedDataset, name: str) -> None:
+    """Replaces a shard by a single failure, or by no image at all."""
+    with write_shard(dataset, 0, 1 if name else 0) as writer:
+        if name:
+            writer.write_failure({"image_id": name, "uri": ""}, FetchError("HTTP 404", "not found"))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("other", ["other"]), ("", None)])
+def test_reader_that_meets_new_failures_reads_their_marker_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: list[str] | None
+) -> None:
+    dataset = create(tmp_path)
+    read_marker_even_if_unfinished, calls = ShardedDataset.read_marker_even_if_unfinished, []
+
+    def replace_after_first_call(self: ShardedDataset, shard: int) -> Marker | None:
+        marker = read_marker_even_if_unfinished(self, shard)
+        calls.append(shard)
+        if len(calls) == 1:
+            write_failure(dataset, name)
+        return marker
+
+    monkeypatch.setattr(ShardedDataset, "read_marker_even_if_unfinished", replace_after_first_call)
+    failures = dataset.read_failures(0)
+    assert (None if failures is None else failures["image_id"].to_pylist()) == expected
+
+
+@pytest.mark.parametrize("names", [("bad", ""), ("", "bad")])
+def test_readers_of_failures_accept_both_versions_while_a_shard_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
+) -> None:
+    dataset = create(tmp_path)
+    write_failure(dataset, names[0])
+    found: list[list[str] | None] = []
+
+    def read_after(original: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: Any) -> None:
+            original(*arguments)
+            failures = dataset.read_failures(0)
+            found.append(None if failures is None else failures["image_id"].to_pylist())
+
+        return call
+
+    for name in ("_publish_local", "remove_file"):
+        monkeypatch.setattr(Folder, name, read_after(getattr(Folder, name)))
+    write_failure(dataset, names[1])
+    steps = [[names[0]], [names[0]], [names[1]], [names[1]]]  # marker of both versions, data, failures, new marker
+    assert found == [None if step == [""] else step for step in steps]
+
+
+def test_file_that_is_replaced_while_the_marker_describes_both_versions_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, other = create(tmp_path / "old"), create(tmp_path / "new")
+    new = write_rows(other, 0, 30)
+    write_marker(dataset.folder, replace(new, previous=dataset.read_marker(0)))
+    opened = []
+
+    class ReplacedFile(VerifiedFile):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            opened.append(self)
+            if len(opened) == 1:
+                (tmp_path / "new" / "part-00000.parquet").replace(tmp_path / "old" / "part-00000.parquet")
+
+    monkeypatch.setattr(dataset_module, "VerifiedFile", ReplacedFile)
+    assert dataset.read(0).num_rows == 30
+    for _ in flip_bits(tmp_path / "old" / "part-00000.parquet", 3):
+        with pytest.raises(DamagedShardError):
+            dataset.read(0)
 
 
 def test_readers_during_many_rewrites_see_whole_versions(tmp_path: Path) -> None:

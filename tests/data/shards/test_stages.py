@@ -366,6 +366,21 @@ def test_verify_processes_damaged_shards_again(source: ShardedDataset, tmp_path:
     assert read_outputs(tmp_path) == expected
 
 
+def test_verify_does_not_copy_damaged_rows_of_shards_without_block_checksums(
+    source: ShardedDataset, tmp_path: Path
+) -> None:
+    run_once(source, tmp_path)
+    captions = open_dataset(tmp_path / "captions")
+    expected, marker = captions.read(0), captions.read_marker(0)
+    assert marker is not None
+    with write_shard(captions, 0, expected.num_rows, marker.input_checksum) as writer:
+        writer.write(expected.set_column(7, captions.schema.field("caption"), pa.array(["wrong"] * expected.num_rows)))
+    size = (tmp_path / "captions" / "part-00000.parquet").stat().st_size
+    write_marker(captions.folder, replace(marker, blocks="", bytes=size))
+    assert run_once(source, tmp_path, verify=True) == ["00", "01", "02", "03", "04"]
+    assert open_dataset(tmp_path / "captions").read(0).equals(expected)
+
+
 def test_damaged_rows_are_not_copied(source: ShardedDataset, tmp_path: Path) -> None:
     run_once(source, tmp_path)
     damage(tmp_path / "vectors" / "part-00000.parquet")

@@ -1,5 +1,6 @@
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pytest
 from benchmarks.simulated_kills import WRITES, Killed
 from captionlib.data.shards import update as update_module
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
-from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER
+from captionlib.data.shards.markers import JOURNAL_FILE, UPDATE_FOLDER, Totals, write_marker
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
 from captionlib.data.shards.update import drop_uncommitted_updates, update_shards
 from captionlib.data.shards.writer import write_shard
@@ -244,3 +245,39 @@ def test_journal_without_some_of_its_shards_is_kept(dataset: ShardedDataset, tmp
     for _ in range(2):
         with pytest.raises(DatasetError, match="expected the new version of part-00003, got no file"):
             open_dataset(tmp_path)
+
+
+def test_slow_completion_of_an_update_keeps_the_journal_of_the_next(
+    dataset: ShardedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_after_commit(dataset, patch, 0)
+    finish = ShardedDataset.finish
+
+    def commit_next_and_finish(current: ShardedDataset, *arguments: float, **options: float) -> Totals:
+        monkeypatch.undo()
+        opened = open_dataset(tmp_path)  # completes the first update
+        monkeypatch.setattr(update_module, "complete_update", lambda folder: None)
+        with update_shards(opened, 4) as staged:
+            write(staged, 1, ["next"])
+        monkeypatch.undo()
+        return finish(current, *arguments, **options)
+
+    monkeypatch.setattr(ShardedDataset, "finish", commit_next_and_finish)
+    update_module.complete_update(dataset.folder)
+    assert read(tmp_path) == [NEW[0], ["next"], *NEW[2:]]
+
+
+def test_update_is_completed_while_a_job_replaces_a_shard(dataset: ShardedDataset, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_after_commit(dataset, patch, 0)
+    marker = dataset.read_marker(1)
+    assert marker is not None
+    write_marker(dataset.folder, replace(marker, previous=marker))
+    opened = open_dataset(tmp_path)
+    assert JOURNAL_FILE not in opened.folder.list()
+    assert not opened.is_complete()
+    assert opened.pending_shards() == [1]
+    write(opened, 1, ["d"])
+    opened.finish()
+    assert read(tmp_path) == NEW

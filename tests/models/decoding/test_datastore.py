@@ -18,7 +18,7 @@ REFERENCES = pa.list_(pa.list_(pa.int32()))
 
 def build_datastore(vectors: list[list[float]], references: list[list[list[int]]]) -> Datastore:
     ids = [f"image {number}" for number in range(len(vectors))]
-    return Datastore(ids, np.array(vectors, np.float32), pa.array(references, REFERENCES), "fingerprint")
+    return Datastore(ids, np.array(vectors, np.float32), pa.array(references, REFERENCES))
 
 
 FOUR = build_datastore([[1, 0], [0, 1], [-1, 0], [0, -1]], [[[2]], [[3], [4]], [[5]], [[6]]])  # the mean is 0
@@ -63,9 +63,7 @@ def test_reranking_depends_on_neighbors_and_not_on_batch(config: CaptionerConfig
     with torch.inference_mode():
         vectors = model.encode_images(features(20, seed=4)).features.numpy()
     references = [[[2 + number % 7, 2 + number % 5, 2 + number % 3]] for number in range(20)]
-    datastore = Datastore(
-        [str(number) for number in range(20)], vectors, pa.array(references, REFERENCES), "fingerprint"
-    )
+    datastore = Datastore([str(number) for number in range(20)], vectors, pa.array(references, REFERENCES))
     decoding = DecodingConfig(
         beam_width=8, n_best=8, rerank=RerankConfig("mbr", temperature=5.0, neighbors=4), max_tokens=6
     )

@@ -1,5 +1,6 @@
 import dataclasses
 from pathlib import Path
+from unittest.mock import Mock
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import fsspec
@@ -8,9 +9,10 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from fsspec.implementations.memory import MemoryFileSystem
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from captionlib.errors import CaptionlibError, ConfigError, DatasetError
+from captionlib.errors import CaptionlibError, ConfigError, DatasetError, StorageError
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig, PendingFeatures, load_encoder
 from captionlib.models.encoders.weights import _read_file, hash_weights, sample_weights, serialize_weights
@@ -138,6 +140,15 @@ def test_weights_are_read_from_any_file_system_but_not_from_a_chain(tmp_path: Pa
         assert load_encoder(dataclasses.replace(SMALL, weights=weights)).description["weights_sha256"] == expected
     with pytest.raises(ConfigError, match="chains file systems"):
         load_encoder(dataclasses.replace(SMALL, weights=f"reference::{address}"))
+
+
+def test_errors_distinguish_missing_weights_from_a_failing_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(SMALL, weights="memory://missing/w.safetensors")
+    with pytest.raises(ConfigError, match=r"missing/w.safetensors: file not found"):
+        load_encoder(config)
+    monkeypatch.setattr(MemoryFileSystem, "get_file", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(StorageError, match="cannot be accessed: Permission denied"):
+        load_encoder(config)
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])

@@ -98,6 +98,15 @@ def test_tokens_of_a_batch_of_sentences_are_limited(folder: Path, monkeypatch: p
     assert max(sizes) <= (80 if folder.name == "git" else 40)  # GIT also computes logits of the positions of the image
 
 
+def test_references_without_words_are_not_scored(folder: Path) -> None:
+    pixels = [np.zeros((tiny_models.SIDE, tiny_models.SIDE, 3), np.uint8)] * 2
+    captioner = open_captioner(f"hf:{folder}")
+    assert score(captioner, pixels, [[""], []]) == [[(0, 0)], []]
+    (empty, dog), (alone,) = score(captioner, pixels, [["", "a dog"], ["a dog"]])
+    assert empty == (0, 0)
+    assert dog == (pytest.approx(alone[0], abs=1e-4), alone[1])
+
+
 def test_a_reference_that_is_longer_than_the_model_supports_is_an_error(folder: Path) -> None:
     pixels = [np.zeros((tiny_models.SIDE, tiny_models.SIDE, 3), np.uint8)]
     captioner = open_captioner(f"hf:{folder}")

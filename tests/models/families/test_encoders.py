@@ -314,7 +314,7 @@ def test_a_package_adds_a_family_with_an_entry_point(tmp_path: Path, monkeypatch
         """
 import torch
 from captionlib.data.images.decoding import Preprocessing
-from captionlib.models.encoders.encoder import build_encoder
+from captionlib.models.encoders.encoder import Encoder
 
 
 class Colors(torch.nn.Module):
@@ -326,7 +326,7 @@ def load(location, config, device):
     network = Colors()
     network.side = int(location)
     preprocessing = Preprocessing(8, 8, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return build_encoder(network, config, preprocessing, device, "version 1")
+    return Encoder(network, config, preprocessing, device, "version 1")
 """
     )
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,7 +1,6 @@
 """Properties that GPU workers rely on and that hold on any device: shared models, a busy device, limited memory."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,11 +21,13 @@ from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
 from captionlib.models.decoding.config import DecodingConfig
 from captionlib.models.decoding.decoder import Decoder
 from captionlib.models.devices import copy_to_host_async, halve_on_out_of_memory
+from captionlib.models.encoders.encoder import EncoderConfig
+from captionlib.models.families import encoder as encoder_family
 from captionlib.models.families.captioner import open_captioner
 from captionlib.models.inference.captioning import CaptionGeneration, GenerationConfig
 from captionlib.models.inference.embedding import EmbeddingConfig, ImageEmbedding
-from captionlib.models.inference.extraction import encode_images
-from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion, cached_per_process
+from captionlib.models.inference.extraction import encode_images, load_shared_encoder
+from captionlib.models.inference.shared_models import CheckpointCache, CheckpointVersion
 from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from tests.models.checkpoint_loads import count_checkpoint_loads
 from tests.models.tiny_captioners import CONFIGS, build, features
@@ -83,24 +84,24 @@ def test_cached_model_is_moved_to_a_device_once(tmp_path: Path, monkeypatch: pyt
     assert moves == []  # a parameter that is replaced while another thread copies the model breaks the copy
 
 
-def test_cached_per_process_loads_once_and_retries_after_an_error() -> None:
-    loads: Counter[str] = Counter()
+def test_threads_share_one_encoder_and_load_it_again_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[EncoderConfig] = []
 
-    @cached_per_process
-    def load(name: str) -> list[str]:
-        loads[name] += 1
+    def load(config: EncoderConfig, _device: str) -> object:
+        loads.append(config)
         time.sleep(0.05)
-        if loads[name] == 1 and name == "flaky":
+        if len(loads) == 1:
             raise ConnectionError
-        return [name]
+        return object()
 
-    with ThreadPoolExecutor(BUNDLES) as threads:
-        models = list(threads.map(load, ["good"] * BUNDLES))
-    assert all(model is models[0] for model in models)
+    monkeypatch.setattr(encoder_family, "load_encoder", load)
+    config = EncoderConfig(weights="random:77")
     with pytest.raises(ConnectionError):
-        load("flaky")
-    assert load("flaky") is load("flaky")
-    assert loads == {"good": 1, "flaky": 2}
+        load_shared_encoder(config, "cpu", None)
+    with ThreadPoolExecutor(BUNDLES) as threads:
+        encoders = list(threads.map(lambda _: load_shared_encoder(config, "cpu", None), range(BUNDLES)))
+    assert len(set(encoders)) == 1
+    assert len(loads) == 2
 
 
 class RecordingEncoder:
