@@ -224,6 +224,7 @@ class ShardedDataset:
         return totals.checksum if totals is not None and totals.checksum else self.compute_totals().checksum
 
     def is_complete(self) -> bool:
+        """Returns whether all shards are finished and the dataset is marked as complete."""
         return self.read_totals() is not None
 
     def mark_incomplete(self) -> None:
