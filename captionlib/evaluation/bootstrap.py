@@ -1,7 +1,7 @@
 """Computes scores of a set of images and of each image, and confidence intervals by resampling images (bootstrap)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
@@ -36,7 +36,7 @@ class Scores:
     overall: Mapping[str, float]  # for BLEU, METEOR and perplexity, this is not the mean over images
     per_image: Mapping[str, Mapping[str, float]]  # by image id; NaN if undefined
     intervals: Mapping[str, tuple[float, float]]  # bounds of the confidence interval of the overall score
-    resampled: Mapping[str, npt.NDArray[np.float64]]  # overall score of each resample, [samples]
+    resampled: Mapping[str, npt.NDArray[np.float64]] = field(compare=False)  # overall score of each resample, [samples]
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:

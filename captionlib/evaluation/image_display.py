@@ -71,8 +71,9 @@ def build_image_display(rows: Iterable[Mapping[str, Any]], encoder: Mapping[str,
 
 
 def parse_preprocessing(encoder: Mapping[str, Any]) -> Preprocessing | None:
-    """Returns the encoder's preprocessing, or None if the features were computed by other software and imported."""
-    return Preprocessing(**encoder["preprocessing"]) if "preprocessing" in encoder else None
+    """Returns the encoder's preprocessing, or None if the features were imported or the model resizes the images."""
+    preprocessing = encoder.get("preprocessing", {})
+    return Preprocessing(**preprocessing) if "crop_size" in preprocessing else None
 
 
 def _split_by_image(attention: pa.ListArray) -> list[npt.NDArray[np.floating]]:

@@ -74,7 +74,7 @@ def create_app(service: SearchService, thumbnail_folder: Path) -> FastAPI:
             request, make_problem(status, detail), headers
         ),
     )
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.allowed_hosts))
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(config.allowed_hosts), www_redirect=False)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(Monitoring, log_requests=config.log_requests)
     return app

@@ -40,7 +40,7 @@ def create_job_app(folder: str | os.PathLike[str], allowed_hosts: Sequence[str])
     return Starlette(
         routes=[Route("/", show_page), *(make_asset_route(*asset) for asset in _ASSETS.items())],
         middleware=[
-            Middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts)),
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False),
             Middleware(SecurityHeaders),
         ],
     )

@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from captionlib.errors import ConfigError, StorageError
 from captionlib.storage.file_systems import open_file_system, split_protocol
-from captionlib.storage.remote_errors import is_temporary_error
+from captionlib.storage.remote_errors import get_http_status, is_temporary_error
 from captionlib.storage.retries import RangedFile, call_with_retries, convert_os_errors, find_file_type
 
 __all__ = [
@@ -107,8 +107,14 @@ class Folder:
         return sorted(path.rsplit("/", 1)[-1] for path in paths if path != folder)
 
     def exists(self, name: str) -> bool:
-        """Returns whether there is a file or a folder with this name."""
-        return find_file_type(self.fs, self.path(name)) is not None
+        """Returns whether there is a file or a folder with this name. If a web server answers 403, returns False."""
+        try:
+            return find_file_type(self.fs, self.path(name)) is not None
+        except StorageError as error:
+            # A public bucket that cannot be listed answers 403 for a missing file.
+            if split_protocol(self.uri)[0] in ("http", "https") and get_http_status(error) == 403:
+                return False
+            raise
 
     def fetch_version(self, name: str) -> str:
         """Returns a string that changes whenever the file is replaced. Does not read the file."""

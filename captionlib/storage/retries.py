@@ -7,6 +7,7 @@ endpoint can restart, or a bucket can stop throttling its clients.
 import errno
 import io
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
             return action()
         except FileNotFoundError as error:  # fsspec raises it for every failure of a web server, not only for 404
             cause = error.__cause__
+            if getattr(cause, "errno", None) == socket.EAI_NONAME:  # probably a typing error, so not retried
+                with convert_os_errors(address):
+                    raise cause from None
             if cause is not None and _is_server_failure(cause):
                 raise cause from None
             raise
@@ -106,6 +110,8 @@ def find_file_type(fs: Any, path: str) -> str | None:
             if error.errno == errno.ENAMETOOLONG:  # no file can have this name
                 raise FileNotFoundError(path) from None
             raise
+        except ValueError:  # the name contains a null character or a lone surrogate
+            raise FileNotFoundError(path) from None
         is_list_of_links = info.get("mimetype") == "text/html" and fs.isdir(path)
         return "directory" if is_list_of_links else str(info["type"])
 

@@ -35,9 +35,10 @@ from captionlib.training.initialization import (
     load_initial_captioner,
     require_other_folder,
 )
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, train
+from captionlib.training.loop import TrainingConfig, train
 from captionlib.training.objective import Objective
 from captionlib.training.self_critical import SelfCriticalConfig, SelfCriticalObjective
+from captionlib.training.state import check_run_folder, delete_run
 
 __all__ = ["CaptionerTrainingConfig", "train_captioner"]
 
@@ -171,7 +172,7 @@ def train_captioner(
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
         require_other_folder(config.init_from, folder)
-        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: check_run_folder(folder))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         torch.manual_seed(config.training.seed)
         model, vocabulary, config, provenance = _initialize(config, dataset, weights)
@@ -181,6 +182,8 @@ def train_captioner(
         if "init_from" in provenance:
             settings["init_from_fingerprint"] = provenance["init_from"]["fingerprint"]
         objective = _make_objective(dataset, model.to(process_device), vocabulary, config, provenance)
+        if overwrite:
+            group.run_on_process_0(lambda: delete_run(folder))
         return train(objective, config.training, folder, settings, progress)
 
 

@@ -34,7 +34,8 @@ from captionlib.storage.folders import Folder
 from captionlib.training.caption_objective import CaptioningObjective, CiderValidation
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import describe_training_data, require_other_folder
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, train
+from captionlib.training.loop import TrainingConfig, train
+from captionlib.training.state import check_run_folder, delete_run
 
 __all__ = ["EncoderFinetuningConfig", "FinetuningConfig", "finetune_captioner"]
 
@@ -125,7 +126,7 @@ def finetune_captioner(
     with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         encoder = _load_trainable_encoder(initial, weights, config.encoder.from_node, process_device)
-        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: check_run_folder(folder))
         training = read_captioned_rows(dataset, config.train_splits)
         validation = read_captioned_rows(dataset, config.validation_splits)
         provenance = {
@@ -138,6 +139,8 @@ def finetune_captioner(
             "init_from_fingerprint": initial.fingerprint,
             **to_dict(config),
         }
+        if overwrite:
+            group.run_on_process_0(lambda: delete_run(folder))
         skipped = SkippedImages(folder, group.rank, len(training) + len(validation), config.max_failure_ratio)
         torch.manual_seed(config.training.seed)
         with open_loader(config.loading, encoder.preprocessing) as load:

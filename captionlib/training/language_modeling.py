@@ -16,14 +16,16 @@ from captionlib.config import configclass, to_dict
 from captionlib.data.batches.text import SentenceBatches, SequenceBatches, TextBatches
 from captionlib.data.text.corpora import TextLayout, open_corpus
 from captionlib.data.text.vocabulary import END, PAD, Tokenization, Vocabulary
+from captionlib.errors import ConfigError
 from captionlib.models.captioners.captioner import CaptionerNetwork
 from captionlib.models.captioners.language_model import LanguageModelConfig, build_language_model
 from captionlib.models.checkpoints.checkpoint import save_language_model
 from captionlib.models.checkpoints.folder import add_versions_and_time
 from captionlib.models.devices import resolve_device
 from captionlib.storage.folders import Folder
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, train
+from captionlib.training.loop import TrainingConfig, train
 from captionlib.training.objective import BatchLoss, Objective, SaveCheckpoint, compute_perplexity
+from captionlib.training.state import check_run_folder, delete_run
 
 __all__ = ["LanguageModelObjective", "LanguageModelTrainingConfig", "train_language_model"]
 
@@ -113,12 +115,14 @@ def train_language_model(
     Raises:
         DatasetError: the dataset is incomplete or has no captions, or the text is unreadable or too short.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:  # set by torchrun
+        raise ConfigError(f"language models are trained by one process, got {processes}; start it without torchrun")
     model_device = resolve_device(device)
     corpus = open_corpus(
         source, config.layout, config.train_splits, config.validation_splits, config.validation_fraction
     )
     folder = Folder(output)
-    prepare_run_folder(folder, overwrite)
+    check_run_folder(folder)
     vocabulary = Vocabulary.from_captions(
         corpus.read_training(), config.min_count, config.tokenization, config.vocabulary_size
     )
@@ -140,6 +144,8 @@ def train_language_model(
         for batch in validation.in_order()
         for row in batch
     )
+    if overwrite:
+        delete_run(folder)
     return train(objective, config.training, folder, {"source": corpus.fingerprint, **to_dict(config)}, progress)
 
 

@@ -37,12 +37,11 @@ from captionlib.training.state import (
     RunState,
     get_rng_states,
     load_state,
-    prepare_run_folder,
     save_state,
     set_rng_states,
 )
 
-__all__ = ["TrainingConfig", "prepare_run_folder", "train"]
+__all__ = ["TrainingConfig", "train"]
 
 _CURVES_INTERVAL_SECONDS = 30.0
 

@@ -33,9 +33,10 @@ from captionlib.models.rankers.ranker import RankerConfig, RankerNetwork
 from captionlib.storage.folders import Folder
 from captionlib.training.distributed import ProcessGroup, join_process_group
 from captionlib.training.initialization import describe_training_data
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, train
+from captionlib.training.loop import TrainingConfig, train
 from captionlib.training.objective import BatchLoss, Objective, SaveCheckpoint
 from captionlib.training.ranking_losses import contrastive_loss, max_margin_loss
+from captionlib.training.state import check_run_folder, delete_run
 
 __all__ = ["RankerTrainingConfig", "RankingBatch", "RankingObjective", "sample_captions", "train_ranker"]
 
@@ -215,10 +216,12 @@ def train_ranker(
     with join_process_group(resolve_device(device)) as process_device:
         group = ProcessGroup()
         dataset = open_dataset(features, "features").require_complete()
-        group.run_on_process_0(lambda: prepare_run_folder(folder, overwrite))
+        group.run_on_process_0(lambda: check_run_folder(folder))
         next(read_captions(dataset, config.validation_splits))  # raises an error now if there are no captions
         objective = _make_objective(dataset, config, process_device)
         settings = {"features": dataset.compute_content_checksum(), "world_size": group.world_size, **to_dict(config)}
+        if overwrite:
+            group.run_on_process_0(lambda: delete_run(folder))
         return train(objective, config.training, folder, settings, progress)
 
 

@@ -19,9 +19,10 @@ from captionlib.training.metrics_log import CURVES, METRICS, TENSORBOARD
 __all__ = [
     "SETTINGS_FILE",
     "RunState",
+    "check_run_folder",
+    "delete_run",
     "get_rng_states",
     "load_state",
-    "prepare_run_folder",
     "save_state",
     "set_rng_states",
 ]
@@ -79,20 +80,24 @@ class RunState:
         self.loss_total, self.loss_count, self.reward_total, self.reward_count = 0.0, 0, 0.0, 0
 
 
-def prepare_run_folder(output: Folder, overwrite: bool) -> None:
-    """Checks that a run may write to a folder. If `overwrite` is True, deletes the files of an earlier run.
+def check_run_folder(output: Folder) -> None:
+    """Checks that a run may write to a folder.
 
     Raises:
         DatasetError: the folder holds files that do not belong to a training run.
     """
-    names = {name for name in output.list() if name != TEMPORARY_FOLDER}
-    if foreign := sorted(names - _RUN_FILES):
+    if foreign := sorted(set(output.list()) - _RUN_FILES - {TEMPORARY_FOLDER}):
         raise DatasetError(
             f"{output.uri} holds files that do not belong to a training run ({', '.join(foreign[:3])}); "
             "specify an empty or new folder"
         )
-    if overwrite:
-        for name in names:
+
+
+def delete_run(output: Folder) -> None:
+    """Deletes the files of an earlier run. Call it only when the new run can start."""
+    check_run_folder(output)
+    for name in output.list():
+        if name != TEMPORARY_FOLDER:
             output.remove(name)
 
 

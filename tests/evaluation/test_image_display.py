@@ -5,11 +5,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from captionlib.data.images.decoding import SizeLimit
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import DatasetError
 from captionlib.evaluation.image_display import ImageDisplay, build_image_display, read_image_display
+from captionlib.models.families.model import describe_pixel_input
 from tests.evaluation.test_caption_scores import CAPTIONS, write_captions
 
 ENCODER = {
@@ -84,8 +86,9 @@ def test_captions_without_attention_give_an_empty_view(tmp_path: Path) -> None:
     assert read_image_display(tmp_path / "captions", list(CAPTIONS)) == ImageDisplay()
 
 
-def test_imported_features_have_no_preprocessing(tmp_path: Path) -> None:
-    folder = write_weights(tmp_path / "captions", WEIGHTS, {"weights": "imported"})
+@pytest.mark.parametrize("encoder", [{"weights": "imported"}, describe_pixel_input(SizeLimit(1000))])
+def test_imported_features_and_models_that_resize_images_have_no_crop(tmp_path: Path, encoder: dict[str, Any]) -> None:
+    folder = write_weights(tmp_path / "captions", WEIGHTS, encoder)
     assert read_image_display(folder, ["b"]).preprocessing is None
 
 

@@ -81,6 +81,12 @@ def test_metrics_share_their_resamples() -> None:
     assert alone.intervals["CIDEr"] == pytest.approx(together.intervals["CIDEr"], abs=1e-12)
 
 
+def test_scores_of_the_same_captions_are_equal() -> None:
+    metric = compute_ratio("mean", [1.0, 2.0], [1.0, 1.0])
+    first, second = (compute_scores([metric], ["x", "y"], BootstrapConfig(samples=10)) for _ in range(2))
+    assert first == second
+
+
 def test_undefined_score_is_left_out() -> None:
     summary = compute_scores([compute_ratio("perplexity", [0.0], [0.0])], ["x"], BootstrapConfig(samples=10))
     assert summary.overall == {}

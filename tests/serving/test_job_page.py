@@ -15,7 +15,9 @@ def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClie
     monkeypatch.setattr(job_page, "_MIN_RENDER_INTERVAL_SECONDS", -1.0)
     monkeypatch.setattr(job_page, "_MAX_BUSY_FRACTION", 1.0)
     write(tmp_path / "data", done=1)
-    with TestClient(create_job_app(tmp_path / "data", ["localhost"]), base_url="http://localhost") as client:
+    with TestClient(
+        create_job_app(tmp_path / "data", ["localhost", "www.evil.example"]), base_url="http://localhost"
+    ) as client:
         yield client
 
 

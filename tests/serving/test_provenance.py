@@ -44,6 +44,7 @@ def test_maps_cover_the_crop_of_the_encoder(stretch: bool, crop: list[float]) ->
         (None, ENCODER, (200, 100)),
         ([[1.0, 0.0, 0.5]], ENCODER, (200, 100)),
         (WEIGHTS, {}, (200, 100)),
+        (None, {"model": "pixels", "preprocessing": {"max_size": 1000}}, (200, 100)),
         (WEIGHTS, ENCODER, (None, 100)),
         (WEIGHTS, ENCODER, (200, None)),
     ],

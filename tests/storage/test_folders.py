@@ -1,6 +1,7 @@
 import errno
 import pickle
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -227,7 +228,7 @@ def web_server() -> Iterator[str]:
         server.shutdown()
 
 
-def test_only_404_and_410_of_a_web_server_mean_that_a_file_is_missing(
+def test_failure_of_a_web_server_does_not_mean_that_a_file_is_missing(
     web_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retries._retrying, "stop", stop_after_attempt(1))
@@ -235,8 +236,11 @@ def test_only_404_and_410_of_a_web_server_mean_that_a_file_is_missing(
     assert folder.exists("200")
     assert not folder.exists("404")
     assert not folder.exists("410")
+    assert not folder.exists("403")  # a public bucket that cannot be listed answers 403 for a missing file
     with pytest.raises(StorageError, match=r"/403 cannot be accessed: 403, message='Forbidden'"):
-        folder.exists("403")
+        find_file_type(folder.fs, folder.path("403"))
+    with pytest.raises(StorageError, match=r"/401 cannot be accessed: 401, message='Unauthorized'"):
+        folder.exists("401")
     with pytest.raises(StorageError, match=r"/500: the storage failed .* 500, message='Internal Server Error'"):
         folder.exists("500")
     with pytest.raises(StorageError, match=r"http://127\.0\.0\.1:1/a: the storage failed"):
@@ -245,6 +249,20 @@ def test_only_404_and_410_of_a_web_server_mean_that_a_file_is_missing(
         folder.open("403")
     with pytest.raises(StorageError, match=r"/403 cannot be accessed"):
         folder.read("403")
+
+
+def test_unknown_host_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(StorageError, match=r"http://typo\.example/a cannot be accessed: Name or service not known"):
+        Folder("http://typo.example").exists("a")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_file_with_an_impossible_name_does_not_exist(tmp_path: Path, name: str) -> None:
+    assert not Folder(tmp_path).exists(name)
 
 
 def test_web_page_with_links_is_a_directory(web_server: str) -> None:

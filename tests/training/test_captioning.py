@@ -132,6 +132,9 @@ def test_another_configuration_needs_overwrite(features: ShardedDataset, tmp_pat
     other = replace(config, captioner=replace(config.captioner, hidden_size=8))
     with pytest.raises(DatasetError, match=r"captioner\.hidden_size: was 16, now 8"):
         train(features, tmp_path / "captioner", other)
+    with pytest.raises(ConfigError, match=r"missing\.txt"):
+        train(features, tmp_path / "captioner", replace(other, word_vectors="missing.txt"), overwrite=True)
+    assert load_captioner(tmp_path / "captioner").config.hidden_size == 16  # nothing is deleted for a run that fails
     train(features, tmp_path / "captioner", other, overwrite=True)
     assert load_captioner(tmp_path / "captioner").config.hidden_size == 8
 

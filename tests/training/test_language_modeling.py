@@ -214,6 +214,23 @@ def test_rejects_too_short_text_before_training(tmp_path: Path) -> None:
     assert not (tmp_path / "model" / "config.json").exists()
 
 
+def test_overwrite_deletes_nothing_if_the_new_run_cannot_start(sentences: Path, tmp_path: Path) -> None:
+    config = replace(CONFIG, training=TrainingConfig(epochs=1))
+    train(sentences, tmp_path / "model", config)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").iterdir() if path.is_file()}
+    sentences.write_text("too short\n" * 30)
+    with pytest.raises(DatasetError, match="at least two sequences"):
+        train(sentences, tmp_path / "model", replace(config, layout="continuous"), overwrite=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_rejects_several_processes(sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="trained by one process, got 2; start it without torchrun"):
+        train(sentences, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_rejects_invalid_validation_fraction() -> None:
     with pytest.raises(ConfigError, match="validation_fraction: Input should be less than 1, got 1"):
         replace(CONFIG, validation_fraction=1.0)

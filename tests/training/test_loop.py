@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from captionlib.errors import DatasetError, TrainingDiverged, TrainingInterrupted
 from captionlib.storage.folders import Folder
-from captionlib.training.loop import TrainingConfig, prepare_run_folder, train
+from captionlib.training.loop import TrainingConfig, train
 from captionlib.training.objective import BatchLoss
+from captionlib.training.state import check_run_folder, delete_run
 
 CONFIG = TrainingConfig(epochs=3, checkpoint_interval_seconds=0, patience=None)
 STEPS = 4
@@ -332,8 +333,8 @@ def test_gradients_are_clipped(tmp_path: Path) -> None:
 def test_folder_with_foreign_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(DatasetError, match=r"files that do not belong to a training run \(thesis.txt\)"):
-        prepare_run_folder(Folder(tmp_path), overwrite=True)
+        check_run_folder(Folder(tmp_path))
     (tmp_path / "thesis.txt").unlink()
     run(Line(), tmp_path)
-    prepare_run_folder(Folder(tmp_path), overwrite=True)
+    delete_run(Folder(tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()

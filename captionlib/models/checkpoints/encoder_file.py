@@ -44,7 +44,7 @@ def find_encoder_file(folder: Folder, encoder: Mapping[str, Any], provenance: Ma
     if not isinstance(recorded, str) or not recorded:
         return None
     name = recorded.rstrip("/").rsplit("/", 1)[-1]
-    if folder.exists(name):
+    if name != WEIGHTS and folder.exists(name):
         return folder.address(name)
     is_address = Path(recorded).is_absolute() or "://" in recorded  # otherwise only a file name
     return recorded if is_address and _exists(recorded) else None

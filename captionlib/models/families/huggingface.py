@@ -41,7 +41,7 @@ class ModelFolder:
 
     def __init__(self, location: str) -> None:
         self.location = location
-        self.is_local = find_file_type(LocalFileSystem(), location) == "directory"
+        self.is_local = find_file_type(LocalFileSystem(), str(Path(location).absolute())) == "directory"
         self.path = Path(location) if self.is_local else _download(location)
         with convert_os_errors(str(self.path)):
             names = sorted(path.name for path in self.path.iterdir())

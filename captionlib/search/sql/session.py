@@ -204,8 +204,9 @@ def _list_files(datasets: Sequence[ShardedDataset]) -> tuple[dict[str, DatasetFi
     for index, dataset in enumerate(datasets):
         folder = dataset.folder
         prefix = f"{index}/" if len(datasets) > 1 else ""
-        failure_files = set(folder.list(FAILURES_FOLDER))
-        for shard in range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers()):
+        finished = range(dataset.shards) if dataset.is_complete() else sorted(dataset.read_markers())
+        failure_files = set(folder.list(FAILURES_FOLDER))  # listed last, to include those of all finished shards
+        for shard in finished:
             name = f"{part_name(shard)}.parquet"
             data[f"dataset://{dataset.kind}/{prefix}{name}"] = DatasetFile(folder.fs, folder.path(name))
             if name in failure_files:

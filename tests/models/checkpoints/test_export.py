@@ -105,6 +105,18 @@ def test_a_weights_file_of_the_same_name_in_the_checkpoint_is_found(
     assert caption(images[0], moved) == caption(images[0], trained / "captioner")
 
 
+def test_the_weights_of_the_captioner_are_not_those_of_an_encoder_with_the_same_file_name(
+    moved: Path, trained: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "encoder" / "model.safetensors"
+    record_weights_path(moved, str(weights))
+    with pytest.raises(ConfigError, match="which does not exist"):
+        load_captioner(moved).find_input_transform(None)
+    weights.parent.mkdir()
+    shutil.copy(trained / "own.safetensors", weights)
+    assert load_captioner(moved).find_input_transform(None).weights == str(weights)
+
+
 @pytest.mark.parametrize("command", ["caption", "serve"])
 def test_a_missing_weights_file_is_reported_before_torch_is_imported(
     command: str, moved: Path, images: list[str], tmp_path: Path

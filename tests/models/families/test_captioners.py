@@ -242,6 +242,8 @@ def test_unknown_families_and_addresses_are_explained(tmp_path: Path) -> None:
         open_captioner("hff:model")
     with pytest.raises(ConfigError, match="expected an existing folder, or ORGANIZATION/NAME@REVISION"):
         open_captioner(f"hf:{tmp_path / 'missing'}")
+    with pytest.raises(ConfigError, match="expected an existing folder, or ORGANIZATION/NAME@REVISION"):
+        open_captioner("hf:~")
 
 
 def test_a_failure_of_the_storage_is_not_a_missing_model(tmp_path: Path) -> None:

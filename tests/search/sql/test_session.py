@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from captionlib.data.shards.dataset import create_dataset, open_dataset
+from captionlib.data.shards.dataset import ShardedDataset, create_dataset, open_dataset
+from captionlib.data.shards.markers import Marker
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, captions_schema, features_schema
 from captionlib.data.shards.writer import write_shard
 from captionlib.errors import ConfigError, DatasetError, DecodeError, QueryError
@@ -28,6 +29,23 @@ def test_view_holds_the_shards_that_are_done(captions: str) -> None:
 def test_failures_view_holds_the_failures(captions: str) -> None:
     table = query_sql(captions, "SELECT image_id, error FROM failures")
     assert table.to_pylist() == [{"image_id": "bad", "error": "Truncated"}]
+
+
+def test_failures_of_a_shard_that_finishes_during_the_listing_are_included(
+    local: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_markers = ShardedDataset.read_markers
+
+    def finish_shard(dataset: ShardedDataset) -> dict[int, Marker]:
+        with write_shard(dataset, 2, 1) as writer:
+            writer.write_failure({"image_id": "late", "uri": "late.jpg"}, DecodeError("Empty", "no data"))
+        return read_markers(dataset)
+
+    monkeypatch.setattr(ShardedDataset, "read_markers", finish_shard)
+    assert query_sql(local, "SELECT image_id FROM failures ORDER BY image_id")["image_id"].to_pylist() == [
+        "bad",
+        "late",
+    ]
 
 
 def test_complete_dataset_is_queried_without_its_markers(local: str) -> None:
