@@ -50,12 +50,7 @@ _PART = re.compile(r"part-([0-9]+)(\.tar)?")
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """Counts of an export.
-
-    Attributes:
-        images: number of exported images.
-        failures: number of images that could not be read, by reason.
-    """
+    """The number of exported images, and the number of images that could not be read, by reason."""
 
     images: int
     failures: dict[str, int] = field(default_factory=dict)
@@ -100,7 +95,7 @@ def export_images(
     # A dataset is identified by its manifest and by a hash (fingerprint) of its configuration.
     identities = [f"{dataset.manifest_id} {dataset.fingerprint}" for dataset in opened]
     images, failures = 0, Counter[str]()
-    # The marker of a shard is the file that records that the shard is complete.
+    # The marker of a shard records that the shard is complete.
     shards = [(each, marker) for each in opened for _, marker in sorted(each.require_all_markers().items())]
     with ExitStack() as stack:
         stack.enter_context(lock_folder(export.folder, "captionlib export"))
@@ -133,14 +128,7 @@ class _Export:
     selection: ImageSelection
 
     def claim_folder(self, description: Mapping[str, Any]) -> None:
-        """Checks that the folder is empty or contains this export.
-
-        If the description of the export is missing or damaged, removes all existing parts and writes the description.
-
-        Raises:
-            DatasetError: the folder contains other files.
-            FingerprintError: the folder contains a different export.
-        """
+        """Checks that the folder is empty or contains this export. Without a valid description, it is emptied."""
         names = [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]
         others = [name for name in names if _find_part(name) is None and name != _STATE_FOLDER]
         if others or (names and _STATE_FOLDER not in names):
@@ -171,11 +159,7 @@ class _Export:
         return counts if counts.images == 0 or self.folder.exists(self._data_file(part)) else None
 
     def finish(self, parts: int) -> None:
-        """Removes temporary files, and parts of shards that no longer exist.
-
-        Raises:
-            DatasetError: the folder was removed or moved during the export.
-        """
+        """Removes temporary files, and parts of shards that no longer exist."""
         self.folder.remove_temporary_files()
         for name in self.folder.list():
             if (part := _find_part(name)) is not None and part >= parts:
@@ -201,7 +185,7 @@ class _Export:
     def write_shard(
         self, part: int, dataset: ShardedDataset, marker: Marker, fetcher: ImageFetcher, threads: ThreadPoolExecutor
     ) -> ExportSummary:
-        """Writes a part, and then the file with its counts, which marks the part as finished."""
+        """Writes a part, and then its counts, which mark it as finished."""
         failures = Counter[str]()
         samples = self._read_samples(dataset, marker.shard, fetcher, threads, failures)
         write = self._write_tar if self.export_format == "webdataset" else self._write_folder
@@ -222,24 +206,23 @@ class _Export:
     ) -> Iterator[tuple[dict[str, Any], bytes]]:
         """Yields the selected rows with the bytes of their images. Counts unreadable images in `failures`."""
 
-        def fetch(row: dict[str, Any]) -> bytes | FetchError:
+        def fetch(row: dict[str, Any]) -> bytes | str:
             try:
-                return fetcher.fetch(row["uri"])
+                content = fetcher.fetch(row["uri"])
             except FetchError as error:
-                return error
+                return error.reason
+            return find_problem(content) or content
 
         columns = [name for name in EXPORT_COLUMNS if name in dataset.schema.names]
         for batch in dataset.read_batches(shard, columns, batch_size=2 * _THREADS):  # limits the images in memory
             rows = [row for row in batch.to_pylist() if self.selection.selects(row["image_id"], row["split"])]
             for row, content in zip(rows, threads.map(fetch, rows), strict=True):
-                problem = content.reason if isinstance(content, FetchError) else find_problem(content)
-                if problem is not None:
-                    failures[problem] += 1
-                elif isinstance(content, bytes):
+                if isinstance(content, bytes):
                     yield row, content
+                else:  # the reason of a failure
+                    failures[content] += 1
 
     def _write_tar(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
-        """Returns the number of written images."""
         count = 0
         with self.folder.stage(f"{name}.tar") as path, tarfile.open(path, "w") as tar:
             for row, content in samples:
@@ -248,7 +231,6 @@ class _Export:
         return count
 
     def _write_folder(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:
-        """Returns the number of written images."""
         self.folder.remove(name)  # an interrupted run may have left images
         lines: list[str] = []
         for row, content in samples:
@@ -269,19 +251,12 @@ def find_problem(content: bytes) -> str | None:
 
 
 def add_sample(tar: tarfile.TarFile, key: str, row: Mapping[str, Any], content: bytes) -> None:
-    """Adds a WebDataset sample to a tar: the image, its captions as text, and the row as JSON.
+    """Adds a WebDataset sample to a tar: an image of a known format, its captions as text, and the row as JSON.
 
-    Args:
-        tar: the open tar.
-        key: name of the three files, without extension.
-        row: the row, whose keys are some of `EXPORT_COLUMNS`.
-        content: bytes of an image for which `find_problem` returns None.
+    `key` is the name of the three files, without extension.
     """
-    for extension, data in (
-        (_find_extension(content), content),
-        (".txt", _join_captions(row)),
-        (".json", to_json(row)),
-    ):
+    files = {_find_extension(content): content, ".txt": _join_captions(row), ".json": to_json(row)}
+    for extension, data in files.items():
         member = tarfile.TarInfo(key + extension)
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
@@ -290,11 +265,10 @@ def add_sample(tar: tarfile.TarFile, key: str, row: Mapping[str, Any], content: 
 def _find_part(name: str) -> int | None:
     """Returns the number of the part that a file or folder contains; None for other files."""
     match = _PART.fullmatch(name)
-    return None if match is None else int(match[1])
+    return int(match[1]) if match else None
 
 
 def _join_captions(row: Mapping[str, Any]) -> bytes:
-    """Returns the captions of a row as text, one per line."""
     captions = row["captions"] if "captions" in row else [row["caption"]]
     return "\n".join(" ".join(caption.split()) for caption in captions).encode()
 

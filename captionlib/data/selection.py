@@ -11,22 +11,16 @@ import pyarrow.compute as pc
 from captionlib.data.shards.dataset import ShardedDataset, open_dataset
 from captionlib.data.splits import add_split_aliases
 
-__all__ = ["ALL_IMAGES", "ImageSelection", "hash_ids", "read_duplicate_ids", "read_kept_images", "select_images"]
+__all__ = ["ALL_IMAGES", "ImageSelection", "hash_ids", "read_kept_images", "select_images"]
 
 
 @dataclass(frozen=True)
 class ImageSelection:
-    """Selects images. The default selects all images.
+    """Selects images by split and id. The default selects all images."""
 
-    Attributes:
-        splits: splits of the selected images. If empty, images of all splits are selected.
-        excluded: ids of images that are not selected.
-        included: if not None, only images with these ids are selected.
-    """
-
-    splits: frozenset[str] = frozenset()
-    excluded: frozenset[str] = frozenset()
-    included: frozenset[str] | None = None
+    splits: frozenset[str] = frozenset()  # if empty, all splits
+    excluded: frozenset[str] = frozenset()  # image ids
+    included: frozenset[str] | None = None  # image ids; if None, all
 
     def selects(self, image_id: str, split: str) -> bool:
         return (
@@ -61,20 +55,15 @@ def select_images(
     """
     excluded = frozenset[str]()
     if duplicates is not None:
-        excluded = read_duplicate_ids(open_dataset(duplicates, "duplicates").require_complete())
+        excluded = frozenset(read_kept_images(open_dataset(duplicates, "duplicates").require_complete()))
     return ImageSelection(add_split_aliases(splits), excluded, included)
 
 
-def read_duplicate_ids(duplicates: ShardedDataset) -> frozenset[str]:
-    """Returns the ids of the images to exclude: all but the kept image of each group of duplicates.
+def read_kept_images(duplicates: ShardedDataset) -> dict[str, str]:
+    """Maps the ids of duplicates, the images to exclude, to the id of the image that is kept from their group.
 
     If the kept image of a group has been removed from the dataset, no image of the group is excluded.
     """
-    return frozenset(read_kept_images(duplicates))
-
-
-def read_kept_images(duplicates: ShardedDataset) -> dict[str, str]:
-    """Returns the id of the kept image for each image to exclude; see `read_duplicate_ids`."""
     rows = pa.concat_tables(
         [duplicates.read(shard, ["image_id", "group", "kept"]) for shard in range(duplicates.shards)]
     )

@@ -1,8 +1,7 @@
 """Streams training batches from a features dataset (Parquet shards of image features and captions).
 
 Each epoch reads the shards in a new random order. A buffer holds a group of shards, and its images are shuffled. The
-next buffer is loaded in the background, so at most two are in memory. A dataset that fits in one buffer
-is read only once.
+next buffer is loaded in the background. A dataset that fits in one buffer is read only once.
 """
 
 import math
@@ -11,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice, pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +37,8 @@ __all__ = [
     "sample_features",
 ]
 
-_DEFAULT_LIMITS = {"words": 30, "characters": 200}  # longer captions are truncated
+_DEFAULT_MAX_WORDS = 30
+_DEFAULT_MAX_CHARACTERS = 200
 
 Result = TypeVar("Result")
 Features = npt.NDArray[np.floating]
@@ -49,24 +49,18 @@ EncodeCaption = Callable[[str], list[int]]
 class CaptionBatch:
     """Images with their captions.
 
-    Attributes:
-        features: `[images, size] float32` or `[images, positions, channels] float32`, or pixels if the image encoder is
-            trained too: `[images, crop_size, crop_size, 3] uint8`.
-        sentences: token ids of each caption, without END, the token that marks both its start and its end.
-        image_of_caption: `[captions] int64`, for each caption the index of its image in `features`.
+    The features are `[images, size] float32` or `[images, positions, channels] float32`, or pixels if the image encoder
+    is trained too: `[images, crop_size, crop_size, 3] uint8`.
     """
 
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8]
-    sentences: list[list[int]]
-    image_of_caption: npt.NDArray[np.int64]
+    sentences: list[list[int]]  # token ids of each caption, without END
+    image_of_caption: npt.NDArray[np.int64]  # index in `features` of the image of each caption
 
 
-@dataclass(frozen=True)
-class _Buffer:
-    """Features of the captioned images in a group of shards, and the token ids of the captions of each image."""
-
+class _Buffer(NamedTuple):
     features: Features
-    sentences: list[list[list[int]]]
+    sentences: list[list[list[int]]]  # the token ids of each caption of each image
 
 
 @dataclass
@@ -75,10 +69,10 @@ class CaptionBatches:
 
     Attributes:
         dataset: complete features dataset.
-        splits: names of the splits to read.
+        splits: the splits to read.
         encode: function that converts a caption to token ids.
         batch_images: images per batch, each with all its captions. The last batch of a buffer may have fewer.
-        buffer_bytes: maximum size of a shuffle buffer. It holds at least one shard, even if the shard is larger.
+        buffer_bytes: maximum size of a shuffle buffer, which holds at least one shard. Two buffers are in memory.
         pooled: whether to average feature maps over their positions.
         augmentation: augmentation of the feature maps in shuffled batches.
     """
@@ -98,15 +92,11 @@ class CaptionBatches:
 
     def count(self, world_size: int = 1) -> int:
         """Returns the number of batches per epoch. The order of the shards may change the number slightly."""
-        selected = add_split_aliases(self.splits)
+        size = self.batch_images * world_size
         images = [
-            sum(
-                split in selected and bool(captions)
-                for split, captions in _read_splits_and_captions(self.dataset, shard)
-            )
+            sum(1 for _ in _read_references_of_shard(self.dataset, shard, self.splits))
             for shard in range(self.dataset.shards)
         ]
-        size = self.batch_images * world_size
         return sum(-(-sum(images[shard] for shard in group) // size) for group in self._groups)
 
     def shuffled(
@@ -119,17 +109,17 @@ class CaptionBatches:
         """
         size = self.batch_images * world_size
         selections = (
-            (buffer_index, buffer, order[begin : begin + size])
-            for buffer_index, (buffer, order) in enumerate(self._shuffled_buffers(seed, epoch))
+            (index, buffer, order[begin : begin + size])
+            for index, (buffer, order) in enumerate(self._shuffled_buffers(seed, epoch))
             for begin in range(0, len(order), size)
         )
         return _call_ahead(
             partial(
                 self._augmented_batch,
                 *(buffer, images, np.array_split(np.arange(len(images)), world_size)[rank]),
-                seed=[seed, epoch, buffer_index, images[0]],
+                seed=[seed, epoch, index, images[0]],
             )
-            for buffer_index, buffer, images in islice(selections, first_batch, None)
+            for index, buffer, images in islice(selections, first_batch, None)
         )
 
     def in_order(self) -> Iterator[CaptionBatch]:
@@ -140,10 +130,7 @@ class CaptionBatches:
                 yield self._batch(buffer, images, buffer.features[images])
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
-        """Yields the indices and the features of the images of each batch of `in_order`.
-
-        The indices continue across batches.
-        """
+        """Yields the features of the images of each batch of `in_order`, and indices that continue across batches."""
         first = 0
         for buffer in self._prefetch(self._groups):
             for begin in range(0, len(buffer.features), self.batch_images):
@@ -152,7 +139,6 @@ class CaptionBatches:
                 first += len(features)
 
     def _shuffled_buffers(self, seed: int, epoch: int) -> Iterator[tuple[_Buffer, npt.NDArray[np.int64]]]:
-        """Yields the buffers of an epoch, each with a random permutation of its images."""
         generator = np.random.default_rng([seed, epoch])
         shards = generator.permutation(self.dataset.shards)
         starts = np.cumsum([0, *(len(group) for group in self._groups)])
@@ -179,13 +165,12 @@ class CaptionBatches:
     def _augmented_batch(
         self, buffer: _Buffer, images: npt.NDArray[np.int64], part: npt.NDArray[np.int64], seed: list[int]
     ) -> CaptionBatch | None:
-        """Returns this process's part of a batch. Its augmentation does not depend on the number of processes."""
         if not len(part):
             return None
         if not self.augmentation:
             return self._batch(buffer, images[part], buffer.features[images[part]])
         generator = np.random.default_rng(seed)
-        # Uniform random numbers, one for the whole batch and three per image; see FeatureMapAugmentation.apply.
+        # Random numbers for the whole batch, so the augmentation does not depend on the number of processes.
         crop_uniform, uniforms = generator.random(), generator.random((len(images), 3))
         maps = self.augmentation.apply(buffer.features, images[part], crop_uniform, uniforms[part])
         return self._batch(buffer, images[part], maps)
@@ -213,17 +198,14 @@ def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 def make_batch(
     features: npt.NDArray[np.float32] | npt.NDArray[np.uint8], sentences: Sequence[list[list[int]]]
 ) -> CaptionBatch:
-    """Returns a batch. `features` are features or pixels of images. `sentences` are the token ids of their captions."""
+    """Returns a batch of images with `features`, or pixels, and with the token ids of the captions of each image."""
     image_of_caption = np.repeat(np.arange(len(sentences)), [len(per_image) for per_image in sentences])
     return CaptionBatch(features, [sentence for per_image in sentences for sentence in per_image], image_of_caption)
 
 
 def make_caption_tokenizer(vocabulary: Vocabulary, max_words: int | None = None) -> EncodeCaption:
-    """Returns a function that converts the first `max_words` words (or characters) of a caption to token ids.
-
-    If `max_words` is None, the limit is 30 words, or 200 characters for a vocabulary of characters.
-    """
-    limit = max_words or _DEFAULT_LIMITS.get(vocabulary.tokenization, _DEFAULT_LIMITS["words"])
+    """Returns a function that converts the first `max_words` words (or characters) of a caption to token ids."""
+    limit = max_words or (_DEFAULT_MAX_CHARACTERS if vocabulary.unit == "characters" else _DEFAULT_MAX_WORDS)
     return lambda caption: vocabulary.encode_tokens(vocabulary.tokenize(caption)[:limit])
 
 
@@ -255,27 +237,30 @@ def read_captions(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[st
     Raises:
         DatasetError: no image in `splits` has a caption.
     """
-    seen: set[str] = set()
-    selected = add_split_aliases(splits)
     is_empty = True
-    for shard in range(dataset.shards):
-        for split, captions in _read_splits_and_captions(dataset, shard):
-            seen.add(split)
-            if split in selected:
-                is_empty = is_empty and not captions
-                yield from captions
+    for captions in read_references(dataset, splits):
+        is_empty = False
+        yield from captions
     if is_empty:
+        found = {
+            split for shard in range(dataset.shards) for split in dataset.read(shard, ["split"])["split"].to_pylist()
+        }
         raise DatasetError(
             f"{dataset.folder.uri}: expected captions in split {' or '.join(splits)}, got none; "
-            f"the dataset has the splits {', '.join(sorted(seen)) or 'none'}"
+            f"the dataset has the splits {', '.join(sorted(found)) or 'none'}"
         )
 
 
 def read_references(dataset: ShardedDataset, splits: Sequence[str]) -> Iterator[list[str]]:
     """Yields a list of captions for each captioned image in `splits` without reading the features."""
-    selected = add_split_aliases(splits)
     for shard in range(dataset.shards):
-        images = _read_splits_and_captions(dataset, shard)
+        yield from _read_references_of_shard(dataset, shard, splits)
+
+
+def _read_references_of_shard(dataset: ShardedDataset, shard: int, splits: Sequence[str]) -> Iterator[list[str]]:
+    selected = add_split_aliases(splits)
+    for rows in dataset.read_batches(shard, ["split", "captions"]):
+        images = zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True)
         yield from (captions for split, captions in images if split in selected and captions)
 
 
@@ -288,12 +273,6 @@ def count_training_data(
         counts = list(map(len, read_references(dataset, splits)))
         data[use] = {"splits": list(splits), "images": len(counts), "captions": sum(counts)}
     return data
-
-
-def _read_splits_and_captions(dataset: ShardedDataset, shard: int) -> Iterator[tuple[str, list[str]]]:
-    """Yields the split and the captions of each image in a shard."""
-    for rows in dataset.read_batches(shard, ["split", "captions"]):
-        yield from zip(rows["split"].to_pylist(), rows["captions"].to_pylist(), strict=True)
 
 
 def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) -> npt.NDArray[np.float32]:
@@ -313,10 +292,7 @@ def sample_features(dataset: ShardedDataset, splits: Sequence[str], count: int) 
 def compute_mean_and_std(
     dataset: ShardedDataset, splits: Sequence[str], to_vectors: Callable[[Features], Features] = average_positions
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Computes the mean and standard deviation (`[size]` each) of the vectors of the images in `splits`, in one pass.
-
-    `to_vectors` converts features `[images, *shape]` to vectors `[images, size]`.
-    """
+    """Computes the mean and standard deviation, `[size]`, of the vectors that `to_vectors` makes of the features."""
     count, total, squares = 0, np.zeros(1), np.zeros(1)
     for shard in range(dataset.shards):
         for rows, _ in read_features(dataset, shard, splits):
@@ -330,14 +306,12 @@ def compute_mean_and_std(
 
 
 def _group_shards(dataset: ShardedDataset, buffer_bytes: int, pooled: bool) -> list[tuple[int, ...]]:
-    """Groups consecutive shards into buffers, assuming that all shards are as large as the largest.
-
-    Pooled features are vectors of float32. Other features have the shape and dtype of the dataset.
-    """
+    """Groups consecutive shards into buffers, assuming that all shards are as large as the largest."""
     # A marker is the file that records that a shard is complete.
     largest = max((marker.rows for marker in dataset.read_markers().values()), default=1)
+    shape = get_feature_shape(dataset)
     value_bytes = dataset.schema.field("features").type.value_type.bit_width // 8
-    row_bytes = 4 * get_feature_shape(dataset)[-1] if pooled else value_bytes * math.prod(get_feature_shape(dataset))
+    row_bytes = 4 * shape[-1] if pooled else value_bytes * math.prod(shape)  # pooled features are float32
     per_group = max(1, buffer_bytes // max(1, largest * row_bytes))
     shards = range(dataset.shards)
     return [tuple(shards[first : first + per_group]) for first in shards[::per_group]]

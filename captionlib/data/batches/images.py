@@ -29,23 +29,14 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """Batches of captioned images from a manifest (a dataset with one row per image: id, uri, split and captions).
+    """Batches of captioned images from a manifest (a dataset with one row per image: id, uri, split and captions)."""
 
-    Attributes:
-        rows: rows of the manifest from `read_captioned_rows`.
-        encode: function that converts a caption to token ids.
-        batch_images: images per batch.
-        load: function that loads the images of rows in order.
-        skipped: record of the images that could not be read.
-        horizontal_flip: whether to flip each image with probability 0.5 in shuffled batches.
-    """
-
-    rows: pa.Table
-    encode: Callable[[str], list[int]]
+    rows: pa.Table  # from `read_captioned_rows`
+    encode: Callable[[str], list[int]]  # converts a caption to token ids
     batch_images: int
     load: LoadImages
     skipped: SkippedImages
-    horizontal_flip: bool = False
+    horizontal_flip: bool = False  # flip each image with probability 0.5 in shuffled batches
 
     def count(self, world_size: int = 1) -> int:
         """Returns the number of batches per epoch."""
@@ -74,10 +65,7 @@ class ImageBatches:
                 yield batch
 
     def images_in_order(self) -> Iterator[tuple[Sequence[int], Pixels]]:
-        """Yields batches of readable images in the order of the manifest: indices in `rows`, and pixels.
-
-        The pixels are `[images, crop_size, crop_size, 3] uint8`.
-        """
+        """Yields the indices in `rows` and the pixels of batches of readable images, in the order of the manifest."""
         for loaded in self._load_in_order():
             if loaded:
                 yield [index for index, _, _ in loaded], np.stack([image for _, _, image in loaded])
@@ -104,9 +92,7 @@ class ImageBatches:
 
 
 def read_captioned_rows(dataset: ShardedDataset, splits: Sequence[str]) -> pa.Table:
-    """Returns the columns image_id, uri and captions of the captioned images in `splits`.
-
-    The table takes about 500 bytes of memory per row.
+    """Returns the columns image_id, uri and captions of the captioned images in `splits`, about 500 bytes per row.
 
     Raises:
         DatasetError: no image in `splits` has a caption.

@@ -5,7 +5,6 @@ All tokens are held in memory. A continuous text is split into sequences at a di
 
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,25 +17,10 @@ __all__ = ["SentenceBatches", "SequenceBatches", "TextBatches"]
 Ids = npt.NDArray[np.int64]
 
 
-class TextBatches(Protocol):
-    """Batches of token ids, `[sentences, time steps] int64`, padded with `PAD`."""
-
-    @property
-    def rows_are_sentences(self) -> bool:
-        """Whether rows are whole sentences. If so, the model learns to predict END, the end token, after each row."""
-
-    def count(self) -> int:
-        """Returns the number of batches that `shuffled` yields; `in_order` may yield more."""
-
-    def shuffled(self, seed: int, epoch: int) -> Iterator[Ids]:
-        """Yields the batches of an epoch in a random order that depends only on `seed` and `epoch`."""
-
-    def in_order(self) -> Iterator[Ids]:
-        """Yields all batches in a fixed order."""
-
-
 class SentenceBatches:
-    """Batches of whole sentences. The same seed and epoch give the same batches.
+    """Batches of whole sentences, `[sentences, time steps] int64`, padded with PAD.
+
+    The same seed and epoch give the same batches. After each sentence, the model learns to predict END.
 
     Args:
         sentences: token ids of each sentence. Empty sentences are skipped. A token takes 4 bytes of memory.
@@ -59,6 +43,7 @@ class SentenceBatches:
         self._max_batch_tokens = max_batch_tokens
 
     def count(self) -> int:
+        """Returns the number of batches that `shuffled` yields; `in_order` may yield more."""
         return -(-len(self._lengths) // self._batch_size)
 
     def shuffled(self, seed: int, epoch: int) -> Iterator[Ids]:
@@ -86,12 +71,9 @@ class SentenceBatches:
 
 
 class SequenceBatches:
-    """Batches of equally long sequences from one text. The same seed and epoch give the same batches.
+    """Batches of equally long sequences from one text, `[sequences, time steps] int64`.
 
-    Args:
-        text: token ids of words or characters. A token takes 4 bytes of memory.
-        sequence_length: tokens per sequence. An incomplete last sequence is dropped.
-        batch_size: sequences per batch.
+    The same seed and epoch give the same batches. A token takes 4 bytes of memory.
 
     Raises:
         DatasetError: the text is shorter than two sequences.
@@ -125,3 +107,6 @@ class SequenceBatches:
         for begin in range(0, len(starts), self._batch_size):
             positions = starts[begin : begin + self._batch_size, None] + np.arange(self._sequence_length)
             yield self._ids[positions].astype(np.int64)
+
+
+TextBatches = SentenceBatches | SequenceBatches

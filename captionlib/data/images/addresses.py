@@ -56,22 +56,19 @@ MAX_HEADER_BYTES = 2**16
 
 _CANONICAL_PROTOCOLS = {"local": "file", "s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs"}
 
-_RANGE = re.compile(r"(?P<file>.+)#bytes=(?P<start>\d{1,18})-(?P<end>\d{1,18})", re.DOTALL)
-_ROW = re.compile(r"(?P<file>.+)#row=(?P<row>\d{1,18})&column=(?P<column>.+)", re.DOTALL)
+_PART = re.compile(
+    r"(?P<file>.+)#(?:bytes=(?P<start>\d{1,18})-(?P<end>\d{1,18})|row=(?P<row>\d{1,18})&column=(?P<column>.+))",
+    re.DOTALL,
+)
 _SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file at an allowed address.
+    """A file at an allowed address."""
 
-    Attributes:
-        protocol: canonical name of the protocol, such as `s3` for `s3a://` and `file` for a local path.
-        url: path of a local file, or the complete URL otherwise.
-    """
-
-    protocol: str
-    url: str
+    protocol: str  # canonical name, such as `s3` for `s3a://` and `file` for a local path
+    url: str  # path of a local file, or the complete URL otherwise
 
 
 @dataclass(frozen=True)
@@ -89,23 +86,22 @@ def parse_image_address(uri: str, protocols: Sequence[str] = IMAGE_PROTOCOLS) ->
     Raises:
         FetchError: the address is malformed or chains file systems, or its protocol is not allowed.
     """
-    if _names_local_file(uri):
+    match = _match_part(uri)
+    if match is None or (not split_protocol(uri)[0] and os.path.lexists(uri)):
         return ImageAddress(_parse_file(uri, protocols))
-    if match := _RANGE.fullmatch(uri):
-        return ImageAddress(_parse_file(match["file"], protocols), span=(int(match["start"]), int(match["end"])))
-    if match := _ROW.fullmatch(uri):
-        return ImageAddress(_parse_file(match["file"], protocols), cell=(int(match["row"]), match["column"]))
-    return ImageAddress(_parse_file(uri, protocols))
+    file = _parse_file(match["file"], protocols)
+    if match["column"] is None:
+        return ImageAddress(file, span=(int(match["start"]), int(match["end"])))
+    return ImageAddress(file, cell=(int(match["row"]), match["column"]))
 
 
 def is_part_address(uri: str) -> bool:
     """Returns whether an address has the form `FILE#bytes=...` or `FILE#row=...&column=...`."""
-    return "#" in uri and bool(_ROW.fullmatch(uri) or _RANGE.fullmatch(uri))
+    return _match_part(uri) is not None
 
 
-def _names_local_file(uri: str) -> bool:
-    """Returns whether an address has the form of a part of a file, but is the path of an existing local file."""
-    return is_part_address(uri) and not split_protocol(uri)[0] and os.path.lexists(uri)
+def _match_part(uri: str) -> re.Match[str] | None:
+    return _PART.fullmatch(uri) if "#" in uri else None
 
 
 def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
@@ -119,15 +115,17 @@ def _parse_file(uri: str, protocols: Sequence[str]) -> ImageFile:
             f"an address with protocol {', '.join(protocols)}, got {protocol}: {_shorten(uri)}; "
             "if you trust the source of the addresses, add the protocol to loading.fetch.protocols"
         )
-    if not problem and protocol == "file" and given_protocol:
-        try:
-            url = _decode_path(strip_local_protocol(url))
-        except ConfigError as error:
-            problem = str(error).removeprefix("expected ")
-    if not problem and "\0" in uri + url:
-        problem = f"a path or an address, got {_shorten(uri)}, which contains a null character"
     if problem:
         raise FetchError("BadAddress", f"expected {problem}")
+    if protocol == "file" and given_protocol:
+        try:
+            path = strip_local_protocol(url)
+        except ConfigError as error:
+            raise FetchError("BadAddress", str(error)) from error
+        url = path if os.path.lexists(path) else unquote(path, errors="surrogateescape")
+    if "\0" in uri + url:
+        message = f"expected a path or an address, got {_shorten(uri)}, which contains a null character"
+        raise FetchError("BadAddress", message)
     return ImageFile(protocol, url)
 
 
@@ -146,11 +144,6 @@ def _find_problem(uri: str, protocol: str, url: str) -> str:
 
 def _shorten(uri: str) -> str:
     return repr(uri if len(uri) <= _SHOWN_CHARACTERS else f"{uri[:_SHOWN_CHARACTERS]}...")
-
-
-def _decode_path(path: str) -> str:
-    """Percent-decodes the path of a `file://` URL, unless a file exists at the undecoded path."""
-    return path if os.path.lexists(path) else unquote(path, errors="surrogateescape")
 
 
 def _has_host(url: str) -> bool:

@@ -38,16 +38,12 @@ _WORKER = "captionlib.data.images.decoder_process"
 _BYTES_PER_PIXEL = 28  # upper bound; the measured maximum is 26, for a JPEG 2000 file with transparency
 _BASE_MEMORY_BYTES = 2**30  # for libraries and the image file
 
-_ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",  # more threads would use up the address space
-    # glibc keeps up to 32 MB of freed memory for the next image. Getting it from the system again takes longer.
-    # Blocks of 8 MB or more are returned nevertheless, because gaps between them would use up the address space.
-    "MALLOC_MMAP_THRESHOLD_": str(2**23),
-    "MALLOC_TRIM_THRESHOLD_": str(2**25),
-}
+# glibc keeps up to 32 MB of freed memory for the next image. Getting it from the system again takes longer.
+# Blocks of 8 MB or more are returned nevertheless, because gaps between them would use up the address space.
+_MALLOC_DEFAULTS = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**25)}
 
 _START_TIMEOUT_SECONDS = 120.0
-_PIPE_BYTES = 2**18  # large enough for a preprocessed image
+_PIPE_BYTES = 2**18  # large enough for a preprocessed image, so that neither end waits
 
 
 @configclass
@@ -210,7 +206,8 @@ class _Decoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            env={**os.environ, **_ENVIRONMENT},
+            # more threads of OpenBLAS would use up the address space
+            env={**_MALLOC_DEFAULTS, **os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -223,8 +220,10 @@ class _Decoder:
 
     def initialize(self, settings: bytes) -> None:
         """Sends the settings and waits until the process is ready. Raises the same exceptions as `decode`."""
-        _enlarge_pipe(self._requests.fileno())
-        _enlarge_pipe(self._responses.fileno())
+        for pipe in (self._requests, self._responses):
+            if hasattr(fcntl, "F_SETPIPE_SZ"):
+                with suppress(OSError):  # the system limits the total size of pipes
+                    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._send(settings)
         self._receive(RESPONSE_HEADER.size)
 
@@ -242,7 +241,6 @@ class _Decoder:
         return DecodedImage(np.frombuffer(payload, np.uint8).reshape(rows, columns, 3), width, height)
 
     def kill(self) -> None:
-        """Kills the process if it is running, and closes the pipes."""
         self.process.kill()
         self.process.wait()
         self._requests.close()
@@ -275,13 +273,6 @@ class _Decoder:
                 raise EOFError
             remaining = remaining[count:]
         return content
-
-
-def _enlarge_pipe(descriptor: int) -> None:
-    """Enlarges a pipe, if the system supports it, so that it holds a whole image and neither end blocks."""
-    if hasattr(fcntl, "F_SETPIPE_SZ"):
-        with suppress(OSError):
-            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def available_cpus() -> int:

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,7 @@ __all__ = [
     "SizeLimit",
     "decode_image",
     "list_decodable_formats",
+    "out_of_memory",
 ]
 
 MAX_IMAGE_PIXELS = 100_000_000
@@ -81,9 +82,8 @@ _Pixels: TypeAlias = Image.Image | npt.NDArray[np.uint8]
 _INTEGER_WHITE_LEVELS = (2.0**8 - 1, 2.0**16 - 1, 2.0**32 - 1)
 _FLOAT_WHITE_LEVELS = (1.0, 2.0**8 - 1, 2.0**16 - 1)  # if a value exceeds all of them, white is 1, as in ImageMagick
 
-# For each EXIF orientation: the transposition that turns the stored image upright, and three flags: whether the
-# transposition swaps width and height, whether it reverses the order of the stored image's columns, and whether it
-# reverses the order of its rows.
+# For each EXIF orientation: the transposition that turns the stored image upright, and whether it swaps width and
+# height, reverses the order of the columns of the stored image, and reverses the order of its rows.
 _ORIENTATIONS = {
     2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
     3: (Image.Transpose.ROTATE_180, False, True, True),
@@ -126,6 +126,18 @@ class Preprocessing:
         if self.interpolation not in _RESAMPLING:
             raise ConfigError(f"interpolation: expected one of {', '.join(_RESAMPLING)}, got {self.interpolation!r}")
 
+    @property
+    def resampling(self) -> Image.Resampling:
+        return _RESAMPLING[self.interpolation]
+
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Returns the width and height after resizing, with the same rounding as torchvision."""
+        if self.stretch:
+            return self.resize_size, self.resize_size
+        short, long = sorted((width, height))
+        longer = int(self.resize_size * long / short)
+        return (self.resize_size, longer) if width <= height else (longer, self.resize_size)
+
     def output_size(self, width: int, height: int) -> tuple[int, int]:
         """Returns the width and height of the result for an image of the given size."""
         return self.crop_size, self.crop_size
@@ -142,24 +154,22 @@ class SizeLimit:
     """
 
     max_size: int
+    resampling: ClassVar[Image.Resampling] = Image.Resampling.BILINEAR
+    decode_scale: ClassVar[DecodeScale] = "exact"
 
-    def output_size(self, width: int, height: int) -> tuple[int, int]:
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
         """Returns the width and height of the result for an image of the given size."""
         scale = min(1.0, self.max_size / max(width, height))
         return max(1, round(width * scale)), max(1, round(height * scale))
 
+    output_size = resized_size
+
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """The pixels of a decoded image, and its size before resizing.
+    """The pixels of an image after preprocessing, and its size in the file, after the rotation in its EXIF data."""
 
-    Attributes:
-        pixels: `[height, width, 3] uint8`, RGB, read-only. The size is the preprocessing's `output_size`.
-        width: width of the image in its file, in pixels, after the rotation in its EXIF data.
-        height: height of the image in its file.
-    """
-
-    pixels: npt.NDArray[np.uint8]
+    pixels: npt.NDArray[np.uint8]  # `[height, width, 3]`, RGB, read-only
     width: int
     height: int
 
@@ -210,12 +220,16 @@ def decode_image(
     except Image.DecompressionBombError as error:
         raise DecodeError("TooManyPixels", "the image has more pixels than Pillow decodes") from error
     except MemoryError:
-        raise DecodeError("OutOfMemory", "decoding needs more memory than a decoder process may use") from None
+        raise out_of_memory() from None
     except Exception as error:  # codecs may raise any exception on damaged files
         repair = {"JPEG": append_end_marker, "PNG": remove_text}.get(image_format.name, lambda _: None)
         if (repaired := repair(content)) is not None:
             return decode_image(repaired, preprocessing, max_image_pixels, max_jpeg_scans, before_decoding)
         raise _explain(content, image_format, error) from error
+
+
+def out_of_memory() -> DecodeError:
+    return DecodeError("OutOfMemory", "decoding needs more memory than a decoder process may use")
 
 
 def _check_pixels(size: tuple[int, int], limit: int, message_start: str) -> None:
@@ -231,7 +245,7 @@ def _preprocess(
     pixels = _load(content, image, preprocessing)
     transposition, is_swapped, *is_reversed = _read_orientation(image)
     width, height = image.size[::-1] if is_swapped else image.size
-    method, resized = _find_method(preprocessing), _resized_size((width, height), preprocessing)
+    method, resized = preprocessing.resampling, preprocessing.resized_size(width, height)
     output_size = preprocessing.output_size(width, height)
     _check_pixels(resized, limit, f"an image of {width} x {height} pixels has, after resizing,")
     if method == Image.Resampling.NEAREST:  # resizing a part of the image may select different pixels
@@ -265,12 +279,11 @@ def _preprocess(
 
 
 def _load(content: bytes, image: Image.Image, preprocessing: Preprocessing | SizeLimit) -> _Pixels:
-    """Decodes the pixels of an image, in RGB or gray."""
     if image.mode == "RGB" and isinstance(image, JpegImagePlugin.JpegImageFile):
-        width, height = _resized_size(image.size, preprocessing)
-        is_fast = isinstance(preprocessing, Preprocessing) and preprocessing.decode_scale == "fast"
+        width, height = preprocessing.resized_size(*image.size)
+        is_fast = preprocessing.decode_scale == "fast"
         min_size = (_FAST_SCALE * width, _FAST_SCALE * height) if is_fast else None
-        is_bilinear = _find_method(preprocessing) == Image.Resampling.BILINEAR
+        is_bilinear = preprocessing.resampling == Image.Resampling.BILINEAR
         use_numpy = is_bilinear and min(image.width / width, image.height / height) >= _NUMPY_MIN_REDUCTION
         pixels = decode_rgb_jpeg(content, image.size, min_size, padded=not use_numpy)
         if pixels is not None:
@@ -293,23 +306,6 @@ def _resize(
     return pixels.resize(size, method, box)
 
 
-def _find_method(preprocessing: Preprocessing | SizeLimit) -> Image.Resampling:
-    if isinstance(preprocessing, SizeLimit):
-        return Image.Resampling.BILINEAR
-    return _RESAMPLING[preprocessing.interpolation]
-
-
-def _resized_size(size: tuple[int, int], preprocessing: Preprocessing | SizeLimit) -> tuple[int, int]:
-    """Returns the size of an image after resizing, with the same rounding as torchvision."""
-    if isinstance(preprocessing, SizeLimit):
-        return preprocessing.output_size(*size)
-    if preprocessing.stretch:
-        return preprocessing.resize_size, preprocessing.resize_size
-    short, long = sorted(size)
-    shorter, longer = preprocessing.resize_size, int(preprocessing.resize_size * long / short)
-    return (shorter, longer) if size[0] <= size[1] else (longer, shorter)
-
-
 def _to_rgb(content: bytes, image: Image.Image) -> Image.Image:
     """Converts an image to 8-bit RGB or gray, and blends transparency with white."""
     if image.mode.startswith(("I", "F")):
@@ -328,10 +324,7 @@ def _to_rgb(content: bytes, image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Converts gray values of more than 8 bits to `[height, width] uint8`.
-
-    The result for a 16-bit value is its high byte, as in Pillow's conversion of 16-bit colors.
-    """
+    """Converts gray values of more than 8 bits to `[height, width] uint8`; of 16 bits, to the high byte."""
     values = np.asarray(image)
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
     if image.mode.startswith("I;16"):
@@ -368,16 +361,16 @@ def _read_orientation(image: Image.Image) -> tuple[Image.Transpose | None, bool,
 
 
 def _explain_unknown(content: bytes) -> DecodeError:
-    known = ", ".join(image_format.name for image_format in FORMATS)
     if not content:
         return DecodeError("Empty", "the file is empty")
+    known = ", ".join(image_format.name for image_format in FORMATS)
     if name := find_unsupported_format(content):
         return DecodeError("UnsupportedFormat", f"expected {known}, got {name}; convert the image")
     return DecodeError("NotAnImage", f"expected {known}, got a file in none of these formats")
 
 
 def _explain(content: bytes, image_format: ImageFormat, error: Exception) -> DecodeError:
-    """Describes a codec's exception without quoting its message, which may contain bytes of the file."""
+    """Describes an exception without quoting its message, which may contain bytes of the file."""
     name = image_format.name
     if image_format not in list_decodable_formats():
         return DecodeError(
@@ -401,16 +394,13 @@ def _describe_tiff_samples(content: bytes) -> str | None:
         file = io.BytesIO(content)
         file.seek(directory.next)
         directory.load(file)
-        (bits, *_), (kind, *_) = (
-            directory[TiffImagePlugin.BITSPERSAMPLE],
-            directory.get(TiffImagePlugin.SAMPLEFORMAT, (1,)),
-        )
+        bits, kind = directory[TiffImagePlugin.BITSPERSAMPLE][0], directory.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0]
         return f"{directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)} channels of {bits}-bit {kinds[kind]}"
     except Exception:  # Pillow raises various exceptions on damaged files
         return None
 
 
-def _ends_early(content: bytes, name: str | None) -> bool:
+def _ends_early(content: bytes, name: str) -> bool:
     """Returns whether a file lacks the end marker of its format, or is shorter than its header says."""
     if name == "WebP":
         return int.from_bytes(content[4:8], "little") + 8 > len(content)

@@ -1,7 +1,7 @@
 """Fetches the bytes of images with retries and with limits on size and time.
 
-`captionlib.data.images.addresses` documents the syntax of image addresses (paths and URLs). Credentials
-and endpoints come from fsspec's own configuration; see `captionlib.storage.folders`.
+`captionlib.data.images.addresses` documents the syntax of addresses. Credentials and endpoints come from fsspec's own
+configuration.
 """
 
 import asyncio
@@ -97,16 +97,9 @@ class FetchConfig:
 
 
 class _Span(NamedTuple):
-    """The bytes of a file to read: `start` to `end` (exclusive) or, if `end` is None, the whole file up to `limit`."""
-
     start: int
-    end: int | None
-    limit: int
-
-    @property
-    def size(self) -> int:
-        """The number of bytes to read. It is `limit` + 1 for a whole file, to detect files that are too large."""
-        return self.limit + 1 if self.end is None else self.end - self.start
+    size: int  # of a whole file, one byte more than the limit, to detect files that are too large
+    is_whole_file: bool
 
 
 class ImageFetcher:
@@ -185,16 +178,18 @@ class ImageFetcher:
         address = parse_image_address(uri, self.config.protocols)
         if address.cell is not None:
             return self._cells.read_cell(address.file, *address.cell, limit)
-        start, end = address.span or (0, None)
-        span = _Span(start, end, limit)
-        if end is not None and end <= start:
+        if address.span is None:
+            content = self._read(address.file, _Span(0, limit + 1, is_whole_file=True))
+            if len(content) > limit:
+                raise FetchError("TooLarge", f"expected at most {limit} bytes, got more")
+            return content
+        start, end = address.span
+        if end <= start:
             raise FetchError("BadRange", f"expected bytes=START-END with END greater than START, got {start}-{end}")
-        if end is not None and span.size > limit:
-            raise FetchError("TooLarge", f"expected at most {limit} bytes, got a range of {span.size}")
-        content = self._read(address.file, span)
-        if end is None and len(content) > limit:
-            raise FetchError("TooLarge", f"expected at most {limit} bytes, got more")
-        if end is not None and len(content) < span.size:
+        if end - start > limit:
+            raise FetchError("TooLarge", f"expected at most {limit} bytes, got a range of {end - start}")
+        content = self._read(address.file, _Span(start, end - start, is_whole_file=False))
+        if len(content) < end - start:
             raise FetchError("ShortRead", f"expected bytes {start} to {end}, but the file ends earlier")
         return content
 
@@ -209,7 +204,6 @@ class ImageFetcher:
         return _read_chunks(fs, path, span, time.monotonic() + self.config.timeout_seconds)
 
     def _run(self, fs: Any, coroutine: Any) -> bytes:
-        """Runs a coroutine on the event loop of the file system, with the timeout of one attempt."""
         limited = asyncio.wait_for(coroutine, self.config.timeout_seconds)
         with self._lock:
             request: Future[bytes] = asyncio.run_coroutine_threadsafe(limited, fs.loop)
@@ -223,20 +217,16 @@ class ImageFetcher:
                 self._requests.discard(request)
 
     async def _read_http(self, fs: Any, url: str, span: _Span) -> bytes:
-        """Reads a span and closes the connection.
-
-        If the server ignores the Range header, the bytes outside the span are discarded.
-        """
         session = await fs.set_session()
         headers = {**session.headers, **fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
-        if span.end is not None:
-            headers["Range"] = f"bytes={span.start}-{span.end - 1}"
+        if not span.is_whole_file:
+            headers["Range"] = f"bytes={span.start}-{span.start + span.size - 1}"
         options = {**fs.kwargs, "headers": headers, "timeout": aiohttp.ClientTimeout(self.config.timeout_seconds)}
         async with await _request(session, fs.encode_url(url), options) as response:
             response.raise_for_status()
-            skip = 0 if response.status == 206 else span.start
-            if span.end is None and (response.content_length or 0) > span.limit:
-                raise FetchError("TooLarge", f"expected at most {span.limit} bytes, got {response.content_length}")
+            skip = 0 if response.status == 206 else span.start  # the server may ignore the header Range
+            if span.is_whole_file and (response.content_length or 0) >= span.size:
+                raise FetchError("TooLarge", f"expected at most {span.size - 1} bytes, got {response.content_length}")
             content = bytearray()
             async for chunk in response.content.iter_any():
                 content += chunk[skip:]
@@ -247,7 +237,6 @@ class ImageFetcher:
 
 
 async def _request(session: aiohttp.ClientSession, url: str, options: dict[str, Any]) -> aiohttp.ClientResponse:
-    """Sends a request. HTTP error statuses are in the response and raise no exception."""
     try:
         return await session.get(url, **options)
     except aiohttp.TooManyRedirects as error:
@@ -261,11 +250,10 @@ async def _request(session: aiohttp.ClientSession, url: str, options: dict[str, 
 
 
 async def _read_object(fs: Any, path: str, span: _Span) -> bytes:
-    """Reads a span of an object in an object store."""
     try:
         return cast(bytes, await fs._cat_file(path, start=span.start, end=span.start + span.size))
     except Exception as error:
-        if span.end is None and get_http_status(error) == 416:  # any range of an empty object is invalid
+        if span.is_whole_file and get_http_status(error) == 416:  # any range of an empty object is invalid
             return b""
         raise
 
@@ -284,7 +272,7 @@ def _read_chunks(fs: Any, path: str, span: _Span, deadline: float) -> bytes:
 
 def _read_local(path: str, span: _Span) -> bytes:
     with open_regular_file(path) as file:
-        size = span.size if span.end is not None else min(os.fstat(file.fileno()).st_size, span.size)
+        size = min(os.fstat(file.fileno()).st_size, span.size)
         return os.pread(file.fileno(), size, span.start)
 
 
@@ -325,16 +313,13 @@ _REASONS = (
     ),
     (
         is_connection_error,
-        "ConnectionFailed",
-        "the connection failed or was interrupted",
-        "retry with --retry-failures",
+        *("ConnectionFailed", "the connection failed or was interrupted", "retry with --retry-failures"),
     ),
     (_is_invalid_address, "BadAddress", "the address, or one that it redirects to, is invalid", "correct the address"),
 )
 
 
 def _describe_status(status: int, retry_after: float | None) -> FetchError:
-    """Returns the error for an HTTP status, with its reason and a remedy."""
     wait = "" if retry_after is None else f" with a request to retry after {retry_after:.0f} seconds"
     reason, remedy = _STATUS_REASONS.get(status) or _STATUS_REASONS[400 if status < 500 else 500]
     return FetchError(reason, f"expected the image, got HTTP status {status}{wait}; {remedy}")

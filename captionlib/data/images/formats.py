@@ -1,7 +1,4 @@
-"""Lists the image formats that can be decoded, and recognizes a format by the first bytes of a file.
-
-The command `prepare` and the web page for image search select files by the extensions in this list.
-"""
+"""Lists the image formats that can be decoded, and recognizes a format by the first bytes of a file."""
 
 import re
 from dataclasses import dataclass
@@ -11,21 +8,13 @@ __all__ = ["FORMATS", "IMAGE_EXTENSIONS", "ImageFormat", "find_format", "find_un
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """A format of image files.
-
-    Attributes:
-        name: name that messages show.
-        signature: regular expression that matches the first bytes of a file.
-        extensions: file extensions, in lower case.
-        plugins: names of the Pillow plugins that decode the format.
-        extra: extra of captionlib that installs the decoder, or None if captionlib always installs it.
-    """
+    """A format of image files."""
 
     name: str
-    signature: bytes
-    extensions: tuple[str, ...]
-    plugins: tuple[str, ...]
-    extra: str | None = None
+    signature: bytes  # regular expression that matches the first bytes of a file
+    extensions: tuple[str, ...]  # in lower case
+    plugins: tuple[str, ...]  # names of the Pillow plugins that decode the format
+    extra: str | None = None  # the extra of captionlib that installs the decoder, if any
 
 
 FORMATS = (
@@ -50,12 +39,7 @@ FORMATS = (
 
 IMAGE_EXTENSIONS = frozenset(extension for image_format in FORMATS for extension in image_format.extensions)
 
-_UNSUPPORTED = {
-    "Photoshop": rb"8BPS",
-    "ICO": rb"\x00\x00\x01\x00",
-    "PDF": rb"%PDF-",
-    "SVG": rb"<svg",
-}
+_UNSUPPORTED = {"Photoshop": b"8BPS", "ICO": b"\0\0\1\0", "PDF": b"%PDF-", "SVG": b"<svg"}
 
 
 def find_format(content: bytes) -> ImageFormat | None:
@@ -65,4 +49,4 @@ def find_format(content: bytes) -> ImageFormat | None:
 
 def find_unsupported_format(content: bytes) -> str | None:
     """Returns the name of a known format that cannot be decoded, or None."""
-    return next((name for name, start in _UNSUPPORTED.items() if re.match(start, content, re.DOTALL)), None)
+    return next((name for name, start in _UNSUPPORTED.items() if content.startswith(start)), None)

@@ -14,9 +14,10 @@ from captionlib.errors import DecodeError
 
 __all__ = ["append_end_marker", "check_jpeg", "decode_rgb_jpeg"]
 
-_END = b"\xff\xd9"
 _START_OF_SCAN = 0xDA
-_MARKERS_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+_END_OF_IMAGE = 0xD9
+_END = bytes([0xFF, _END_OF_IMAGE])
+_MARKERS_WITHOUT_LENGTH = {0x01, 0xD8}
 
 # Codes of the start-of-frame marker, which specifies how the pixels are coded.
 _DECODABLE = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # sequential and progressive, with Huffman or arithmetic coding
@@ -28,28 +29,17 @@ _UNSUPPORTED[0xF7] = "JPEG-LS"
 
 # In the data of a scan, 0xff00 stands for the byte 0xff, and 0xffd0 to 0xffd7 are restart markers. Any other 0xff
 # begins the next marker, or is a fill byte before it if a second 0xff follows.
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-
-_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 _BUFFER_BYTES = 2**26  # an RGBX image of 16 megapixels
 _buffers = threading.local()
 
 
-class _Frame(NamedTuple):
-    """The header of a JPEG file.
-
-    Attributes:
-        coding: code of the start-of-frame marker, which specifies how the pixels are coded.
-        bits: bits per channel.
-        components: number of channels.
-        first_scan: position of the marker of the first scan.
-    """
-
-    coding: int
-    bits: int
-    components: int
-    first_scan: int
+class _Header(NamedTuple):
+    coding: int  # code of the start-of-frame marker
+    bits: int  # per channel
+    channels: int
+    first_scan: int  # position of its marker
 
 
 def check_jpeg(content: bytes, max_scans: int) -> None:
@@ -61,20 +51,20 @@ def check_jpeg(content: bytes, max_scans: int) -> None:
     Raises:
         DecodeError: the reason is UnsupportedFormat or TooManyScans.
     """
-    frame = _read_frame(content)
-    if frame is None:
+    header = _read_header(content)
+    if header is None:
         return
-    if name := _UNSUPPORTED.get(frame.coding):
+    if name := _UNSUPPORTED.get(header.coding):
         raise DecodeError("UnsupportedFormat", f"expected baseline or progressive JPEG, got {name}; convert the image")
-    if frame.bits != 8 and frame.coding in _DECODABLE:
+    if header.bits != 8 and header.coding in _DECODABLE:
         raise DecodeError(
             "UnsupportedFormat",
-            f"expected JPEG with 8 bits per channel, got {frame.bits} bits; convert the image",
+            f"expected JPEG with 8 bits per channel, got {header.bits} bits; convert the image",
         )
-    if _has_single_scan(content, frame):
+    if _has_single_scan(content, header):
         return
-    scans = islice(_find_scans(content, frame), max_scans + 1)
-    if content.count(b"\xff\xda", frame.first_scan) > max_scans and len(list(scans)) > max_scans:
+    scans = islice(_find_scans(content, header), max_scans + 1)
+    if content.count(b"\xff\xda", header.first_scan) > max_scans and len(list(scans)) > max_scans:
         raise DecodeError("TooManyScans", f"the JPEG file has more scans than the limit of {max_scans}")
 
 
@@ -111,11 +101,11 @@ def decode_rgb_jpeg(
 
 def append_end_marker(content: bytes) -> bytes | None:
     """Adds a missing end marker to a JPEG file. Returns None if the marker exists, or if anything else is missing."""
-    frame = _read_frame(content)
-    if content.endswith(_END) or frame is None:
+    header = _read_header(content)
+    if content.endswith(_END) or header is None:
         return None
     complete = content + _END
-    if frame.coding in _PROGRESSIVE and not _has_all_bits(complete, frame):
+    if header.coding in _PROGRESSIVE and not _has_all_bits(complete, header):
         return None
     try:
         simplejpeg.decode_jpeg(complete, "GRAY")  # reports missing pixels, unlike Pillow
@@ -124,50 +114,52 @@ def append_end_marker(content: bytes) -> bytes | None:
     return complete
 
 
-def _read_frame(content: bytes) -> _Frame | None:
-    """Reads the header up to the first scan. Returns None if it is damaged."""
-    position, coding, bits, components = 2, None, 0, 0
+def _find_segments(content: bytes, position: int) -> Iterator[tuple[int, int]]:
+    """Yields the code of each marker, and the position of the data that follow it."""
     while match := _MARKER.search(content, position):
-        marker, position = match[1][0], match.end()
+        marker, position = content[match.start() + 1], match.end()
+        if marker not in _MARKERS_WITHOUT_LENGTH:
+            yield marker, position
+            position += int.from_bytes(content[position : position + 2], "big")
+
+
+def _read_header(content: bytes) -> _Header | None:
+    """Reads the header up to the first scan. Returns None if it is damaged."""
+    frame = None
+    for marker, position in _find_segments(content, 2):
         if marker == _START_OF_SCAN:
-            return _Frame(coding, bits, components, position - 2) if coding is not None else None
-        if marker in _MARKERS_WITHOUT_LENGTH:
-            continue
+            return _Header(*frame, position - 2) if frame is not None else None
         if marker in _DECODABLE or marker in _UNSUPPORTED:
             if len(content) < position + 8:
                 return None
-            coding, bits, components = marker, content[position + 2], content[position + 7]
-        position += int.from_bytes(content[position : position + 2], "big")
+            frame = marker, content[position + 2], content[position + 7]
     return None
 
 
-def _has_single_scan(content: bytes, frame: _Frame) -> bool:
-    """Returns whether libjpeg reads only the first scan: the file is sequential, and this scan has all components."""
-    components = content[frame.first_scan + 4 : frame.first_scan + 5]  # after the marker and its length
-    return frame.coding not in _PROGRESSIVE and components == bytes([frame.components])
+def _has_single_scan(content: bytes, header: _Header) -> bool:
+    """Returns whether libjpeg reads only the first scan: the file is sequential, and this scan has all channels."""
+    channels = content[header.first_scan + 4 : header.first_scan + 5]  # after the marker and its length
+    return header.coding not in _PROGRESSIVE and channels == bytes([header.channels])
 
 
-def _find_scans(content: bytes, frame: _Frame) -> Iterator[int]:
+def _find_scans(content: bytes, header: _Header) -> Iterator[int]:
     """Yields the position after the marker of each scan. Stops at the end marker, which other images may follow."""
-    position = frame.first_scan
-    while match := _NEXT_MARKER.search(content, position):
-        marker, position = content[match.start() + 1], match.end()
-        if marker == _END[1]:
+    for marker, position in _find_segments(content, header.first_scan):
+        if marker == _END_OF_IMAGE:
             return
         if marker == _START_OF_SCAN:
             yield position
-        position += int.from_bytes(content[position : position + 2], "big")
 
 
-def _has_all_bits(content: bytes, frame: _Frame) -> bool:
-    """Returns whether the scans of a progressive file include the lowest bit of all 64 coefficients per component."""
+def _has_all_bits(content: bytes, header: _Header) -> bool:
+    """Returns whether the scans of a progressive file include the lowest bit of all 64 coefficients per channel."""
     missing: dict[int, set[int]] = {}
-    for position in _find_scans(content, frame):
+    for position in _find_scans(content, header):
         if position + 7 > len(content) or position + 6 + 2 * (count := content[position + 2]) > len(content):
             return False
         first, last, bits = content[position + 3 + 2 * count :][:3]
-        for component in content[position + 3 : position + 3 + 2 * count : 2]:
-            coefficients = missing.setdefault(component, set(range(64)))
+        for channel in content[position + 3 : position + 3 + 2 * count : 2]:
+            coefficients = missing.setdefault(channel, set(range(64)))
             if bits & 15 == 0:
                 coefficients.difference_update(range(first, last + 1))
-    return len(missing) == frame.components and not any(missing.values())
+    return len(missing) == header.channels and not any(missing.values())

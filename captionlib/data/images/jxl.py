@@ -13,39 +13,30 @@ _DIMENSION_BITS = (9, 13, 18, 30)
 _RATIOS = (None, *(Fraction(*ratio) for ratio in ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))))
 
 
-class _Bits:
-    """Reads unsigned integers of any bit width, least significant bit first."""
-
-    def __init__(self, content: bytes) -> None:
-        self._bits = int.from_bytes(content, "little")
-
-    def read(self, count: int) -> int:
-        value = self._bits & ((1 << count) - 1)
-        self._bits >>= count
-        return value
-
-
 def read_jxl_size(content: bytes) -> tuple[int, int] | None:
     """Returns the width and height of the image in a JPEG XL file, before rotation; None if the header is damaged."""
     header = content if content.startswith(_CODESTREAM_SIGNATURE) else _read_codestream(content)
     if len(header) < _HEADER_BYTES or not header.startswith(_CODESTREAM_SIGNATURE):
         return None
-    bits = _Bits(header[len(_CODESTREAM_SIGNATURE) : _HEADER_BYTES])
-    is_small = bits.read(1)  # if so, a width or height is a multiple of 8, up to 256
+    bits = int.from_bytes(header[len(_CODESTREAM_SIGNATURE) : _HEADER_BYTES], "little")
+
+    def read(count: int) -> int:  # least significant bit first
+        nonlocal bits
+        bits, value = divmod(bits, 2**count)
+        return value
+
+    is_small = read(1)  # if so, a width or height is a multiple of 8, up to 256
 
     def read_dimension() -> int:
-        return 8 * (1 + bits.read(5)) if is_small else 1 + bits.read(_DIMENSION_BITS[bits.read(2)])
+        return 8 * (1 + read(5)) if is_small else 1 + read(_DIMENSION_BITS[read(2)])
 
     height = read_dimension()
-    ratio = _RATIOS[bits.read(3)]
+    ratio = _RATIOS[read(3)]
     return read_dimension() if ratio is None else int(height * ratio), height
 
 
 def _read_codestream(content: bytes) -> bytes:
-    """Returns the first bytes of the codestream (image data) in a JPEG XL container.
-
-    A container consists of boxes (sections), and the codestream may be split across several boxes.
-    """
+    """Returns the first bytes of the codestream (image data), which may be split across boxes of a container."""
     codestream, position = b"", 0
     while len(codestream) < _HEADER_BYTES and len(content) >= position + 8:
         size, kind = int.from_bytes(content[position : position + 4], "big"), content[position + 4 : position + 8]

@@ -26,15 +26,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class LoadedImage(DecodedImage):
-    """A decoded image and a hash of its file.
+    """A decoded image and a hash of its file."""
 
-    Attributes:
-        content_hash: XXH3 hash of the bytes of the file, an unsigned integer of 64 bits.
-        extra_pixels: the pixels from each extra preprocessing; see `open_loader`.
-    """
-
-    content_hash: int
-    extra_pixels: tuple[npt.NDArray[np.uint8], ...] = ()
+    content_hash: int  # see `hash_content`
+    extra_pixels: tuple[npt.NDArray[np.uint8], ...] = ()  # from each extra preprocessing of `open_loader`
 
 
 LoadImages = Callable[[Iterable[Row]], Iterator[tuple[Row, LoadedImage | ImageError]]]

@@ -22,12 +22,11 @@ _CACHED_FOOTERS = 64
 class ParquetCellReader:
     """Reads cells of Parquet files with caching. Thread-safe.
 
-    A column chunk holds the values of one column in one row group. Column chunks larger than the cache are rejected.
     Error messages do not quote the content of a file, not even column names.
 
     Args:
         open_file: function that opens a file.
-        cache_bytes: size of the cache of column chunks.
+        cache_bytes: size of the cache of column chunks (a column of a row group). Larger chunks are rejected.
     """
 
     def __init__(self, open_file: Callable[[ImageFile], BinaryIO], cache_bytes: int) -> None:

@@ -24,13 +24,9 @@ def remove_text(content: bytes) -> bytes | None:
 
 
 def find_transparent_pixels(content: bytes, image: PngImagePlugin.PngImageFile) -> npt.NDArray[np.bool_] | None:
-    """Finds the pixels whose color the file declares transparent, in a PNG file with 16 bits per channel.
+    """Returns which pixels have the color that a PNG file with 16 bits per channel declares transparent.
 
     Pillow loads only the high byte of each channel, but several colors may have the same high bytes.
-
-    Args:
-        content: the PNG file.
-        image: the file as Pillow opened it, before its pixels are loaded.
 
     Returns:
         `[height, width] bool`, or None if the file does not have 16 bits per channel or declares no such color.
@@ -48,7 +44,7 @@ def find_transparent_pixels(content: bytes, image: PngImagePlugin.PngImageFile) 
 
 
 def _split_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yields the name and the bytes of each chunk, including its length and checksum."""
+    """Yields the name of each chunk, and its bytes including its length and checksum."""
     position = _SIGNATURE_BYTES
     while position < len(content):
         end = position + 12 + int.from_bytes(content[position : position + 4], "big")

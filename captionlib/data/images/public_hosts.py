@@ -1,8 +1,7 @@
 """An HTTP client that connects only to public hosts.
 
-The client checks the IP address of each connection just before it opens the socket. The check therefore covers host
-names, IP addresses and redirects. It also covers host names that resolve to a public address first and to a private
-address later (DNS rebinding).
+The client checks the IP address of each connection just before it opens the socket. The check therefore covers
+redirects, and host names that resolve to a public address first and to a private address later (DNS rebinding).
 """
 
 import ipaddress
@@ -15,19 +14,13 @@ from aiohttp import AddrInfoType
 
 from captionlib.errors import ConfigError
 
-__all__ = ["PrivateHostError", "create_public_client", "is_private_address", "is_private_host_error", "reject_proxies"]
+__all__ = ["create_public_client", "is_private_address", "is_private_host_error", "reject_proxies"]
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last four bytes are an IPv4 address
 
 
-class PrivateHostError(OSError):
-    """A connection to a private host was rejected.
-
-    The message is constant, so that asyncio raises a single error if all IP addresses of a host are rejected.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("the host is not public")
+class _PrivateHostError(OSError):
+    """A connection to a private host was rejected."""
 
 
 def is_private_address(host: str) -> bool:
@@ -54,7 +47,8 @@ def _extract_ipv4(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | Non
 def _open_public_socket(address: AddrInfoType) -> socket.socket:
     family, kind, protocol, _, socket_address = address
     if is_private_address(str(socket_address[0])):
-        raise PrivateHostError
+        # The message is constant, so that asyncio raises a single error if all IP addresses of a host are rejected.
+        raise _PrivateHostError("the host is not public")
     return socket.socket(family, kind, protocol)
 
 
@@ -76,10 +70,10 @@ def reject_proxies(options: Mapping[str, Any]) -> None:
 
 
 def is_private_host_error(error: BaseException | None) -> bool:
-    """Returns whether an error is, or was caused by, a PrivateHostError."""
+    """Returns whether an error is the rejection of a private host, or was caused by it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
-        if isinstance(error, PrivateHostError) or isinstance(getattr(error, "os_error", None), PrivateHostError):
+        if isinstance(error, _PrivateHostError) or isinstance(getattr(error, "os_error", None), _PrivateHostError):
             return True
         seen.add(id(error))
         error = error.__cause__ or error.__context__

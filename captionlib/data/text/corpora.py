@@ -22,15 +22,9 @@ TextLayout = Literal["sentences", "continuous"]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation text.
+    """Training and validation text. The functions read it from disk, as sentences or as one continuous text."""
 
-    Attributes:
-        fingerprint: hash of the text.
-        read_training: function that reads the training text from disk, and yields its sentences or the continuous text.
-        read_validation: the same for the validation text.
-    """
-
-    fingerprint: str
+    fingerprint: str  # hash of the text
     read_training: Callable[[], Iterator[str]]
     read_validation: Callable[[], Iterator[str]]
 

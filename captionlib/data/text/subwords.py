@@ -8,6 +8,7 @@ The first subword of a word starts with the character U+2581, which no word cont
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -32,17 +33,11 @@ _SCORE_DECIMALS = 6
 
 
 class Subwords(NamedTuple):
-    """Trained subwords.
-
-    Attributes:
-        subwords: all subwords, in any order.
-        merges: for `bpe`, the pairs to merge, in this order.
-        scores: for `unigram`, the log-probability of each subword.
-    """
+    """Trained subwords, in any order."""
 
     subwords: tuple[str, ...]
-    merges: tuple[tuple[str, str], ...] = ()
-    scores: tuple[float, ...] = ()
+    merges: tuple[tuple[str, str], ...] = ()  # for `bpe`, the pairs to merge, in this order
+    scores: tuple[float, ...] = ()  # for `unigram`, the log-probability of each subword
 
 
 def train_subwords(words: Mapping[str, int], algorithm: SubwordAlgorithm, size: int, min_count: int) -> Subwords:
@@ -57,7 +52,9 @@ def train_subwords(words: Mapping[str, int], algorithm: SubwordAlgorithm, size: 
     _require_tokenizers()
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    characters = _count_characters(words)
+    characters = Counter[str]()
+    for word, count in words.items():
+        characters.update({character: count * word.count(character) for character in set(word)})
     kept = {word: count for word, count in words.items() if all(characters[c] >= min_count for c in word)}
     alphabet = {character for word in kept for character in word}
     if len(alphabet) >= size:  # _WORD_START is one more character
@@ -78,28 +75,18 @@ def train_subwords(words: Mapping[str, int], algorithm: SubwordAlgorithm, size: 
     model = json.loads(tokenizer.to_str())["model"]
     if algorithm == "bpe":
         return Subwords(tuple(sorted({*model["vocab"]} - {_UNKNOWN})), merges=tuple(map(tuple, model["merges"])))
-    scores = {subword: score for subword, score in model["vocab"] if subword != _UNKNOWN}
-    subwords = tuple(sorted(scores))
+    scores = {subword: score for subword, score in sorted(model["vocab"]) if subword != _UNKNOWN}
     lowest = min(scores.values(), default=0.0)
-    added_score_limit = lowest + _SCORE_STEP * (len(alphabet) + 1)
-    return Subwords(
-        subwords,
-        scores=tuple(
-            round(
-                lowest if len(subword) == 1 and scores[subword] < added_score_limit else scores[subword],
-                _SCORE_DECIMALS,
-            )
-            for subword in subwords
-        ),
+    limit = lowest + _SCORE_STEP * (len(alphabet) + 1)  # of the scores of added characters
+    rounded = (
+        round(lowest if len(subword) == 1 and score < limit else score, _SCORE_DECIMALS)
+        for subword, score in scores.items()
     )
+    return Subwords(tuple(scores), scores=tuple(rounded))
 
 
 def make_tokenizer(algorithm: SubwordAlgorithm, trained: Subwords) -> "Tokenizer":
-    """Returns a tokenizer for the output of `mark_word_starts`. The id of `trained.subwords[i]` is i + 1; 0 is <unk>.
-
-    Raises:
-        ConfigError: `tokenizers` is not installed.
-    """
+    """Returns a tokenizer for the output of `mark_word_starts`. Ids: 0 for <unk>, i + 1 for `trained.subwords[i]`."""
     _require_tokenizers()
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -121,14 +108,6 @@ def mark_word_starts(words: Iterable[str]) -> str:
 def join_subwords(subwords: Sequence[str]) -> str:
     """Joins subwords into words, separated by spaces."""
     return "".join(subwords).replace(_WORD_START, " ").strip()
-
-
-def _count_characters(words: Mapping[str, int]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for word, count in words.items():
-        for character in word:
-            counts[character] = counts.get(character, 0) + count
-    return counts
 
 
 def _require_tokenizers() -> None:

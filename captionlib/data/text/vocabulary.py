@@ -84,25 +84,15 @@ def _normalize_character(character: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens of a model. The ids are 0 for END, 1 for UNKNOWN and i + 2 for `words[i]`.
+    """The tokens of a model. The ids are 0 for END, 1 for UNKNOWN and i + 2 for `words[i]`."""
 
-    Attributes:
-        words: tokens (words, characters or subwords) in descending order of frequency, then in alphabetical order.
-        counts: number of occurrences of each token in the training sentences.
-        unknown_count: number of occurrences of tokens that are not in `words`.
-        sentence_count: number of training sentences, which is also the number of occurrences of END.
-        tokenization: kind of the tokens.
-        merges: for `bpe`, the pairs of subwords to merge, in this order.
-        scores: for `unigram`, ln p of each subword.
-    """
-
-    words: tuple[str, ...]
-    counts: tuple[int, ...]
-    unknown_count: int
-    sentence_count: int
+    words: tuple[str, ...]  # words, characters or subwords, by descending frequency and then alphabetically
+    counts: tuple[int, ...]  # occurrences of each token in the training sentences
+    unknown_count: int  # occurrences of tokens that are not in `words`
+    sentence_count: int  # training sentences
     tokenization: Tokenization = "words"
-    merges: tuple[tuple[str, str], ...] = ()
-    scores: tuple[float, ...] = ()
+    merges: tuple[tuple[str, str], ...] = ()  # for `bpe`, the pairs of subwords to merge, in this order
+    scores: tuple[float, ...] = ()  # for `unigram`, ln p of each subword
 
     def __post_init__(self) -> None:
         size, counts = len(self.words), len(self.counts)
@@ -181,11 +171,7 @@ class Vocabulary:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Vocabulary":
-        """Creates a vocabulary from the output of `to_dict`.
-
-        Raises:
-            ConfigError: `values` is not a valid output of `to_dict`.
-        """
+        """Creates a vocabulary from the output of `to_dict`. Raises ConfigError if `values` are invalid."""
         return build_config(cls, values, origin="vocabulary")
 
     def to_dict(self) -> dict[str, Any]:
@@ -221,11 +207,7 @@ class Vocabulary:
         return tokenize(sentence, self.tokenization)
 
     def encode_tokens(self, tokens: Iterable[str]) -> list[int]:
-        """Returns the token ids of the output of `tokenize`.
-
-        Raises:
-            ConfigError: the package that splits words into subwords is not installed.
-        """
+        """Returns the token ids of the output of `tokenize`."""
         if self._tokenizer is not None:
             return [subword_id - 1 + _FIRST_ID for subword_id in self._tokenizer.encode(mark_word_starts(tokens)).ids]
         return [self._ids.get(token, UNKNOWN) for token in tokens]
@@ -247,10 +229,7 @@ class Vocabulary:
         return cast(npt.NDArray[np.float32], np.log(counts / counts.sum()).astype(np.float32))
 
     def unigram_perplexity(self, sentences: Iterable[Sequence[int]]) -> float:
-        """Computes the perplexity of sentences under a model that uses only the word frequencies (unigram model).
-
-        `sentences` contains token ids, including END if END counts as a token.
-        """
+        """Computes the perplexity of the token ids of sentences under a model that uses only the token frequencies."""
         counts = Counter(chain.from_iterable(sentences))
         ids, occurrences = np.array(list(counts.items()), np.int64).T
         return float(np.exp(-np.average(self.log_frequencies()[ids], weights=occurrences)))

@@ -11,9 +11,8 @@ The format is detected from the first lines. Files are streamed, and only the re
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,17 +27,11 @@ _MAX_LINE_BYTES = 1 << 20  # limit for binary files, which may contain no line b
 _Entry = tuple[str, npt.NDArray[np.float32]]
 
 
-@dataclass(frozen=True)
-class WordVectors:
-    """Word vectors that were read from a file.
+class WordVectors(NamedTuple):
+    """Word vectors that were read from a file."""
 
-    Attributes:
-        vectors: vector of each word, `[size] float32`.
-        missing: requested words without a vector, in the requested order.
-    """
-
-    vectors: Mapping[str, npt.NDArray[np.float32]]
-    missing: tuple[str, ...]
+    vectors: Mapping[str, npt.NDArray[np.float32]]  # `[size]` each
+    missing: tuple[str, ...]  # requested words without a vector, in the requested order
 
 
 def read_word_vectors(uri: str, words: Sequence[str], size: int) -> WordVectors:
@@ -82,37 +75,27 @@ def _read_entries(file: BinaryIO, uri: str, requested: frozenset[str], size: int
     """Yields the requested words in a file, ignoring case, with their vectors."""
     first = file.readline(_MAX_LINE_BYTES)
     header = first.split()
-    if len(header) != 2:
-        actual_size = len(header) - 1
-        if actual_size < 1 or not _are_finite_numbers(header[1:]):
-            raise DatasetError(
-                f"word vectors {uri}: expected the number and size of vectors, or a word and its vector, in the "
-                f"first line, got {first[:80]!r}; use a file in the format of word2vec, GloVe or fastText"
-            )
-        _check_size(uri, actual_size, size)
-        yield from _read_text(chain([first], file), uri, requested, size, 1)
-        return
-    try:
-        count, actual_size = map(int, header)
-    except ValueError as error:
+    has_counts = len(header) == 2 and all(field.isdigit() for field in header)
+    if not has_counts and (len(header) < 3 or not _are_finite_numbers(header[1:])):
         raise DatasetError(
-            f"word vectors {uri}: expected the number and size of vectors in the first line, got {first[:80]!r}"
-        ) from error
-    _check_size(uri, actual_size, size)
-    second = file.readline(_MAX_LINE_BYTES)
-    fields = second.split()
-    if len(fields) > size and _are_finite_numbers(fields[-size:]):
-        yield from _read_text(chain([second], file), uri, requested, size, 2)
-    else:
-        yield from _read_binary(file, second, uri, requested, size, count)
-
-
-def _check_size(uri: str, actual_size: int, size: int) -> None:
+            f"word vectors {uri}: expected the number and size of vectors, or a word and its vector, in the "
+            f"first line, got {first[:80]!r}; use a file in the format of word2vec, GloVe or fastText"
+        )
+    actual_size = int(header[1]) if has_counts else len(header) - 1
     if actual_size != size:
         raise ConfigError(
             f"word vectors {uri}: expected vectors of the captioner's embedding size {size}, got size {actual_size}; "
             f"set captioner.embedding_size={actual_size}, or use different vectors"
         )
+    if not has_counts:
+        yield from _read_text(chain([first], file), uri, requested, size, 1)
+        return
+    second = file.readline(_MAX_LINE_BYTES)
+    fields = second.split()
+    if len(fields) > size and _are_finite_numbers(fields[-size:]):
+        yield from _read_text(chain([second], file), uri, requested, size, 2)
+    else:
+        yield from _read_binary(file, second, uri, requested, size, int(header[0]))
 
 
 def _are_finite_numbers(fields: Sequence[bytes]) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,6 +233,35 @@ def test_memory_is_limited() -> None:
         pid = pool.pids
         assert pool.decode(GOOD).pixels.shape == (40, 40, 3)
         assert pool.pids == pid
+
+
+@pytest.mark.parametrize(
+    ("mode", "side", "kind", "options"),
+    [
+        ("RGB", 3000, "JPEG", {}),
+        ("L", 6400, "JPEG", {"progressive": True}),
+        ("RGB", 4000, "WEBP", {"lossless": True, "quality": 0, "method": 0}),
+        ("RGB", 2600, "JPEG2000", {}),
+    ],
+)
+def test_lack_of_memory_is_distinguished_from_damage(mode: str, side: int, kind: str, options: dict[str, Any]) -> None:
+    damaged = bytearray(encode_image(make_image(300, 300), "WEBP", lossless=True))
+    damaged[200:240] = bytes(40)
+    with open_pool(max_memory_bytes=2**28) as pool:
+        assert reason(pool, encode_image(make_image(side, side).convert(mode), kind, **options)) == "OutOfMemory"
+        assert reason(pool, bytes(damaged)) == "Corrupt"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_settings_of_the_memory_allocator_in_the_environment_take_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "8")
+    with open_pool() as pool:
+        pool.decode(GOOD)
+        environment = Path(f"/proc/{pool.pids[0]}/environ").read_bytes().split(b"\0")
+    assert {b"MALLOC_TRIM_THRESHOLD_=1000000", b"MALLOC_MMAP_THRESHOLD_=8388608", b"OPENBLAS_NUM_THREADS=1"} <= {
+        *environment
+    }
 
 
 def test_default_memory_fits_the_largest_image() -> None:

@@ -508,7 +508,10 @@ def test_png_with_large_or_damaged_text_is_decoded(chunk: bytes) -> None:
 
 
 def test_jpeg_with_too_many_scans_is_rejected_before_decoding() -> None:
-    assert reason(slow_jpeg(200)) == "TooManyScans"
+    slow = slow_jpeg(200)
+    assert reason(slow) == "TooManyScans"
+    second_scan = slow.index(b"\xff\xda", slow.index(b"\xff\xda") + 2)
+    assert reason(slow[:second_scan] + b"\xff\1" + slow[second_scan:]) == "TooManyScans"  # this marker has no length
     image = encode_image(make_image(), "JPEG", comment=b"\xff\xda" * 200)  # a comment is not a scan
     np.testing.assert_array_equal(decode(image + b"\xff\xda" * 200), decode(encode_image(make_image(), "JPEG")))
 
