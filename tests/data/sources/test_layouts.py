@@ -123,7 +123,7 @@ def test_parquet_with_several_image_columns(tmp_path: Path) -> None:
 )
 def test_parquet_images_are_not_captions_splits_or_ids(tmp_path: Path, options: dict[str, Any]) -> None:
     pq.write_table(pa.table({"image": [b"image"]}), tmp_path / "a.parquet")
-    with pytest.raises(DatasetError, match="expected image as text.*, got bytes b'image'"):
+    with pytest.raises(DatasetError, match=r"expected image as text.*, got bytes b'image'"):
         read(tmp_path / "a.parquet", **options)
 
 
