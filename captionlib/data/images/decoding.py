@@ -100,9 +100,7 @@ class Preprocessing:
     """How to convert an image to the input of an encoder, as in torchvision's `weights.transforms()`."""
 
     resize_size: int  # length of the shorter side after resizing, in pixels
-    crop_size: (
-        int  # side of the square that is cropped from the center, in pixels; smaller images are padded with black
-    )
+    crop_size: int  # side of the square that is cropped from the center; smaller images are padded with black
     interpolation: str  # torchvision's name of the interpolation mode, such as `bilinear`; antialiasing is always on
     mean: tuple[float, ...]  # of each channel, for pixels in 0..1; the encoder normalizes its input
     std: tuple[float, ...]  # of each channel, for pixels in 0..1
