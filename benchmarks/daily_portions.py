@@ -17,7 +17,6 @@ becomes a failure. On S3, the requests are counted.
 """
 
 import argparse
-import http.client
 import io
 import json
 import os
@@ -27,8 +26,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -41,7 +41,7 @@ from PIL import Image
 
 from benchmarks.bars import measure_seconds, report, run_benchmark
 from benchmarks.s3_server import S3Server, run_s3_server
-from benchmarks.server import serve
+from benchmarks.server import get_json, serve
 from benchmarks.tiny_project import run_command
 
 DATASETS = ("manifest", "captions", "embeddings")
@@ -122,7 +122,7 @@ class Source:
     def __init__(self, folder: str, server: S3Server | None) -> None:
         self.address = f"{folder}/source"
         self.contents: dict[str, bytes] = {}
-        self._server = server
+        self.server = server
         self._fs, self._path = fsspec.core.url_to_fs(self.address)
         self._seen_requests = 0
 
@@ -137,7 +137,7 @@ class Source:
 
     def zero(self, names: Sequence[str]) -> None:
         """On a disk, replaces the bytes of images by zeros, with the same size and modification time."""
-        if self._server is None:
+        if self.server is None:
             for path in (Path(self._path) / name for name in names):
                 status = path.stat()
                 path.write_bytes(bytes(status.st_size))
@@ -145,14 +145,10 @@ class Source:
 
     def count_requested(self) -> Counter[str]:
         """Returns how often each image was requested from S3 since the last call."""
-        assert self._server is not None
-        requests = re.findall(r'"GET /bucket/days/source/([^ ?]+\.jpg) ', self._server.log.read_text())
+        assert self.server is not None
+        requests = re.findall(r'"GET /bucket/days/source/([^ ?]+\.jpg) ', self.server.log.read_text())
         new, self._seen_requests = requests[self._seen_requests :], len(requests)
         return Counter(new)
-
-    @property
-    def counts_requests(self) -> bool:
-        return self._server is not None
 
 
 @dataclass
@@ -221,7 +217,7 @@ def run_days(collection: Collection, photographs: Sequence[Path], days: int, sta
     portion = len(photographs) // days
     problems: list[str] = []
     versions: dict[str, str] = {}
-    server: Callable[[str], tuple[int, Any]] | None = None
+    get: Callable[[str], tuple[int, Any]] | None = None
     print("# day    new changed deleted removed encoded captioned images seconds")
     for number in range(1, days + 1):
         day = change_source(collection, photographs[(number - 1) * portion : number * portion])
@@ -230,9 +226,12 @@ def run_days(collection: Collection, photographs: Sequence[Path], days: int, sta
         unchanged = set(collection.source.contents) - set(day.new) - set(day.changed)
         collection.source.zero(sorted(unchanged))
         day.seconds = collection.update()
-        server = server or stack.enter_context(run_server(collection.address))
+        if get is None:
+            thumbnails = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            port, _ = stack.enter_context(serve(collection.address, thumbnails, "--device", "cpu"))
+            get = partial(get_json, port)
         found = check_datasets(collection, day, versions)
-        found += check_removed(collection, day) + check_server(server, collection, day)
+        found += check_removed(collection, day) + check_server(get, collection, day)
         print(
             f"# {number:3} {len(day.new):6} {len(day.changed):7} {len(day.deleted):7} {len(day.removed):7} "
             f"{day.encoded:7} {day.captioned:9} {len(collection.list_expected()):6} {day.seconds:7.1f}",
@@ -312,7 +311,7 @@ def check_encoded(collection: Collection, day: Day, different: Sequence[str]) ->
     failures = collection.read_failures()
     day.encoded = day.captioned + len(failures)
     problems = [f"failed: {name}" for name in failures]
-    if collection.source.counts_requests:
+    if collection.source.server is not None:
         requests = collection.source.count_requested()
         day.encoded = len(requests)
         problems += compare("requested images", list(requests), different)
@@ -340,26 +339,6 @@ def check_removed(collection: Collection, day: Day) -> list[str]:
         if name.endswith(".parquet"):
             problems += [f"{name} contains {image_id}" for image_id in day.deleted if image_id.encode() in text]
     return problems
-
-
-@contextmanager
-def run_server(collection: str) -> Iterator[Callable[[str], tuple[int, Any]]]:
-    """Runs `captionlib serve`, and yields a function that requests a path. It returns the status and the content."""
-
-    def get(path: str) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, json.loads(response.read())
-        finally:
-            connection.close()
-
-    with (
-        tempfile.TemporaryDirectory() as thumbnails,
-        serve(collection, Path(thumbnails), "--device", "cpu") as (port, _),
-    ):
-        yield get
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

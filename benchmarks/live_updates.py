@@ -7,8 +7,6 @@ a result may combine shards of two versions, but each shard must be whole.
 """
 
 import argparse
-import http.client
-import json
 import socket
 import sys
 import tempfile
@@ -24,6 +22,7 @@ import pyarrow as pa
 import uvicorn
 
 from benchmarks.bars import measure_seconds, report, run_benchmark
+from benchmarks.server import get_json
 from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema
 from captionlib.data.shards.writer import write_shard
@@ -181,15 +180,9 @@ def _serve(folder: Path) -> tuple[uvicorn.Server, int]:
 
 def _check_serve(port: int) -> str | None:
     """Checks the page of one image: its caption and its candidates must be of one version."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    try:
-        connection.request("GET", "/api/v1/image?id=1-7")
-        response = connection.getresponse()
-        content = json.loads(response.read())
-    finally:
-        connection.close()
-    if response.status != 200:
-        return f"status {response.status}"
+    status, content = get_json(port, "/api/v1/image?id=1-7")
+    if status != 200:
+        return f"status {status}"
     captions = {content["caption"], *(candidate["caption"] for candidate in content["candidates"])}
     return None if len(captions) == 1 else "a result mixes versions"
 

@@ -21,7 +21,8 @@ class PackedCaptioner(PlainCaptioner):
     """The same captioner on packed inputs: PyTorch's LSTM computes only real tokens."""
 
     def loss(self, features: Tensor, sentences: list[Tensor]) -> Tensor:
-        """Computes the mean negative log-probability of the tokens of sentences in descending order of length."""
+        order = sorted(range(len(sentences)), key=lambda row: -len(sentences[row]))  # packing requires this order
+        features, sentences = features[order], [sentences[row] for row in order]
         lengths = torch.tensor([len(ids) + 2 for ids in sentences])  # the image and the start token come first
         boundary = torch.tensor([END])
         words = nn.utils.rnn.pad_sequence([torch.cat([boundary, ids]) for ids in sentences], True, END)
@@ -34,30 +35,12 @@ class PackedCaptioner(PlainCaptioner):
         return F.cross_entropy(self.output(self.dropout(hidden.data[images:])), targets[images:])
 
 
-class PackedLoop(PlainLoop):
-    """A loop over shuffled batches of captions in memory, packed, with PyTorch's fused Adam."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(write_features(folder, IMAGES + VALIDATION_IMAGES, VALIDATION_IMAGES))
-        self._packed_model = PackedCaptioner(len(self._vocabulary)).train()
-        rate = CONFIG.training.learning_rate
-        self._optimizer = torch.optim.Adam(self._packed_model.parameters(), lr=rate, fused=True)
-
-    def _step(self, features: Tensor, sentences: list[Tensor]) -> None:
-        order = sorted(range(len(sentences)), key=lambda row: -len(sentences[row]))
-        loss = self._packed_model.loss(features[order], [sentences[row] for row in order])
-        self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_value_(self._packed_model.parameters(), 5.0)
-        self._optimizer.step()
-        loss.item()
-
-
 def main() -> None:
     torch.set_num_threads(1)
     with TemporaryDirectory() as scratch:
         features = Path(scratch) / "features"
-        packed = PackedLoop(features)
+        dataset = write_features(features, IMAGES + VALIDATION_IMAGES, VALIDATION_IMAGES)
+        packed = PlainLoop(dataset, PackedCaptioner, fused=True)
         packed.train_epoch()
         ratios = []
         for number in range(ROUNDS):

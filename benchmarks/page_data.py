@@ -15,9 +15,8 @@ import pyarrow as pa
 from PIL import Image
 
 from benchmarks.search_data import describe_captions, sample_captions
-from captionlib.data.shards.dataset import create_dataset
+from benchmarks.synthetic_datasets import write_dataset
 from captionlib.data.shards.schemas import captions_schema
-from captionlib.data.shards.writer import write_shard
 from captionlib.search.build import plan_build
 from captionlib.search.config import IndexConfig
 from captionlib.serving.config import ServingConfig
@@ -60,9 +59,8 @@ def _write(data: PageData, rows: int) -> None:
     uris = [str(data.folder / "images" / f"{number}.jpg") for number in range(IMAGES)]
     create_thumbnails(data.thumbnails, uris, ServingConfig())
     per_shard = rows // SHARDS
-    config = {"source": "synthetic"}
-    captions = create_dataset(data.folder / "captions", "captions", captions_schema(), config=config, shards=SHARDS)
-    for shard in range(SHARDS):
+
+    def make_rows(shard: int) -> pa.RecordBatch:
         generator = np.random.default_rng([1, shard])
         images = np.arange(per_shard) % IMAGES
         # The files of a shard were modified in the course of two years.
@@ -79,9 +77,10 @@ def _write(data: PageData, rows: int) -> None:
             "content_hash": [None] * per_shard,
             **describe_captions(texts, log_probs),
         }
-        with write_shard(captions, shard, per_shard) as writer:
-            writer.write(pa.RecordBatch.from_pydict(columns, captions_schema()))
-    captions.finish()
+        return pa.RecordBatch.from_pydict(columns, captions_schema())
+
+    config = {"source": "synthetic"}
+    write_dataset(data.folder / "captions", "captions", captions_schema(), SHARDS, make_rows, config)
 
 
 def _write_images(folder: Path) -> list[tuple[int, int]]:

@@ -18,10 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from benchmarks.bars import read_peak_megabytes
+from benchmarks.synthetic_datasets import write_dataset
 from captionlib.data.arrays import numpy_to_vectors
-from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
-from captionlib.data.shards.writer import write_shard
 from captionlib.search.config import IndexConfig
 from pipelines.build_index import build_index
 from pipelines.run import RunConfig
@@ -98,28 +97,26 @@ def prepare_data(rows: int) -> tuple[SearchData, dict[str, float]]:
 
 def _write(data: SearchData) -> None:
     rows = data.rows // SHARDS
-    texts = create_dataset(data.captions, "captions", captions_schema(), config={"source": "synthetic"}, shards=SHARDS)
-    schema = embeddings_schema(SIZE)
-    config = {"source": "synthetic", "ranker": "none"}
-    vectors = create_dataset(data.folder / "embeddings", "embeddings", schema, config=config, shards=SHARDS)
-    for shard in range(SHARDS):
-        generator = np.random.default_rng([6, shard])
+
+    def list_images(shard: int) -> dict[str, list[str]]:
         ids = [f"{shard:02d}-{number:06d}" for number in range(rows)]
-        images = {"image_id": ids, "uri": [f"https://example.org/{image_id}.jpg" for image_id in ids]}
-        with write_shard(texts, shard, rows) as writer:
-            captions = sample_captions(generator, generator.integers(7, 14, size=rows))
-            log_probs = -generator.gamma(4, 3, size=rows).astype(np.float32)
-            columns = {
-                **images,
-                "split": np.where(generator.random(rows) < 0.05, "val", "train").tolist(),
-                **describe_captions(captions, log_probs),
-            }
-            writer.write(pa.RecordBatch.from_pydict(columns))
-        embeddings = numpy_to_vectors(data.image_vectors(rows, shard).astype(np.float16))
-        with write_shard(vectors, shard, rows) as writer:
-            writer.write(pa.RecordBatch.from_pydict({**images, "embedding": embeddings}))
-    texts.finish()
-    vectors.finish()
+        return {"image_id": ids, "uri": [f"https://example.org/{image_id}.jpg" for image_id in ids]}
+
+    def make_captions(shard: int) -> pa.RecordBatch:
+        generator = np.random.default_rng([6, shard])
+        captions = sample_captions(generator, generator.integers(7, 14, size=rows))
+        described = describe_captions(captions, -generator.gamma(4, 3, size=rows).astype(np.float32))
+        splits = np.where(generator.random(rows) < 0.05, "val", "train").tolist()
+        return pa.RecordBatch.from_pydict({**list_images(shard), "split": splits, **described})
+
+    def make_embeddings(shard: int) -> pa.RecordBatch:
+        vectors = numpy_to_vectors(data.image_vectors(rows, shard).astype(np.float16))
+        return pa.RecordBatch.from_pydict({**list_images(shard), "embedding": vectors})
+
+    config = {"source": "synthetic"}
+    write_dataset(data.captions, "captions", captions_schema(), SHARDS, make_captions, config)
+    config = {"source": "synthetic", "ranker": "none"}
+    write_dataset(data.folder / "embeddings", "embeddings", embeddings_schema(SIZE), SHARDS, make_embeddings, config)
 
 
 def sample_captions(generator: np.random.Generator, lengths: npt.NDArray[np.int64]) -> list[str]:
@@ -130,7 +127,7 @@ def sample_captions(generator: np.random.Generator, lengths: npt.NDArray[np.int6
     return [" ".join(words[end - length : end]) for end, length in zip(ends, lengths.tolist(), strict=True)]
 
 
-def describe_captions(captions: list[str], log_probs: npt.NDArray[np.float32]) -> dict[str, pa.Array]:
+def describe_captions(captions: list[str], log_probs: npt.NDArray[np.floating]) -> dict[str, pa.Array]:
     """Returns the columns of a captions dataset that describe the captions, which are the only candidates."""
     candidates = [
         [{"caption": caption, "log_prob": log_prob}] for caption, log_prob in zip(captions, log_probs, strict=True)

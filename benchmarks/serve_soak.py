@@ -9,7 +9,6 @@ processes than that of the clients do this and observe the server, because the c
 import argparse
 import asyncio
 import io
-import json
 import multiprocessing
 import random
 import re
@@ -34,12 +33,11 @@ from PIL import Image
 
 from benchmarks.bars import report, run_benchmark
 from benchmarks.decoding_speed import build_captioner
-from benchmarks.search_data import WORDS
-from benchmarks.server import serve
+from benchmarks.search_data import WORDS, describe_captions
+from benchmarks.server import get_json, serve
+from benchmarks.synthetic_datasets import write_dataset
 from benchmarks.synthetic_images import write_images
-from captionlib.data.shards.dataset import create_dataset
 from captionlib.data.shards.schemas import captions_schema, embeddings_schema
-from captionlib.data.shards.writer import write_shard
 from captionlib.data.text.vocabulary import Vocabulary
 from captionlib.models.checkpoints.checkpoint import save_captioner, save_ranker
 from captionlib.models.encoders.encoder import EncoderConfig, load_encoder
@@ -142,32 +140,27 @@ def _write_index(image_port: int) -> None:
     generator = np.random.default_rng(0)
     schema = embeddings_schema(RankerConfig().joint_embedding_size)
     config = {"source": "synthetic", "ranker": fingerprint}
-    embeddings = create_dataset(FOLDER / "embeddings", "embeddings", schema, config=config, shards=1)
     vectors = generator.normal(size=(ROWS, RankerConfig().joint_embedding_size))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     values = [
         {"image_id": str(number), "uri": _get_uri(number, image_port), "embedding": vector}
         for number, vector in enumerate(vectors.astype(np.float16))
     ]
-    with write_shard(embeddings, 0, ROWS) as writer:
-        writer.write(pa.RecordBatch.from_pylist(values, schema=schema))
-    embeddings.finish()
+    rows = pa.RecordBatch.from_pylist(values, schema=schema)
+    write_dataset(FOLDER / "embeddings", "embeddings", schema, 1, lambda shard: rows, config)
     _build_index()
 
 
 def _write_captions(image_port: int, version: int) -> None:
     generator = np.random.default_rng(version)
-    rows = []
-    for number in range(ROWS):
-        caption = " ".join(generator.choice(WORDS, 8))
-        candidates = [{"caption": caption, "log_prob": -9.0}]
-        row = {"image_id": str(number), "uri": _get_uri(number, image_port), "split": "train", "caption": caption}
-        rows.append(row | {"log_prob": -9.0, "tokens": 9, "candidates": candidates})
-    schema = captions_schema()
-    captions = create_dataset(FOLDER / "captions", "captions", schema, config={"source": "synthetic"}, shards=1)
-    with write_shard(captions, 0, ROWS) as writer:
-        writer.write(pa.RecordBatch.from_pylist(rows, schema=schema))
-    captions.finish()
+    columns = {
+        "image_id": [str(number) for number in range(ROWS)],
+        "uri": [_get_uri(number, image_port) for number in range(ROWS)],
+        "split": ["train"] * ROWS,
+        **describe_captions([" ".join(words) for words in generator.choice(WORDS, (ROWS, 8))], np.full(ROWS, -9.0)),
+    }
+    rows, config = pa.RecordBatch.from_pydict(columns), {"source": "synthetic"}
+    write_dataset(FOLDER / "captions", "captions", captions_schema(), 1, lambda shard: rows, config)
 
 
 def _get_uri(number: int, image_port: int) -> str:
@@ -190,19 +183,14 @@ def _update_index(image_port: int, port: int, seconds: float) -> int:
 
     Returns the number of new versions of the index that `/health` reported.
     """
-    versions = {_get_index_version(port)}
+    versions = {get_json(port, "/health")[1]["index"]}
     for version in range(1, INDEX_UPDATES + 1):
         time.sleep(seconds / (2 * INDEX_UPDATES + 4))
         _write_captions(image_port, version)
         _build_index()
         time.sleep(seconds / (2 * INDEX_UPDATES + 4))  # the server looks for a new version every few seconds
-        versions.add(_get_index_version(port))
+        versions.add(get_json(port, "/health")[1]["index"])
     return len(versions) - 1
-
-
-def _get_index_version(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as response:
-        return str(json.load(response)["index"])
 
 
 def _observe(port: int, server: int, seconds: float) -> list[Observation]:

@@ -1,16 +1,19 @@
 """Runs `captionlib serve` for benchmarks."""
 
+import json
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-__all__ = ["find_free_port", "serve"]
+__all__ = ["find_free_port", "get_json", "serve"]
 
 _START_SECONDS = 300
 
@@ -30,6 +33,17 @@ def serve(folder: str | Path, thumbnails: Path, *options: str) -> Iterator[tuple
             yield port, process
         finally:
             process.terminate()
+
+
+def get_json(port: int, path: str) -> tuple[int, Any]:
+    """Requests a path. Returns the status and the content of the response."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+    finally:
+        connection.close()
 
 
 def find_free_port() -> int:

@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from benchmarks.synthetic_datasets import write_dataset
 from captionlib.data.arrays import numpy_to_vectors
-from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import features_schema
-from captionlib.data.shards.writer import write_shard
 
 __all__ = ["CAPTIONS_PER_IMAGE", "FEATURE_SIZE", "write_features"]
 
@@ -23,21 +23,17 @@ _SHARD_ROWS = 500
 def write_features(folder: Path, images: int, validation: int = 20) -> ShardedDataset:
     """Writes a features dataset. The first `validation` images are in the split `val`, all others in `train`.
 
-    Captions are as long as in Flickr8k: 10.8 words on average, with a standard deviation of 3.8. The
-    longest of 100 captions has about 23 words.
-    Word frequencies follow Zipf's law.
+    Captions are as long as in Flickr8k: 10.8 words on average, with a standard deviation of 3.8. The longest of 100 has
+    about 23 words. Word frequencies follow Zipf's law.
     """
     generator = np.random.default_rng(0)
     words = np.array([f"w{number}" for number in range(_WORDS)])
     frequencies = 1 / np.arange(1, _WORDS + 1)
-    shards = -(-images // _SHARD_ROWS)
-    config = {"encoder": {"model": "random", "shape": [FEATURE_SIZE]}}
-    schema = features_schema(FEATURE_SIZE, "float16")
-    dataset = create_dataset(folder, "features", schema, config=config, shards=shards)
-    for shard in range(shards):
+
+    def make_rows(shard: int) -> pa.RecordBatch:
         numbers = range(shard * _SHARD_ROWS, min((shard + 1) * _SHARD_ROWS, images))
         features = generator.standard_normal((len(numbers), FEATURE_SIZE), np.float32).astype(np.float16)
-        rows = pa.RecordBatch.from_pydict(
+        return pa.RecordBatch.from_pydict(
             {
                 "image_id": [f"{number:09d}" for number in numbers],
                 "uri": [""] * len(numbers),
@@ -46,10 +42,10 @@ def write_features(folder: Path, images: int, validation: int = 20) -> ShardedDa
                 "features": numpy_to_vectors(features),
             }
         )
-        with write_shard(dataset, shard, len(numbers)) as writer:
-            writer.write(rows)
-    dataset.finish()
-    return dataset
+
+    config = {"encoder": {"model": "random", "shape": [FEATURE_SIZE]}}
+    schema = features_schema(FEATURE_SIZE, "float16")
+    return write_dataset(folder, "features", schema, -(-images // _SHARD_ROWS), make_rows, config)
 
 
 def _sample_captions(

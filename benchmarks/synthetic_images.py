@@ -7,11 +7,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from benchmarks.synthetic_datasets import write_dataset
 from captionlib.data.images.decoding import Preprocessing
 from captionlib.data.images.loading import LoadingConfig, open_loader
-from captionlib.data.shards.dataset import ShardedDataset, create_dataset
+from captionlib.data.shards.dataset import ShardedDataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA
-from captionlib.data.shards.writer import write_shard
 
 __all__ = ["decode_images", "write_images", "write_manifest"]
 
@@ -38,14 +38,14 @@ def decode_images(paths: list[Path], preprocessing: Preprocessing) -> npt.NDArra
 
 def write_manifest(folder: Path, uris: list[str], shard_size: int) -> ShardedDataset:
     """Writes a manifest with one row per URI. An image may occur several times, with a different id each time."""
-    starts = range(0, len(uris), shard_size)
-    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={"images": len(uris)}, shards=len(starts))
-    for shard, start in enumerate(starts):
+
+    def make_rows(shard: int) -> pa.RecordBatch:
+        start = shard * shard_size
         rows = [
             {"image_id": f"{start + offset:08d}", "uri": uri, "split": "train", "captions": ["a color gradient"]}
             for offset, uri in enumerate(uris[start : start + shard_size])
         ]
-        with write_shard(dataset, shard, len(rows)) as writer:
-            writer.write(pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA))
-    dataset.finish()
-    return dataset
+        return pa.RecordBatch.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+    shards = -(-len(uris) // shard_size)
+    return write_dataset(folder, "manifest", MANIFEST_SCHEMA, shards, make_rows, {"images": len(uris)})

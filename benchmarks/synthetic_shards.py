@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.synthetic_datasets import write_dataset
 from captionlib.data.arrays import numpy_to_vectors
 from captionlib.data.shards.dataset import ShardedDataset, create_dataset
 from captionlib.data.shards.schemas import MANIFEST_SCHEMA, add_missing_columns, features_schema
 from captionlib.data.shards.stages import ProcessRows, ReportFailure, ShardJob
-from captionlib.data.shards.writer import write_shard
 
 __all__ = ["SCHEMA", "ZeroFeatures", "add_features", "create_job", "make_rows", "write_rows"]
 
@@ -35,12 +35,8 @@ def make_rows(shard: int, rows: int) -> pa.RecordBatch:
 
 
 def write_rows(folder: str | os.PathLike[str], shards: int, rows: int) -> ShardedDataset:
-    dataset = create_dataset(folder, "manifest", MANIFEST_SCHEMA, config={"rows": rows}, shards=shards)
-    for shard in dataset.pending_shards():
-        with write_shard(dataset, shard, rows) as writer:
-            writer.write(make_rows(shard, rows))
-    dataset.finish()
-    return dataset
+    config = {"rows": rows}
+    return write_dataset(folder, "manifest", MANIFEST_SCHEMA, shards, lambda shard: make_rows(shard, rows), config)
 
 
 def add_features(rows: pa.RecordBatch) -> pa.RecordBatch:

@@ -33,30 +33,34 @@ class PlainCaptioner(nn.Module):
         self.output = nn.Linear(config.hidden_size, classes)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, features: Tensor, words: Tensor) -> Tensor:
-        """Maps features `[captions, size]` and tokens `[captions, steps]` to logits `[captions, steps, classes]`."""
-        image = self.project(features)[:, None]
-        inputs = torch.cat([image, self.embed(words)], 1)
+    def loss(self, features: Tensor, sentences: list[Tensor]) -> Tensor:
+        """Computes the mean negative log-probability of the tokens."""
+        boundary = torch.tensor([END])  # END also serves as the start token
+        words = nn.utils.rnn.pad_sequence([torch.cat([boundary, ids]) for ids in sentences], True, END)
+        targets = nn.utils.rnn.pad_sequence([torch.cat([ids, boundary]) for ids in sentences], True, PAD)
+        inputs = torch.cat([self.project(features)[:, None], self.embed(words)], 1)
         hidden, _ = self.lstm(self.dropout(inputs))
-        logits: Tensor = self.output(self.dropout(hidden[:, 1:]))
-        return logits
+        logits = self.output(self.dropout(hidden[:, 1:]))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
 
 
 class PlainLoop:
     """A loop over shuffled batches of captions in memory, each with a copy of its image's features."""
 
-    def __init__(self, dataset: ShardedDataset) -> None:
+    def __init__(
+        self, dataset: ShardedDataset, captioner: type[PlainCaptioner] = PlainCaptioner, fused: bool = False
+    ) -> None:
         torch.manual_seed(0)
-        self._vocabulary = Vocabulary.from_captions(read_captions(dataset, ["train"]), CONFIG.min_count)
+        vocabulary = Vocabulary.from_captions(read_captions(dataset, ["train"]), CONFIG.min_count)
         self._pairs: list[tuple[Tensor, Tensor]] = []
         for shard in range(dataset.shards):
             for features, captions in read_features(dataset, shard, frozenset(["train"])):
                 for row, sentences in zip(torch.from_numpy(features).float(), captions, strict=True):
-                    encoded = [self._vocabulary.encode(text)[:30] for text in sentences]
+                    encoded = [vocabulary.encode(text)[:30] for text in sentences]
                     self._pairs += [(row, torch.tensor(ids)) for ids in encoded]
         self.tokens = sum(len(ids) + 1 for _, ids in self._pairs)
-        self._model = PlainCaptioner(len(self._vocabulary)).train()
-        self._optimizer = torch.optim.Adam(self._model.parameters(), lr=CONFIG.training.learning_rate)
+        self._model = captioner(len(vocabulary)).train()
+        self._optimizer = torch.optim.Adam(self._model.parameters(), CONFIG.training.learning_rate, fused=fused)
 
     def train_epoch(self) -> float:
         """Trains for an epoch and returns tokens/s."""
@@ -68,11 +72,7 @@ class PlainLoop:
         return self.tokens / (time.perf_counter() - began)
 
     def _step(self, features: Tensor, sentences: list[Tensor]) -> None:
-        boundary = torch.tensor([END])  # END also serves as the start token
-        words = nn.utils.rnn.pad_sequence([torch.cat([boundary, ids]) for ids in sentences], True, END)
-        targets = nn.utils.rnn.pad_sequence([torch.cat([ids, boundary]) for ids in sentences], True, PAD)
-        logits = self._model(features, words)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=PAD)
+        loss = self._model.loss(features, sentences)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_value_(self._model.parameters(), 5.0)

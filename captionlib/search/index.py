@@ -144,6 +144,7 @@ class Index:
 
     @property
     def has_vectors(self) -> bool:
+        """Whether the index contains embeddings, and not only text."""
         return self._version.vectors is not None
 
     @property

@@ -231,12 +231,9 @@ def match_embeddings_to_captions(
 
 def read_embeddings(parquet: pq.ParquetFile) -> npt.NDArray[np.float32]:
     """Reads the vectors of a shard, `[rows, dimension]`, scaled to unit length."""
-    empty = parquet.schema_arrow.empty_table()["embedding"]
-    columns = [
-        empty,
-        *(batch["embedding"] for batch in parquet.iter_batches(_VECTOR_BATCH_ROWS, columns=["embedding"])),
-    ]
-    return np.concatenate([to_unit_vectors(column) for column in columns])
+    empty = to_unit_vectors(parquet.schema_arrow.empty_table()["embedding"])
+    batches = parquet.iter_batches(_VECTOR_BATCH_ROWS, columns=["embedding"])
+    return np.concatenate([empty, *(to_unit_vectors(batch["embedding"]) for batch in batches)])
 
 
 def sample_embeddings(shards: Sequence[tuple[ShardedDataset, InputShard]], count: int) -> npt.NDArray[np.float32]:

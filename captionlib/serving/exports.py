@@ -15,6 +15,7 @@ __all__ = ["Exports"]
 
 _BATCH = 8  # images of an export that are fetched at once
 _MAX_TRIES = 6
+_PART_BYTES = 2**16
 _FAILURES = "__failures__"  # WebDataset ignores members with such names
 
 
@@ -49,10 +50,11 @@ class Exports:
                 async for number, row, content in self._fetch_images(rows, fetch, failures):
                     columns = {name: row[name] for name in EXPORT_COLUMNS if name in row and name != "uri"}
                     add_sample(tar, f"selection-{number:06}", columns, content)
-                    if part := _take(written):
+                    for part in _take(written):
                         yield part
                 _add_failures(tar, failures)
-            yield _take(written)
+            for part in _take(written):
+                yield part
 
     async def _fetch_images(
         self,
@@ -76,12 +78,13 @@ class Exports:
                     yield number, row, content
 
 
-def _take(buffer: io.BytesIO) -> bytes:
-    """Empties a buffer and returns its content."""
-    content = buffer.getvalue()
+def _take(buffer: io.BytesIO) -> list[bytes]:
+    """Empties a buffer and returns its content in small parts, because a slow client must receive each in time."""
+    buffer.seek(0)
+    parts = list(iter(lambda: buffer.read(_PART_BYTES), b""))
     buffer.seek(0)
     buffer.truncate()
-    return content
+    return parts
 
 
 async def _fetch(uri: str, fetch: Callable[[str], Awaitable[bytes]]) -> bytes | str:

@@ -31,7 +31,7 @@ def export(config: ServingConfig, contents: Mapping[str, bytes | Exception]) -> 
     async def collect() -> bytes:
         rows = [{**ROW, "image_id": uri, "uri": uri} for uri in contents]
         parts = [part async for part in Exports(config).start(rows, fetch)]
-        assert all(parts)
+        assert all(0 < len(part) <= 2**16 for part in parts)
         return b"".join(parts)
 
     with tarfile.open(fileobj=io.BytesIO(asyncio.run(collect()))) as tar:
@@ -52,6 +52,11 @@ def test_images_that_cannot_be_exported_are_listed_in_the_tar(monkeypatch: pytes
     assert json.loads(members["selection-000000.json"]) == {"image_id": "a"} | {
         name: value for name, value in ROW.items() if name != "uri"
     }
+
+
+def test_a_large_image_is_sent_in_small_parts() -> None:
+    image = GIF + bytes(300_000)
+    assert export(ServingConfig(), {"a": image})["selection-000000.gif"] == image
 
 
 def test_export_stops_at_its_maximum_size() -> None:

@@ -207,6 +207,7 @@ class ShardedDataset:
         return marker if is_own else None
 
     def compute_totals(self) -> Totals:
+        """Sums the markers of all finished shards."""
         return sum_markers(self.iter_markers(self.list_written_shards()))
 
     def read_totals(self) -> Totals | None:
@@ -223,6 +224,7 @@ class ShardedDataset:
         return totals.checksum if totals is not None and totals.checksum else self.compute_totals().checksum
 
     def is_complete(self) -> bool:
+        """Returns whether all shards are finished and the dataset is marked as complete."""
         return self.read_totals() is not None
 
     def mark_incomplete(self) -> None:

@@ -70,11 +70,8 @@ class JobReport:
         state: `running` if a worker has written something in the last 5 minutes, `stopped` otherwise. `complete` if
             the dataset is complete.
         images: number of images of the input; None if it is unknown because the input cannot be read.
-        images_done: number of images of the finished shards.
-        images_in_progress: number of images in unfinished shards that workers have already processed.
         shard_states: the run-length encoded states of all shards, in order. Each entry is a state and the number of
             adjacent shards with this state.
-        throughput: the speed; None if it is unknown.
         seconds_left: estimate of the time that the job still needs; None unless it is running at a known speed.
         updated: time of this report, as a Unix time.
     """
@@ -100,9 +97,7 @@ class DatasetReport:
     Attributes:
         kind: manifest (images and reference captions), features, captions (generated), embeddings or duplicates.
         fingerprint: hash of everything that determines the rows.
-        columns: type of each column by name.
         description: how the dataset was made, in words.
-        created: when the dataset was created, as an ISO 8601 time in UTC.
         complete: whether all shards are finished, and the fraction of failed images is within the limit of the run.
         explanation: why the dataset is not complete and what to do; empty if it is complete.
         size: size of the data files in bytes.
@@ -112,10 +107,8 @@ class DatasetReport:
         lineage: the datasets that this dataset was made from, the oldest first.
         stale: number of shards of the source that were changed or added after this dataset was written. None if the
             source cannot be read.
-        failed: number of images that could not be read.
         failures: failures by reason (the category of the error), the most frequent first.
         removed: reason and date of each removal from a manifest (`captionlib remove`), by hash of the image id.
-        job: the progress of the job that writes the dataset.
         temporary_files: number of temporary files of current and crashed runs. The next successful run removes them.
         interrupted_update: whether an update was interrupted. The next command that reads the dataset completes it.
         problems: inconsistencies, including wrong checksums if `inspect_dataset` was called with `verify`.

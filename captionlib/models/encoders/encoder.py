@@ -123,6 +123,7 @@ class EncoderConfig:
         return location if prefix and self.weights == EncoderConfig.weights and Path(location).is_dir() else ""
 
     def override_preprocessing(self, preprocessing: Preprocessing) -> Preprocessing:
+        """Returns `preprocessing` with the configured `resize_size` and `decode_scale`."""
         return replace(
             preprocessing,
             resize_size=self.resize_size or preprocessing.resize_size,
