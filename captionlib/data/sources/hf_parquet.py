@@ -65,7 +65,8 @@ def _read_rows(
     path_column = f"{image_column}.path"
     uses_path = has_path and columns.id is None and _is_unique(parquet, path_column, location)
     file_version = version_from_file(location)  # changes when the file changes
-    names = [name for name in columns.names if name != image_column] + [path_column] * uses_path
+    names = [name for name in (columns.id, columns.split, columns.version, *columns.captions) if name is not None]
+    names += [path_column] * uses_path
     for number, record in enumerate(read_parquet_columns(parquet, names, location, options)):
         origin = f"{location.address}, row {number + 1}"
         try:

@@ -118,6 +118,15 @@ def test_parquet_with_several_image_columns(tmp_path: Path) -> None:
         read(path, image_column="caption")
 
 
+@pytest.mark.parametrize(
+    "options", [{"caption_columns": ("image",)}, {"split_column": "image"}, {"id_column": "image"}]
+)
+def test_parquet_images_are_not_captions_splits_or_ids(tmp_path: Path, options: dict[str, Any]) -> None:
+    pq.write_table(pa.table({"image": [b"image"]}), tmp_path / "a.parquet")
+    with pytest.raises(DatasetError, match=r"expected image as text.*, got bytes b'image'"):
+        read(tmp_path / "a.parquet", **options)
+
+
 def test_parquet_paths_that_repeat_are_not_ids(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": make_images(b"1", b"2", path="image.jpg")}), tmp_path / "a.parquet")
     assert [row.image_id for row in read(tmp_path / "a.parquet")[0]] == ["a.parquet#0", "a.parquet#1"]
