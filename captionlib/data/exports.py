@@ -78,7 +78,7 @@ def export_images(
         export_format: `webdataset`, `metadata` for Hugging Face's imagefolder format, or `txt` for a .txt beside each
             image.
         selection: the images to export.
-        fetch: limits on fetching an image. If None, the defaults of `FetchConfig`.
+        fetch: limits on fetching an image.
         progress: show a progress bar.
 
     Raises:

@@ -17,14 +17,11 @@ FeatureMaps = npt.NDArray[np.floating]
 class FeatureMapAugmentation:
     """Augments square feature maps. False in a boolean context if neither augmentation is enabled.
 
-    Attributes:
-        random_crop: minimum side of a crop, as a fraction of the side of the feature map; 0 disables cropping. The size
-            of the crops is sampled once per batch, and the position once per feature map.
-        horizontal_flip: flip each feature map with probability 0.5.
+    The size of the crops is sampled once per batch, and the position once per feature map.
     """
 
-    random_crop: float = 0.0
-    horizontal_flip: bool = False
+    random_crop: float = 0.0  # minimum side of a crop, as a fraction of the side of the map; 0 disables cropping
+    horizontal_flip: bool = False  # flip each feature map with probability 0.5
 
     def __bool__(self) -> bool:
         return self.random_crop > 0 or self.horizontal_flip

@@ -65,25 +65,15 @@ class _Buffer(NamedTuple):
 
 @dataclass
 class CaptionBatches:
-    """Batches of one or more splits of a features dataset. The same seed and epoch give the same batches.
-
-    Attributes:
-        dataset: complete features dataset.
-        splits: the splits to read.
-        encode: function that converts a caption to token ids.
-        batch_images: images per batch, each with all its captions. The last batch of a buffer may have fewer.
-        buffer_bytes: maximum size of a shuffle buffer, which holds at least one shard. Two buffers are in memory.
-        pooled: whether to average feature maps over their positions.
-        augmentation: augmentation of the feature maps in shuffled batches.
-    """
+    """Batches of some splits of a complete features dataset. The same seed and epoch give the same batches."""
 
     dataset: ShardedDataset
     splits: Sequence[str]
     encode: EncodeCaption
-    batch_images: int
-    buffer_bytes: int = 512 << 20
-    pooled: bool = False
-    augmentation: FeatureMapAugmentation = field(default_factory=FeatureMapAugmentation)
+    batch_images: int  # each with all its captions; the last batch of a buffer may have fewer
+    buffer_bytes: int = 512 << 20  # of a shuffle buffer, which holds at least one shard; two are in memory
+    pooled: bool = False  # average feature maps over their positions
+    augmentation: FeatureMapAugmentation = field(default_factory=FeatureMapAugmentation)  # of shuffled batches
 
     def __post_init__(self) -> None:
         self._pools_on_load = self.pooled and not self.augmentation  # augmentation needs unpooled maps
@@ -129,14 +119,12 @@ class CaptionBatches:
                 images = np.arange(begin, min(begin + self.batch_images, len(buffer.sentences)))
                 yield self._batch(buffer, images, buffer.features[images])
 
-    def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32]]]:
+    def images_in_order(self) -> Iterator[tuple[Sequence[int], npt.NDArray[np.float32] | npt.NDArray[np.uint8]]]:
         """Yields the features of the images of each batch of `in_order`, and indices that continue across batches."""
         first = 0
-        for buffer in self._prefetch(self._groups):
-            for begin in range(0, len(buffer.features), self.batch_images):
-                features = buffer.features[begin : begin + self.batch_images]
-                yield range(first, first + len(features)), self._pool_and_cast(features)
-                first += len(features)
+        for batch in self.in_order():
+            yield range(first, first + len(batch.features)), batch.features
+            first += len(batch.features)
 
     def _shuffled_buffers(self, seed: int, epoch: int) -> Iterator[tuple[_Buffer, npt.NDArray[np.int64]]]:
         generator = np.random.default_rng([seed, epoch])
@@ -176,10 +164,8 @@ class CaptionBatches:
         return self._batch(buffer, images[part], maps)
 
     def _batch(self, buffer: _Buffer, images: npt.NDArray[np.int64], features: Features) -> CaptionBatch:
-        return make_batch(self._pool_and_cast(features), [buffer.sentences[image] for image in images])
-
-    def _pool_and_cast(self, features: Features) -> npt.NDArray[np.float32]:
-        return (average_positions(features) if self.pooled else features).astype(np.float32)
+        inputs = average_positions(features) if self.pooled else features
+        return make_batch(inputs.astype(np.float32), [buffer.sentences[image] for image in images])
 
 
 def _call_ahead(calls: Iterable[Callable[[], Result]]) -> Iterator[Result]:

@@ -111,14 +111,11 @@ class DecoderPool:
             SubprocessError: a process cannot be started, or the pool is closed.
         """
         with self._slots:
-            result = self._try_decode(content, self._acquire)
-            if result is None:  # the process died, perhaps not because of this image: retry in a new process
-                result = self._try_decode(content, self._start)
-        if result is None:
+            # If the process dies, perhaps not because of this image, the image is retried in a new process.
+            image = self._try_decode(content, self._acquire) or self._try_decode(content, self._start)
+        if image is None:
             raise DecodeError("DecoderDied", "two decoder processes died while decoding the image")
-        if isinstance(result, DecodeError):
-            raise result
-        return result
+        return image
 
     def close(self) -> None:
         """Kills the processes. Calls of `decode` that are in progress raise SubprocessError."""
@@ -133,8 +130,8 @@ class DecoderPool:
         for decoder in idle:
             self._discard(decoder)
 
-    def _try_decode(self, content: bytes, acquire: Callable[[], "_Decoder"]) -> DecodedImage | DecodeError | None:
-        """Returns the decoded image, or the error that the image caused, or None if the process died."""
+    def _try_decode(self, content: bytes, acquire: Callable[[], "_Decoder"]) -> DecodedImage | None:
+        """Decodes an image. Returns None if the process died."""
         try:
             decoder = acquire()
             try:
@@ -147,12 +144,15 @@ class DecoderPool:
                 raise
         except TimeoutError:
             limit = f"{self.config.timeout_seconds:g} seconds for {self.config.max_image_pixels} pixels"
-            return DecodeError("Timeout", f"decoding took too long for the size of the image; the limit is {limit}")
+            message = f"decoding took too long for the size of the image; the limit is {limit}"
+            raise DecodeError("Timeout", message) from None
         except (EOFError, ConnectionError):
             self._check_open()
             return None
         with self._lock:
             self._idle.append(decoder)
+        if isinstance(result, DecodeError):
+            raise result
         return result
 
     def _acquire(self) -> "_Decoder":

@@ -97,27 +97,15 @@ _ORIENTATIONS = {
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How to convert an image to the input of an encoder, as in torchvision's `weights.transforms()`.
+    """How to convert an image to the input of an encoder, as in torchvision's `weights.transforms()`."""
 
-    Attributes:
-        resize_size: length of the shorter side after resizing, in pixels.
-        crop_size: side length of the square that is cropped from the center, in pixels. Smaller images are padded with
-            black.
-        interpolation: torchvision's name of the interpolation mode, such as `bilinear`. Antialiasing is always on.
-        mean: mean of each channel, for pixels in 0..1. The encoder normalizes its input with `mean` and `std`.
-        std: standard deviation of each channel, for pixels in 0..1.
-        decode_scale: `exact` resizes from all pixels of the file. `fast` decodes a JPEG at 1/2, 1/4 or 1/8 of its
-            size if the result is at least twice as large as the resized image.
-        stretch: resize width and height to `resize_size`, which changes the proportions.
-    """
-
-    resize_size: int
-    crop_size: int
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    decode_scale: DecodeScale = "exact"
-    stretch: bool = False
+    resize_size: int  # length of the shorter side after resizing, in pixels
+    crop_size: int  # side of the square that is cropped from the center; smaller images are padded with black
+    interpolation: str  # torchvision's name of the interpolation mode, such as `bilinear`; antialiasing is always on
+    mean: tuple[float, ...]  # of each channel, for pixels in 0..1; the encoder normalizes its input
+    std: tuple[float, ...]  # of each channel, for pixels in 0..1
+    decode_scale: DecodeScale = "exact"  # with `fast`, a large JPEG is decoded at 1/2, 1/4 or 1/8 of its size
+    stretch: bool = False  # resize width and height to `resize_size`, which changes the proportions
 
     def __post_init__(self) -> None:
         for name in ("resize_size", "crop_size"):
@@ -145,15 +133,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class SizeLimit:
-    """Preprocessing that only shrinks large images: for display, or for models that preprocess images themselves.
+    """Preprocessing that only shrinks large images: for display, or for models that preprocess images themselves."""
 
-    The proportions are kept, nothing is cropped, and small images are not enlarged.
-
-    Attributes:
-        max_size: maximum length of the longer side, in pixels.
-    """
-
-    max_size: int
+    max_size: int  # of the longer side, in pixels
     resampling: ClassVar[Image.Resampling] = Image.Resampling.BILINEAR
     decode_scale: ClassVar[DecodeScale] = "exact"
 
@@ -193,8 +175,8 @@ def decode_image(
     Args:
         content: a file in one of `captionlib.data.images.formats.FORMATS`. Only the first frame or page is decoded.
         preprocessing: the sizes and the interpolation; `mean` and `std` are not applied.
-        max_image_pixels: limit on width x height. Larger images are rejected before they are decoded.
-        max_jpeg_scans: limit on the scans of a JPEG file. Files with more are rejected before they are decoded.
+        max_image_pixels: larger images are rejected before they are decoded.
+        max_jpeg_scans: files with more scans are rejected before they are decoded.
         before_decoding: function that is called with the number of pixels, before they are decoded.
 
     Raises:

@@ -282,10 +282,7 @@ def _get_requested_wait(state: RetryCallState) -> float:
 
 
 def to_fetch_error(error: BaseException) -> FetchError:
-    """Converts an exception of any file system to a FetchError without the original message.
-
-    The original message may quote the server's response, such as the target of a redirect or the body of an error.
-    """
+    """Converts any exception to a FetchError without its message, which may quote the server's response."""
     status = get_http_status(error)
     if status is not None and not isinstance(error, FileNotFoundError | PermissionError):
         return _describe_status(status, get_retry_after(error))

@@ -24,12 +24,9 @@ def remove_text(content: bytes) -> bytes | None:
 
 
 def find_transparent_pixels(content: bytes, image: PngImagePlugin.PngImageFile) -> npt.NDArray[np.bool_] | None:
-    """Returns which pixels have the color that a PNG file with 16 bits per channel declares transparent.
+    """Returns which pixels have the color that a PNG with 16 bits per channel declares transparent; None without one.
 
     Pillow loads only the high byte of each channel, but several colors may have the same high bytes.
-
-    Returns:
-        `[height, width] bool`, or None if the file does not have 16 bits per channel or declares no such color.
     """
     if image.mode != "RGB" or "transparency" not in image.info or image.tile[0].args != "RGB;16B":
         return None

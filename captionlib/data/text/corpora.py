@@ -41,9 +41,9 @@ def open_corpus(
     Args:
         source: manifest or features dataset (both contain captions), or a UTF-8 text file (also .gz, .bz2, .xz).
         layout: layout of a text file.
-        train_splits: splits of a dataset to use for training.
-        validation_splits: splits of a dataset to use for validation.
-        validation_fraction: fraction of a text file to use for validation.
+        train_splits: splits of a dataset.
+        validation_splits: splits of a dataset.
+        validation_fraction: fraction of a text file.
 
     Raises:
         DatasetError: the dataset is incomplete or of another kind, or the text file is unreadable or too short.
