@@ -7,14 +7,16 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Condition
 from urllib.error import URLError
 
 import safetensors
 import safetensors.torch
 import torch
+from cachetools import cached
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor, nn
 
@@ -207,7 +209,7 @@ def _open_local(address: str) -> Iterator[str]:
         raise ConfigError(f"weights {address} cannot be read: {reason}") from error
 
 
-@cache
+@cached({}, condition=Condition())  # threads wait while one copies
 def _copy_to_temporary_folder(address: str) -> TemporaryDirectory[str]:
     """Copies a remote file to a folder that is deleted when the process ends."""
     fs, path = open_file_system(address)

@@ -1,5 +1,8 @@
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -15,7 +18,13 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from captionlib.errors import CaptionlibError, ConfigError, DatasetError, StorageError
 from captionlib.models.devices import resolve_device
 from captionlib.models.encoders.encoder import EncoderConfig, PendingFeatures, load_encoder
-from captionlib.models.encoders.weights import _read_file, hash_weights, sample_weights, serialize_weights
+from captionlib.models.encoders.weights import (
+    _copy_to_temporary_folder,
+    _read_file,
+    hash_weights,
+    sample_weights,
+    serialize_weights,
+)
 from captionlib.models.inference.extraction import load_shared_encoder
 
 SMALL = EncoderConfig("squeezenet1_1", "features.4.cat", "random:0", stored_dtype="float32")
@@ -149,6 +158,20 @@ def test_errors_distinguish_missing_weights_from_a_failing_storage(monkeypatch: 
     monkeypatch.setattr(MemoryFileSystem, "get_file", Mock(side_effect=PermissionError(13, "Permission denied")))
     with pytest.raises(StorageError, match="cannot be accessed: Permission denied"):
         load_encoder(config)
+
+
+def test_threads_share_the_copy_of_a_remote_weights_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").pipe("/shared.pth", b"content")
+    copy_file = MemoryFileSystem.get_file
+
+    def copy_slowly(*arguments: Any) -> None:
+        time.sleep(0.2)
+        copy_file(*arguments)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", copy_slowly)
+    with ThreadPoolExecutor() as threads:
+        folders = set(threads.map(lambda _: _copy_to_temporary_folder("memory://shared.pth").name, range(2)))
+    assert len(folders) == 1
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
