@@ -155,8 +155,9 @@ class ImageQueryModels:
                 return image_encoder
         transform = model.find_input_transform(weights)
         if isinstance(transform, EncoderConfig):
-            encoder: ImageEncoder | PixelPassthrough = open_encoder(transform, self._device)
-            model.require_encoder(encoder.description)
+            opened = open_encoder(transform, self._device)
+            model.require_encoder(opened.description)
+            encoder: ImageEncoder | PixelPassthrough = opened
         else:
             encoder = PixelPassthrough(transform)  # the model takes pixels
         decoders = self._resources.enter_context(DecoderPool(encoder.preprocessing, self._image_decoding))

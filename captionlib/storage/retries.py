@@ -55,7 +55,9 @@ def call_with_retries(address: str, action: Callable[[], Result]) -> Result:
             return action()
         except FileNotFoundError as error:  # fsspec raises it for every failure of a web server, not only for 404
             cause = error.__cause__
-            if getattr(cause, "errno", None) == socket.EAI_NONAME:  # probably a typing error, so not retried
+            if (
+                cause is not None and getattr(cause, "errno", None) == socket.EAI_NONAME
+            ):  # probably a typing error, so not retried
                 with convert_os_errors(address):
                     raise cause from None
             if cause is not None and _is_server_failure(cause):

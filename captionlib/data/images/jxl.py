@@ -22,7 +22,7 @@ def read_jxl_size(content: bytes) -> tuple[int, int] | None:
 
     def read(count: int) -> int:  # least significant bit first
         nonlocal bits
-        bits, value = divmod(bits, 2**count)
+        bits, value = divmod(bits, 1 << count)
         return value
 
     is_small = read(1)  # if so, a width or height is a multiple of 8, up to 256
