@@ -91,22 +91,21 @@ def export_images(
     for dataset in opened:
         if dataset.kind not in ("manifest", "features", "captions"):
             raise ConfigError(f"{dataset.folder.uri}: expected a manifest, features or captions, got {dataset.kind}")
-    export = _Export(Folder(output), export_format, selection)
+    folder = Folder(output)
     # A dataset is identified by its manifest and by a hash (fingerprint) of its configuration.
     identities = [f"{dataset.manifest_id} {dataset.fingerprint}" for dataset in opened]
     images, failures = 0, Counter[str]()
     # The marker of a shard records that the shard is complete.
     shards = [(each, marker) for each in opened for _, marker in sorted(each.require_all_markers().items())]
     with ExitStack() as stack:
-        stack.enter_context(lock_folder(export.folder, "captionlib export"))
-        export.claim_folder({"format": export_format, "datasets": identities, **selection.describe()})
+        stack.enter_context(lock_folder(folder, "captionlib export"))
         bar = stack.enter_context(progress_bar("export", sum(marker.rows for _, marker in shards), "images", progress))
         threads = stack.enter_context(ThreadPoolExecutor(_THREADS, thread_name_prefix="export"))
         fetcher = stack.enter_context(ImageFetcher(fetch))
+        export = _Export(folder, export_format, selection, fetcher, threads)
+        export.claim_folder({"format": export_format, "datasets": identities, **selection.describe()})
         for part, (dataset, marker) in enumerate(shards):
-            counts = export.read_counts(part, marker)
-            if counts is None:
-                counts = export.write_shard(part, dataset, marker, fetcher, threads)
+            counts = export.read_counts(part, marker) or export.write_shard(part, dataset, marker)
             bar.update(marker.rows)
             images += counts.images
             failures.update(counts.failures)
@@ -126,6 +125,8 @@ class _Export:
     folder: Folder
     export_format: ExportFormat
     selection: ImageSelection
+    fetcher: ImageFetcher
+    threads: ThreadPoolExecutor
 
     def claim_folder(self, description: Mapping[str, Any]) -> None:
         """Checks that the folder is empty or contains this export. Without a valid description, it is emptied."""
@@ -182,44 +183,36 @@ class _Export:
         endings = {"webdataset": ".tar", "metadata": "/metadata.jsonl", "txt": ""}
         return part_name(part) + endings[self.export_format]
 
-    def write_shard(
-        self, part: int, dataset: ShardedDataset, marker: Marker, fetcher: ImageFetcher, threads: ThreadPoolExecutor
-    ) -> ExportSummary:
+    def write_shard(self, part: int, dataset: ShardedDataset, marker: Marker) -> ExportSummary:
         """Writes a part, and then its counts, which mark it as finished."""
         failures = Counter[str]()
-        samples = self._read_samples(dataset, marker.shard, fetcher, threads, failures)
+        samples = self._read_samples(dataset, marker.shard, failures)
         write = self._write_tar if self.export_format == "webdataset" else self._write_folder
-        images = write(part_name(part), samples)
+        images = write(part_name(part), samples)  # also fills `failures`
         counts = ExportSummary(images, dict(failures))
-        self.folder.write(
-            self._counts_file(part), to_json_with_checksum({**asdict(counts), "checksum": marker.checksum})
-        )
+        record = {**asdict(counts), "checksum": marker.checksum}
+        self.folder.write(self._counts_file(part), to_json_with_checksum(record))
         return counts
 
+    def _fetch(self, row: dict[str, Any]) -> bytes | str:
+        """Returns the bytes of an image, or the reason why it cannot be exported."""
+        try:
+            content = self.fetcher.fetch(row["uri"])
+        except FetchError as error:
+            return error.reason
+        return find_problem(content) or content
+
     def _read_samples(
-        self,
-        dataset: ShardedDataset,
-        shard: int,
-        fetcher: ImageFetcher,
-        threads: ThreadPoolExecutor,
-        failures: Counter[str],
+        self, dataset: ShardedDataset, shard: int, failures: Counter[str]
     ) -> Iterator[tuple[dict[str, Any], bytes]]:
         """Yields the selected rows with the bytes of their images. Counts unreadable images in `failures`."""
-
-        def fetch(row: dict[str, Any]) -> bytes | str:
-            try:
-                content = fetcher.fetch(row["uri"])
-            except FetchError as error:
-                return error.reason
-            return find_problem(content) or content
-
         columns = [name for name in EXPORT_COLUMNS if name in dataset.schema.names]
         for batch in dataset.read_batches(shard, columns, batch_size=2 * _THREADS):  # limits the images in memory
             rows = [row for row in batch.to_pylist() if self.selection.selects(row["image_id"], row["split"])]
-            for row, content in zip(rows, threads.map(fetch, rows), strict=True):
+            for row, content in zip(rows, self.threads.map(self._fetch, rows), strict=True):
                 if isinstance(content, bytes):
                     yield row, content
-                else:  # the reason of a failure
+                else:
                     failures[content] += 1
 
     def _write_tar(self, name: str, samples: Iterator[tuple[dict[str, Any], bytes]]) -> int:

@@ -97,8 +97,7 @@ def write_scenes(folder: Path, train: int = 1000, val: int = 100, test: int = 20
     (folder / "images").mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, object]] = []
     for split, split_scenes, count in splits:
-        for number in range(count):
-            scene = split_scenes[number % len(split_scenes)]
+        for number, scene in enumerate(itertools.islice(itertools.cycle(split_scenes), count)):
             name = f"{split}-{number:05d}.jpg"
             render_scene(scene, rng).save(folder / "images" / name, quality=95)
             sentences = [{"raw": caption, "tokens": caption.split()} for caption in describe_scene(scene, rng)]
