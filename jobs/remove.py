@@ -53,6 +53,7 @@ def command(
       captionlib remove holidays --ids ids.txt --dry-run
       captionlib remove manifest features captions embeddings index --ids ids.txt
     """
+    from captionlib.collection import Collection
     from captionlib.data.shards.removal import plan_removal
     from captionlib.data.sources.values import is_unicode
 
@@ -61,7 +62,7 @@ def command(
         raise click.UsageError("expected ids of images to remove (--id or --ids), got none.")
     if invalid := [image_id for image_id in requested_ids if not is_unicode(image_id)]:
         raise ConfigError(f"--id: expected text in UTF-8, got {invalid[0]!a}")
-    with open_datasets(folders, "remove", lambda each: each.find_datasets(), lock=not dry_run) as (datasets, indexes):
+    with open_datasets(folders, "remove", Collection.find_datasets, lock=not dry_run) as (datasets, indexes):
         plans = [plan_removal(dataset, requested_ids, reason) for dataset in datasets]
         plans.sort(key=lambda plan: _ORDER.index(plan.dataset.kind))
         for plan in plans:

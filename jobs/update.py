@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
-_INDEX = "index"  # stands for the index where errors are listed by source; no source can have this name
+_INDEX = "index"  # key of the index among the errors by source; no source can have this name
 
 
 @click.command()
@@ -105,8 +105,8 @@ def _caption_sources(
 ) -> dict[str, Exception]:
     """Captions the images of the sources that are not in `failed`. Returns the errors of the sources that fail.
 
-    A source fails if too many of its images cannot be read. The images of a source in `failed` probably cannot be read
-    either, and would be recorded as failures.
+    A source fails if too many of its images cannot be read. A source in `failed` is skipped: its images
+    probably cannot be read, and would be recorded as failures.
     """
     errors: dict[str, Exception] = {}
     for source in collection.config.sources:

@@ -46,8 +46,8 @@ def build_index(
             None, the index is text-only.
         duplicates: a dataset of groups of duplicates, from `find_duplicates`. If set, only one image of each group is
             indexed.
-        removed_ids: ids of images that were removed from the datasets. They are removed from the index even while
-            the shard of captions or embeddings that contains them is unfinished.
+        removed_ids: ids of images that were removed from the datasets. They are removed from the index even if
+            the shard that contained them is being written again.
         run: how to run the pipeline.
 
     Returns:

@@ -92,7 +92,7 @@ class RunConfig:
         return max(1, available_cpus() // self.workers) if self.workers > 1 else None
 
     def choose_devices(self, device: str) -> tuple[str, str]:
-        """Returns the device of the submitting process, which only reads properties of models, and of the workers.
+        """Returns two devices: of the submitting process, which only reads properties of models, and of the workers.
 
         With an accelerator, `auto` selects a GPU on the workers, so a worker without a GPU fails.
         """

@@ -129,7 +129,7 @@ class _Export:
     threads: ThreadPoolExecutor
 
     def claim_folder(self, description: Mapping[str, Any]) -> None:
-        """Checks that the folder is empty or contains this export. Without a valid description, it is emptied."""
+        """Checks that the folder is empty or contains this export. Empties it if its description is damaged."""
         names = [name for name in self.folder.list() if name not in (LOCK_FILE, TEMPORARY_FOLDER)]
         others = [name for name in names if _find_part(name) is None and name != _STATE_FOLDER]
         if others or (names and _STATE_FOLDER not in names):

@@ -40,7 +40,10 @@ class Scores:
 
 
 def compute_scores(metrics: Sequence[Metric], image_ids: Sequence[str], config: BootstrapConfig) -> Scores:
-    """Computes scores from metrics of these images. Scores that are undefined for the whole set are omitted."""
+    """Computes scores from metrics of these images. Scores that are undefined for the whole set are omitted.
+
+    A metric has one row of statistics for each image, and a formula that computes scores from a sum of rows.
+    """
     sums = _resample(np.concatenate([metric.rows for metric in metrics], 1), config)
     widths = [metric.rows.shape[1] for metric in metrics]
     overall: dict[str, float] = {}

@@ -34,9 +34,9 @@ def export_json(
 ) -> int:
     """Writes captions as one JSON file and returns the number of images in it.
 
-    The sources are captions datasets, or JSON files of COCO or NeuralTalk. The references and splits of `manifest` are
-    added to them. `coco` writes COCO's results or, if all sources are manifests or features datasets, COCO's
-    annotations with their references. `neuraltalk` writes `result_struct.json`.
+    The sources are captions datasets, or JSON files of COCO or NeuralTalk. The references and splits of `manifest`
+    (a table of images) are added to them. `coco` writes COCO's results or, if all sources are manifests or features
+    datasets, COCO's annotations with their references. `neuraltalk` writes `result_struct.json`.
 
     Raises:
         DatasetError: a source cannot be read, two sources contain the same image, or no image is selected.

@@ -89,7 +89,7 @@ class IndexBuild:
     base: IndexDescription | None = None  # version whose files are reused; None to build the index from scratch
     added: tuple[int, ...] = ()  # positions in `shards` of the shards that `base` does not contain
     removed: int = 0  # number of shards that only `base` contains
-    pending: int = 0  # number of unfinished shards; the index keeps the rows that `base` contains
+    pending: int = 0  # number of unfinished shards; their earlier rows, if any, stay in the index
     layout: VectorLayout | None = None  # None if the index is text-only
     replaced_layout: VectorLayout | None = None  # layout of the existing index if it does not suit the number of rows
     overwritten: str | None = None  # creation time of the index that is replaced because of `overwrite`
@@ -523,7 +523,7 @@ def _check_first_shard(build: IndexBuild, shard: InputShard) -> None:
 def _compare_with_base(build: IndexBuild, base: IndexDescription) -> list[str]:
     """Describes how the configuration and the datasets differ from those of `base`. Additional datasets are allowed."""
     before: dict[str, Any] = to_dict(base.config)
-    now: dict[str, Any] = {**to_dict(build.config), "references": base.config.references}  # may change at any time
+    now: dict[str, Any] = {**to_dict(build.config), "references": base.config.references}  # this setting may change
     for name, indexed, given in (
         ("captions", base.captions, build.captions),
         ("embeddings", base.embeddings, build.embeddings),

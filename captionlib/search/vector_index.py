@@ -170,8 +170,8 @@ class VectorIndex:
     def search(self, vector: Vectors, limit: int, matching: RowNumbers | None = None) -> Hits:
         """Returns the nearest vectors. Equal scores are ordered by row number.
 
-        If `matching` is not None, only these rows are searched: the fewer, the more inverted lists. If there are fewer
-        than `limit` hits, the search continues in more lists, up to all of them.
+        If `matching` is not None, only these rows are searched, in more inverted lists if they are few. If there are
+        fewer than `limit` hits, the search continues in more lists, up to all of them.
         """
         searchable_count = len(self) if matching is None else len(matching)
         if not min(limit, searchable_count):

@@ -79,7 +79,7 @@ class Exports:
 
 
 def _take(buffer: io.BytesIO) -> list[bytes]:
-    """Empties a buffer and returns its content in small parts, because a slow client must receive each in time."""
+    """Empties a buffer and returns its content in small parts, because the server limits the time to send a part."""
     buffer.seek(0)
     parts = list(iter(lambda: buffer.read(_PART_BYTES), b""))
     buffer.seek(0)

@@ -275,7 +275,7 @@ class _Facet:
 
 
 def _list_facets(service: SearchService, search: Search, counts: FacetsResponse | None) -> list[_Facet]:
-    """Returns the facets with a choice of values or with a selected value, which a visitor can then remove."""
+    """Returns the facets with several values, or with a selected value, so that a visitor can remove the selection."""
     splits, sources, dates = (counts.splits, counts.sources, counts.dates) if counts else ({}, {}, {})
     where = search.where
     facets = [

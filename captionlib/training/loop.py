@@ -227,7 +227,7 @@ class _Run(Generic[Batch, Model]):
         self._optimizer.zero_grad()
         if loss is not None:
             loss.mean.backward()  # type: ignore[no-untyped-call]
-        totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]  # the other fields of `BatchLoss`
+        totals = (0.0, 0, 0.0, 0) if loss is None else loss[1:]  # total and count of the loss and of the reward
         must_save = self.group.is_first and time.monotonic() > save_at
         # A single all-reduce sums the totals and lets the processes agree on stopping and saving.
         *group_totals, stops, saves = self.group.sum([*totals, is_stop_requested(), must_save], self._device)

@@ -571,7 +571,7 @@ def _write_description(dataset: ShardedDataset, created: str | None) -> None:
 
 
 def select_other_files(names: Collection[str]) -> list[str]:
-    """Returns the names in a folder without a dataset that captionlib did not write."""
+    """Returns the names of files that captionlib did not write, in a folder that contains no dataset."""
     own = {TEMPORARY_FOLDER, SAMPLE_FOLDER, LOCK_FILE, REMOVED_FILE}  # a folder can contain these without a dataset
     own.add(DESCRIPTION_FILE)  # another process may have just created a dataset
     if MARKERS_FOLDER in names:
@@ -588,7 +588,7 @@ def _list_dataset_files(names: Iterable[str]) -> list[str]:
 def _prepare_folder(folder: Folder) -> dict[str, Any] | None:
     """Prepares a folder without a description for a new dataset.
 
-    Removes the files that a command wrote while a user deleted its dataset. If another process has just created a
+    Removes the rest of a dataset that was deleted while a command wrote to it. If another process has just created a
     dataset, returns its description.
     """
     names = folder.list()

@@ -63,7 +63,7 @@ def list_removed(folder: Folder) -> RemovedImages:
 
 
 def copy_removed_ids_to_new_manifests(manifests: Sequence[Folder]) -> None:
-    """Copies the images on the lists of all existing manifests of a collection to the manifests that do not exist."""
+    """Copies the removed ids that all existing manifests have in common to the manifests that do not exist yet."""
     is_new = [not folder.exists(DESCRIPTION_FILE) for folder in manifests]
     lists = [list_removed(folder).reasons for folder, new in zip(manifests, is_new, strict=True) if not new]
     if not lists:

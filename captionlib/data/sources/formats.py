@@ -80,7 +80,7 @@ def read_source(
             for _ in range(len(row.captions) - len(valid)):
                 skips.reject_captions("caption is not UTF-8", row.origin)
             row.captions = valid
-        row.version = row.version or version_from_uri(row.uri)  # changes when the image file changes
+        row.version = row.version or version_from_uri(row.uri)  # for a local file, it changes with the content
         images += 1
         captions += len(row.captions)
         yield row

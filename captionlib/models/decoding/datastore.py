@@ -27,7 +27,7 @@ __all__ = ["Datastore", "DatastoreRows", "Neighbors", "read_datastore", "read_da
 Vectors = npt.NDArray[np.float32]
 
 DatastoreRows = tuple[list[str], Vectors, list[list[list[int]]]]
-"""Ids of training images, their `ImageState.features`, and the token ids of their references."""
+"""Ids of training images, their features as the captioner sees them, and the token ids of their references."""
 
 _TEMPERATURE = 0.06  # of the softmax that converts cosine similarities of neighbors to weights
 _REFERENCES = pa.list_(pa.list_(pa.int32()))
@@ -43,7 +43,7 @@ class Neighbors(NamedTuple):
 class Datastore:
     """Finds the training images most similar to given images, by the cosine of their standardized vectors.
 
-    `vectors` are the `ImageState.features` of the training images, and `references` are token ids, `list<list<int32>>`.
+    `vectors` are the features of the training images, and `references` are token ids, `list<list<int32>>`.
     """
 
     def __init__(self, image_ids: Sequence[str], vectors: Vectors, references: pa.Array) -> None:
@@ -58,7 +58,7 @@ class Datastore:
     def find_neighbors(self, vectors: Vectors, count: int, image_ids: Sequence[str] | None = None) -> list[Neighbors]:
         """Finds up to `count` neighbors of each image; more similar ones have larger weights.
 
-        `vectors` are the `ImageState.features` of the images. An image with a known id is not its own neighbor.
+        `vectors` are the features of the images. An image with a known id is not its own neighbor.
         """
         similarities = self._normalize(vectors) @ self._unit_vectors.T
         for image, image_id in enumerate(image_ids or ()):

@@ -40,7 +40,7 @@ class DecoderState(NamedTuple):
     h: tuple[Tensor, ...]  # [parents, hidden_size] of each layer
     c: tuple[Tensor, ...]  # [parents, hidden_size] of each layer of an LSTM; empty for an RNN
     context: Tensor | None  # [parents, attention_size], the last context vector
-    image_projections: Tensor | None  # [parents, gates], added to the next gates, or word embedding of a Transformer
+    image_projections: Tensor | None  # [parents, gates], added to the gates; in a Transformer, to the word embedding
     image: Tensor | None  # [parents] int64, the image of each parent
     annotations: Tensor | None  # see `ImageState`
     parent: Tensor | None = None  # [rows] int64, the state row of each sentence; None if row i belongs to sentence i

@@ -21,7 +21,7 @@ Arrays = Sequence[npt.NDArray[Any]] | npt.NDArray[Any]
 """One array for each image: its features, or its pixels, `[height, width, 3] uint8`."""
 
 InputTransform = EncoderConfig | Preprocessing | SizeLimit
-"""How an image becomes the input of a model: through an encoder, or as pixels."""
+"""How an image becomes the input of a model: through an encoder, or as pixels, resized to a fixed or a maximum size."""
 
 
 class ImageModel(Protocol):
@@ -33,7 +33,7 @@ class ImageModel(Protocol):
 
     @property
     def encoder(self) -> Mapping[str, Any]:
-        """`ImageEncoder.description` of the input's encoder, or `describe_pixel_input` if the input is pixels."""
+        """`ImageEncoder.description` of the encoder of the features, or `describe_pixel_input` for pixels."""
 
     def find_input_transform(self, weights: str | None) -> InputTransform:
         """Returns the transform from images to the input of the model.

@@ -207,8 +207,8 @@ def caption_images(
         Rows of a captions dataset in the given order, and the uri and error of each image that could not be read.
 
     Raises:
-        CheckpointError: the folder contains no captioner, or the captioner lacks attention or a datastore that
-            `config` requires.
+        CheckpointError: the folder contains no captioner, or the captioner lacks attention or a datastore (the
+            features and captions of the training images) that `config` requires.
         ConfigError: `weights` are required, or the captioner does not support a setting.
     """
     check_needs_no_ranker(config.decoding)
