@@ -53,7 +53,8 @@ def _show_dataset(address: str) -> bool:
         click.echo(f"{address}: not started")
         return False
     report = inspect_dataset(address)
-    complete = report.complete and report.shards_done == report.shards  # a marker file, which ends a shard, may be lost
+    # The marker of a shard, the file that records that it is finished, may have been lost.
+    complete = report.complete and report.shards_done == report.shards
     progress = "complete" if complete else f"{report.shards_done:,} of {report.shards:,} shards finished"
     computing_time = timedelta(seconds=round(report.total_seconds))
     cost = f", {computing_time} of computing time in all updates" if report.kind != "manifest" else ""

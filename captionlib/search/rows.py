@@ -63,7 +63,7 @@ DETAILS_SCHEMA = pa.schema([_CAPTIONS.field("candidates"), _REFERENCES, _ATTENTI
 """The columns that only the web page of an image shows. References and attention are null if they are not known."""
 
 INDEX_FAILURES_SCHEMA = pa.schema([FAILURES_SCHEMA.field(name) for name in ("image_id", "stage", "error")])
-"""The columns of an image without a caption. `error` is a class; messages can contain private paths or URLs."""
+"""The columns of an image without a caption. Without messages, which can contain private paths or URLs."""
 
 _ROW = pa.field("row", pa.int64(), nullable=False)
 _SOURCE = pa.field("source", pa.string(), nullable=False)
