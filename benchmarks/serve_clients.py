@@ -41,7 +41,7 @@ async def _measure(data: SearchData, port: int) -> None:
             errors += failed
     print(f"# pages per second: one client {median(single):.0f}, {CLIENTS} {median(many):.0f}")
     report("serve-errors", errors, 0, at_least=False)
-    report("serve-clients-to-one", median(many) / median(single), 1.5)
+    report("serve-clients-to-one", median(many) / median(single), 1.8)
 
 
 async def _run(port: int, paths: list[str], clients: int, seconds: float) -> tuple[float, int]:
