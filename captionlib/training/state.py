@@ -95,9 +95,8 @@ def check_run_folder(output: Folder) -> None:
 
 def delete_run(output: Folder) -> None:
     """Deletes the files of an earlier run. Call it only when the new run can start."""
-    check_run_folder(output)
     for name in output.list():
-        if name != TEMPORARY_FOLDER:
+        if name in _RUN_FILES:
             output.remove(name)
 
 

@@ -274,20 +274,25 @@ def test_readers_accept_both_versions_while_a_shard_is_replaced(
     assert dataset.read_marker(0) is not None
 
 
+def call_after_first_marker(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Calls `action` once, after the first marker has been read."""
+    read_marker_even_if_unfinished, calls = ShardedDataset.read_marker_even_if_unfinished, []
+
+    def read_and_call(self: ShardedDataset, shard: int) -> Marker | None:
+        marker = read_marker_even_if_unfinished(self, shard)
+        calls.append(shard)
+        if len(calls) == 1:
+            action()
+        return marker
+
+    monkeypatch.setattr(ShardedDataset, "read_marker_even_if_unfinished", read_and_call)
+
+
 def test_reader_that_meets_a_new_version_reads_its_marker_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = create(tmp_path)
-    read_marker_even_if_unfinished, calls = ShardedDataset.read_marker_even_if_unfinished, []
-
-    def replace_after_first_call(self: ShardedDataset, shard: int) -> Marker | None:
-        marker = read_marker_even_if_unfinished(self, shard)
-        calls.append(shard)
-        if len(calls) == 1:
-            write_rows(dataset, 0, 30)
-        return marker
-
-    monkeypatch.setattr(ShardedDataset, "read_marker_even_if_unfinished", replace_after_first_call)
+    call_after_first_marker(monkeypatch, lambda: write_rows(dataset, 0, 30))
     assert dataset.read(0).num_rows == 30
 
 
@@ -303,16 +308,7 @@ def test_reader_that_meets_new_failures_reads_their_marker_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, expected: list[str] | None
 ) -> None:
     dataset = create(tmp_path)
-    read_marker_even_if_unfinished, calls = ShardedDataset.read_marker_even_if_unfinished, []
-
-    def replace_after_first_call(self: ShardedDataset, shard: int) -> Marker | None:
-        marker = read_marker_even_if_unfinished(self, shard)
-        calls.append(shard)
-        if len(calls) == 1:
-            write_failure(dataset, name)
-        return marker
-
-    monkeypatch.setattr(ShardedDataset, "read_marker_even_if_unfinished", replace_after_first_call)
+    call_after_first_marker(monkeypatch, lambda: write_failure(dataset, name))
     failures = dataset.read_failures(0)
     assert (None if failures is None else failures["image_id"].to_pylist()) == expected
 
